@@ -1,0 +1,27 @@
+"""Ulysses sequence parallelism for Lightning, on top of DeepSpeed ZeRO.
+
+Importing this package registers the ``ulysses_deepspeed`` strategies; neither transformers nor deepspeed is imported.
+"""
+
+from __future__ import annotations
+
+from lightning.pytorch.strategies import StrategyRegistry
+
+from lightning_ulysses.attention import ulysses_attention
+from lightning_ulysses.callbacks import TokenCountMonitor
+from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.state import gather_sequence, sequence_positions, unsharded
+from lightning_ulysses.strategy import UlyssesDeepSpeedStrategy
+
+__version__ = "0.1.0"
+__all__ = [
+    "TokenCountMonitor",
+    "UlyssesDeepSpeedStrategy",
+    "UlyssesError",
+    "gather_sequence",
+    "sequence_positions",
+    "ulysses_attention",
+    "unsharded",
+]
+
+UlyssesDeepSpeedStrategy.register_strategies(StrategyRegistry)

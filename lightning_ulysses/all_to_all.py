@@ -1,0 +1,231 @@
+"""The Ulysses exchange: slices of the sequence with all heads <-> the whole sequence for a share of the heads.
+
+Each direction is one collective, forward and backward, on gloo and NCCL alike. On the wire every chunk is
+sequence-major, ``(S_i, B, heads, D)``: chunks of the ranks laid one behind another are then the whole sequence, so
+that the receiving side of `seq_to_heads` and the sending side of `heads_to_seq` copy nothing.
+
+Source: DeepSpeed-Ulysses (arXiv 2309.14509); fusing q, k and v and uneven splits are ours.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lightning_ulysses.heads import HeadLayout
+
+Ranges = tuple[tuple[int, int], ...]
+
+
+def _widths(ranges: tuple[Ranges, ...], rank: int) -> list[int]:
+    """Heads of each tensor that ``rank`` gets."""
+    return [ends[rank][1] - ends[rank][0] for ends in ranges]
+
+
+def _row_sizes(ranges: tuple[Ranges, ...], sizes: list[int]) -> list[int]:
+    """By rank, the elements of one token of all tensors together; ``sizes`` are the head sizes."""
+    return [
+        sum(width * size for width, size in zip(_widths(ranges, rank), sizes, strict=True))
+        for rank in range(len(ranges[0]))
+    ]
+
+
+def _is_uniform(ranges: Ranges) -> bool:
+    """Whether the ranges tile the heads in equal steps, so that one strided copy moves all of them."""
+    width = ranges[0][1]
+    return ranges == tuple((rank * width, (rank + 1) * width) for rank in range(len(ranges)))
+
+
+def _on_wire(rank: int, sp_size: int) -> range:
+    """The peers whose chunks pass through the collective of ``rank``.
+
+    Its own chunk is left out where the others lie in one stretch of memory without it: that saves two copies of it.
+    """
+    return range(int(rank == 0), sp_size - int(rank == sp_size - 1))
+
+
+def _columns(rows: Tensor, widths: list[int], sizes: list[int]) -> list[Tensor]:
+    """The tensors that lie side by side in ``rows``: (tokens, B, sum of heads * D) -> each (tokens, B, heads, D)."""
+    parts = rows.split([width * size for width, size in zip(widths, sizes, strict=True)], dim=2)
+    return [part.unflatten(2, (width, size)) for part, width, size in zip(parts, widths, sizes, strict=True)]
+
+
+def _exchange(
+    recv: Tensor, send: Tensor, recv_sizes: list[int], send_sizes: list[int], group: dist.ProcessGroup
+) -> None:
+    """One all-to-all between contiguous tensors; the sizes count elements, by rank."""
+    dist.all_to_all_single(recv.view(-1), send.view(-1), recv_sizes, send_sizes, group=group)
+
+
+def _pack_heads(send: Tensor, tensors: tuple[Tensor, ...], ranges: tuple[Ranges, ...], peers: range) -> None:
+    """Lays the heads for each of ``peers`` one peer behind another.
+
+    Args:
+        send: Flat; takes (S_r, B, sum of heads * D) for each peer.
+        tensors: Each (B, heads, S_r, D); head sizes may differ.
+        ranges: For each tensor the heads of each rank.
+        peers: The ranks to pack for.
+    """
+    batch, _, share, _ = tensors[0].shape
+    sizes = [tensor.shape[3] for tensor in tensors]
+    if all(_is_uniform(ends) for ends in ranges):
+        widths = _widths(ranges, 0)
+        columns = _columns(send.view(len(peers) * share, batch, -1), widths, sizes)
+        for column, tensor, width in zip(columns, tensors, widths, strict=True):
+            heads = tensor[:, peers.start * width : peers.stop * width]
+            # (B, peers * heads, S_r, D) -> (B, peers, heads, S_r, D) -> (peers, S_r, B, heads, D)
+            heads = heads.unflatten(1, (len(peers), width)).permute(1, 3, 0, 2, 4)
+            column.unflatten(0, (len(peers), share)).copy_(heads)
+        return
+    rows = _row_sizes(ranges, sizes)
+    for peer, chunk in zip(peers, send.split([share * batch * rows[peer] for peer in peers]), strict=True):
+        columns = _columns(chunk.view(share, batch, rows[peer]), _widths(ranges, peer), sizes)
+        for column, tensor, ends in zip(columns, tensors, ranges, strict=True):
+            # (B, heads, S_r, D) -> (S_r, B, heads, D)
+            column.copy_(tensor[:, slice(*ends[peer])].permute(2, 0, 1, 3))
+
+
+def _scatter_heads(
+    tensors: tuple[Tensor, ...], ranges: tuple[Ranges, ...], shares: tuple[int, ...], rank: int, group: dist.ProcessGroup
+) -> tuple[Tensor, ...]:
+    """(B, heads, S_r, D) of each tensor -> (B, its heads on this rank, S, D), in one collective."""
+    batch, share = tensors[0].shape[0], shares[rank]
+    sizes = [tensor.shape[3] for tensor in tensors]
+    rows = _row_sizes(ranges, sizes)
+    peers = _on_wire(rank, len(shares))
+    send_sizes = [share * batch * row * (peer in peers) for peer, row in enumerate(rows)]
+    send = tensors[0].new_empty(sum(send_sizes))
+    _pack_heads(send, tensors, ranges, peers)
+    whole = tensors[0].new_empty(sum(shares), batch, rows[rank])
+    chunks = whole.split(shares)
+    begin = sum(shares[: peers.start])
+    recv = whole[begin : begin + sum(shares[peer] for peer in peers)]
+    recv_sizes = [chunk.numel() * (peer in peers) for peer, chunk in enumerate(chunks)]
+    _exchange(recv, send, recv_sizes, send_sizes, group)
+    if rank not in peers:
+        _pack_heads(chunks[rank].view(-1), tensors, ranges, range(rank, rank + 1))
+    # (S, B, heads, D) -> (B, heads, S, D), views of the received buffer
+    return tuple(column.permute(1, 2, 0, 3) for column in _columns(whole, _widths(ranges, rank), sizes))
+
+
+def _join_heads(whole: Tensor, parts: list[Tensor], ends: Ranges) -> None:
+    """Fills ``whole`` (S_r, B, all heads, D) from each rank's (S_r, B, heads, D); shared heads are summed."""
+    is_tiled = all(left[1] == right[0] for left, right in pairwise(ends))
+    if not is_tiled:
+        whole.zero_()
+    for (begin, end), part in zip(ends, parts, strict=True):
+        if is_tiled:
+            whole[:, :, begin:end].copy_(part)
+        else:
+            whole[:, :, begin:end].add_(part)
+
+
+def _gather_heads(
+    tensors: tuple[Tensor, ...],
+    ranges: tuple[Ranges, ...],
+    totals: tuple[int, ...],
+    shares: tuple[int, ...],
+    rank: int,
+    group: dist.ProcessGroup,
+) -> tuple[Tensor, ...]:
+    """(B, heads of this rank, S, D) of each tensor -> (B, all heads, S_r, D); heads held by several ranks are summed."""
+    batch, share, sizes = tensors[0].shape[0], shares[rank], [tensor.shape[3] for tensor in tensors]
+    rows, widths = _row_sizes(ranges, sizes), [_widths(ranges, peer) for peer in range(len(shares))]
+    result_sizes = [share * batch * total * size for total, size in zip(totals, sizes, strict=True)]
+    # (B, heads, S, D) -> (S, B, heads, D) -> the tokens of each rank
+    sources = [tensor.permute(2, 0, 1, 3).split(shares) for tensor in tensors]
+    # A single tensor is sent as it lies in memory; several have to be copied side by side in any case.
+    peers = _on_wire(rank, len(shares)) if len(tensors) == 1 else [p for p in range(len(shares)) if p != rank]
+    send_sizes = [count * batch * rows[rank] * (peer in peers) for peer, count in enumerate(shares)]
+    if len(tensors) == 1:
+        begin = sum(shares[: peers[0]])
+        # (B, heads, S, D) -> (tokens of the peers, B, heads, D)
+        send = tensors[0].permute(2, 0, 1, 3)[begin : begin + sum(shares[peer] for peer in peers)].contiguous()
+        buffer = send.new_empty(sum(result_sizes))
+    else:
+        # The results go where the sent chunks were: one buffer less to allocate and to hold at the peak.
+        buffer = tensors[0].new_empty(max(sum(send_sizes), sum(result_sizes)))
+        send = buffer[: sum(send_sizes)]
+        for peer, chunk in zip(peers, send.split([send_sizes[peer] for peer in peers]), strict=True):
+            columns = _columns(chunk.view(shares[peer], batch, rows[rank]), widths[rank], sizes)
+            for column, source in zip(columns, sources, strict=True):
+                column.copy_(source[peer])
+    recv_sizes = [share * batch * row * (peer in peers) for peer, row in enumerate(rows)]
+    recv = send.new_empty(sum(recv_sizes))
+    _exchange(recv, send, recv_sizes, send_sizes, group)
+    parts = [
+        _columns(chunk.view(share, batch, row), width, sizes) if peer in peers else [source[rank] for source in sources]
+        for peer, (chunk, row, width) in enumerate(zip(recv.split(recv_sizes), rows, widths, strict=True))
+    ]
+    results = buffer[: sum(result_sizes)].split(result_sizes)
+    wholes = [r.view(share, batch, total, size) for r, total, size in zip(results, totals, sizes, strict=True)]
+    for index, whole in enumerate(wholes):
+        _join_heads(whole, [part[index] for part in parts], ranges[index])
+    # (S_r, B, heads, D) -> (B, heads, S_r, D)
+    return tuple(whole.permute(1, 2, 0, 3) for whole in wholes)
+
+
+class _SeqToHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        layout: HeadLayout,
+        shares: tuple[int, ...],
+        rank: int,
+        group: dist.ProcessGroup,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.ranges = (layout.query_ranges, *(layout.kv_ranges for _ in tensors[1:]))
+        ctx.totals = tuple(tensor.shape[1] for tensor in tensors)
+        ctx.shares, ctx.rank, ctx.group = shares, rank, group
+        return _scatter_heads(tensors, ctx.ranges, shares, rank, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return None, None, None, None, *_gather_heads(grads, ctx.ranges, ctx.totals, ctx.shares, ctx.rank, ctx.group)
+
+
+class _HeadsToSeq(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, layout: HeadLayout, shares: tuple[int, ...], rank: int, group: dist.ProcessGroup, out: Tensor
+    ) -> Tensor:
+        ctx.ranges, ctx.shares, ctx.rank, ctx.group = (layout.query_ranges,), shares, rank, group
+        return _gather_heads((out,), ctx.ranges, (layout.num_heads,), shares, rank, group)[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return None, None, None, None, *_scatter_heads((grad,), ctx.ranges, ctx.shares, ctx.rank, ctx.group)
+
+
+def seq_to_heads(
+    q: Tensor, k: Tensor, v: Tensor, layout: HeadLayout, shares: tuple[int, ...], rank: int, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One all-to-all that gives this rank the whole sequence for its share of the heads.
+
+    Args:
+        q: (B, H, S_r, D).
+        k: (B, H_kv, S_r, D).
+        v: (B, H_kv, S_r, D_v).
+        layout: Which rank gets which heads.
+        shares: S_r of every rank.
+        rank: This process's rank in ``group``.
+        group: The sequence-parallel group.
+
+    Returns:
+        q (B, H_r, S, D), k (B, heads needed, S, D), v (B, heads needed, S, D_v), strided views of one buffer.
+    """
+    q, k, v = _SeqToHeads.apply(layout, shares, rank, group, q, k, v)
+    return q, k, v
+
+
+def heads_to_seq(out: Tensor, layout: HeadLayout, shares: tuple[int, ...], rank: int, group: dist.ProcessGroup) -> Tensor:
+    """The way back: (B, H_r, S, D_v) -> (B, H, S_r, D_v) by one all-to-all."""
+    return _HeadsToSeq.apply(layout, shares, rank, group, out)

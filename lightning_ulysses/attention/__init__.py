@@ -1,0 +1,9 @@
+"""Attention on a split sequence: the exchange, the kernels, and one interceptor per caller."""
+
+from __future__ import annotations
+
+from lightning_ulysses.attention.attend import MaskSpec, attend
+from lightning_ulysses.handle import Handle
+from lightning_ulysses.attention.ulysses import ulysses_attention
+
+__all__ = ["Handle", "MaskSpec", "attend", "ulysses_attention"]

@@ -1,0 +1,77 @@
+"""Intercepts ``torch.nn.functional.scaled_dot_product_attention``."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_ulysses.attention.attend import MaskSpec
+from lightning_ulysses.handle import Handle
+from lightning_ulysses.attention.ulysses import sharded_attention
+from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.state import LiveBatch, SequenceState
+
+
+def find_mask(batch: LiveBatch, attn_mask: Tensor) -> MaskSpec | None:
+    """What a mask made by `attention.huggingface` stands for; detached or sliced copies share its storage."""
+    spec = batch.masks.get(attn_mask.untyped_storage().data_ptr())
+    return spec if isinstance(spec, MaskSpec) else None
+
+
+def local_mask_error(attn_mask: Tensor) -> UlyssesError:
+    """For a mask tensor made from one rank's slice."""
+    return UlyssesError(
+        f"an attention mask of shape {tuple(attn_mask.shape)} inside a step",
+        "no mask tensor, since one made from this rank's slice makes sense only locally",
+        "use is_causal=True, or call lightning_ulysses.ulysses_attention(..., is_causal=, window=, cu_seqlens=)",
+    )
+
+
+def install(state: SequenceState) -> Handle:
+    """Routes calls made on a live batch through the exchange; every other call goes to the original.
+
+    Args:
+        state: The strategy's state.
+
+    Returns:
+        A handle whose ``remove()`` restores the original function.
+    """
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    @functools.wraps(original)
+    def scaled_dot_product_attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        batch = state.sharded_batch
+        if batch is None:
+            return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        spec = MaskSpec(is_causal, num_padding=batch.layout.num_padding)
+        if attn_mask is not None:
+            known = find_mask(batch, attn_mask)
+            if known is None:
+                raise local_mask_error(attn_mask)
+            spec = known
+        if query.dim() not in (3, 4):
+            raise UlyssesError(
+                f"scaled_dot_product_attention on a query of shape {tuple(query.shape)}",
+                "(B, H, S_r, D) or (H, S_r, D)",
+                "reshape to four dimensions, or wrap attention along another dimension in lightning_ulysses.unsharded()",
+            )
+        tensors = [query, key, value] if query.dim() == 4 else [t.unsqueeze(0) for t in (query, key, value)]
+        out = sharded_attention(state, *tensors, spec, scale=scale, dropout_p=dropout_p)
+        return out if query.dim() == 4 else out.squeeze(0)
+
+    handle = Handle()
+    functional: Any = torch.nn.functional
+    handle.patch(functional, "scaled_dot_product_attention", scaled_dot_product_attention)
+    return handle

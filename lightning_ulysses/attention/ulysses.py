@@ -1,0 +1,96 @@
+"""Exchange, attend, exchange: the one path that every interceptor and hand-written model goes through."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lightning_ulysses.all_to_all import heads_to_seq, seq_to_heads
+from lightning_ulysses.attention.attend import MaskSpec, attend
+from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.heads import head_layout
+from lightning_ulysses.layout import cu_seqlens_to_runs
+from lightning_ulysses.state import SequenceState, check_share, sharded_state
+
+
+def sharded_attention(
+    state: SequenceState,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spec: MaskSpec,
+    *,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Attention of the live batch: q (B, H, S_r, D), k (B, H_kv, S_r, D), v (B, H_kv, S_r, D_v) -> (B, H, S_r, D_v).
+
+    Raises:
+        UlyssesError: If a length is not this rank's share, or P > H.
+    """
+    batch, mesh = state.sharded_batch, state.mesh
+    assert batch is not None and mesh.sp_group is not None
+    check_share(q.shape[2], batch.layout, mesh.sp_rank, "attention")
+    check_share(k.shape[2], batch.layout, mesh.sp_rank, "attention with keys")
+    state.attention_calls += 1
+    heads = head_layout(q.shape[1], k.shape[1], mesh.sp_size)
+    shares = batch.layout.shares
+    q, k, v = seq_to_heads(q, k, v, heads, shares, mesh.sp_rank, mesh.sp_group)
+    kv_index = None if heads.is_grouped(mesh.sp_rank) else heads.kv_index(mesh.sp_rank)
+    out = attend(q, k, v, spec, scale=scale, dropout_p=dropout_p, kv_index=kv_index)
+    return heads_to_seq(out, heads, shares, mesh.sp_rank, mesh.sp_group)
+
+
+def ulysses_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    window: int | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """Attention for hand-written models; plain when nothing is sharded.
+
+    Args:
+        q: (B, H, S_r, D).
+        k: (B, H_kv, S_r, D); H must be a multiple of H_kv.
+        v: (B, H_kv, S_r, D_v).
+        is_causal: Query i sees keys up to i, counted in the whole sequence.
+        scale: Of the scores; 1 / sqrt(D) if None.
+        dropout_p: Dropout probability of the attention weights.
+        window: With ``is_causal``, the number of keys that a query sees, itself included.
+        cu_seqlens: (documents + 1,) cumulative document lengths of the whole sequence, with B = 1; documents do not
+            see each other.
+
+    Returns:
+        (B, H, S_r, D_v).
+
+    Raises:
+        UlyssesError: If lengths do not fit the live batch, P > H, or ``window`` or ``cu_seqlens`` cannot be used.
+
+    Source:
+        DeepSpeed-Ulysses, arXiv 2309.14509.
+    """
+    if window is not None and (not is_causal or window < 1):
+        raise UlyssesError(
+            f"window={window} with is_causal={is_causal}",
+            "a positive window of a causal attention",
+            "set is_causal=True, or leave window out",
+        )
+    state = sharded_state()
+    layout = state.sharded_batch.layout if state is not None and state.sharded_batch is not None else None
+    documents = None
+    if cu_seqlens is not None:
+        if q.shape[0] != 1:
+            raise UlyssesError(
+                f"cu_seqlens with a batch of {q.shape[0]} rows",
+                "one row",
+                "pack the documents into one row, (1, S), or pass the rows one by one",
+            )
+        documents = (cu_seqlens_to_runs(cu_seqlens.tolist(), layout.seq_len if layout else q.shape[2]),)
+    spec = MaskSpec(is_causal, window, documents, num_padding=layout.num_padding if layout else 0)
+    if state is None:
+        return attend(q, k, v, spec, scale=scale, dropout_p=dropout_p)
+    return sharded_attention(state, q, k, v, spec, scale=scale, dropout_p=dropout_p)

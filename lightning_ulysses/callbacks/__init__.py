@@ -1,0 +1,7 @@
+"""Callbacks that know about split sequences."""
+
+from __future__ import annotations
+
+from lightning_ulysses.callbacks.token_count import TokenCountMonitor
+
+__all__ = ["TokenCountMonitor"]

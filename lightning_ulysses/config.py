@@ -1,0 +1,77 @@
+"""What the strategy is told, checked before anything starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lightning_ulysses.batch import BatchRules
+from lightning_ulysses.errors import UlyssesError
+
+_OWN_KEYS = {
+    "gradient_accumulation_steps": "set Trainer(accumulate_grad_batches=...)",
+    "train_batch_size": "leave it out; it follows from the dataloader",
+    "mpu": "leave it out; the strategy builds the groups",
+    "sequence_parallel_size": "set sp_size in the strategy",
+    "data_parallel_size": "set dp_shard_size in the strategy",
+    "tensor_parallel": "leave it out; tensor parallelism is not supported",
+    "mesh_param": "leave it out; the strategy builds the groups",
+}
+
+
+@dataclass(frozen=True)
+class UlyssesConfig:
+    """Everything that is not DeepSpeed's own; see `UlyssesDeepSpeedStrategy` for the meaning."""
+
+    sp_size: int | Literal["auto"] = "auto"
+    dp_shard_size: int | None = None
+    dp_replicate_size: int = 1
+    loss_weighting: Literal["tokens", "none"] = "tokens"
+    targets: str | None = None
+    rules: BatchRules = field(default_factory=BatchRules)
+
+    def __post_init__(self) -> None:
+        if self.sp_size != "auto" and (not isinstance(self.sp_size, int) or self.sp_size < 1):
+            raise UlyssesError(f"sp_size={self.sp_size!r}", "'auto' or a positive number", "change sp_size")
+        if self.loss_weighting not in ("tokens", "none"):
+            raise UlyssesError(
+                f"loss_weighting={self.loss_weighting!r}",
+                "'tokens' (the loss is a mean over tokens) or 'none' (it is not)",
+                "change loss_weighting",
+            )
+        multiple = self.rules.pad_to_multiple_of
+        if multiple is not None and multiple < 1:
+            raise UlyssesError(f"pad_to_multiple_of={multiple}", "a positive number or None", "change it")
+
+
+def check_deepspeed_config(config: Mapping[str, Any] | None) -> None:
+    """Refuses settings of DeepSpeed that the strategy or the Trainer owns.
+
+    Raises:
+        UlyssesError: Naming the key.
+    """
+    if config is None:
+        return
+    for key, fix in _OWN_KEYS.items():
+        if key in config:
+            raise UlyssesError(f"{key!r} in the DeepSpeed config", "a config without it", fix)
+    zero = config.get("zero_optimization") or {}
+    check_stage(zero.get("stage", 0))
+    hierarchical = [key for key in ("mics_shard_size", "zero_hpz_partition_size") if zero.get(key, 1) not in (-1, 1)]
+    if hierarchical:
+        raise UlyssesError(
+            f"{hierarchical[0]!r} in the DeepSpeed config",
+            "ZeRO shards over all processes, the only sharding whose step is exact at every stage",
+            f"remove {hierarchical[0]!r}",
+        )
+
+
+def check_stage(stage: int) -> None:
+    """Refuses a ZeRO stage that is not exact."""
+    if stage not in (1, 2, 3):
+        raise UlyssesError(
+            f"ZeRO stage {stage!r}",
+            "stage 1, 2 or 3; DeepSpeed's stage 0 reduces bf16 gradients and computes their norm differently",
+            "set stage=1, which keeps whole parameters and gradients on every process",
+        )

@@ -1,0 +1,104 @@
+"""The processes of a run as a grid of data-parallel and sequence-parallel axes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from lightning_ulysses.errors import UlyssesError
+
+DATA_AXIS = "data_parallel"
+SEQUENCE_AXIS = "sequence_parallel"
+
+
+@dataclass(frozen=True)
+class MeshSizes:
+    """The length of each mesh axis; their product is the world size."""
+
+    sp_size: int
+    dp_size: int
+
+
+def resolve_sizes(
+    world_size: int,
+    node_size: int,
+    sp_size: int | Literal["auto"],
+    dp_shard_size: int | None,
+    dp_replicate_size: int,
+) -> MeshSizes:
+    """Turns the strategy's sizes into axis lengths.
+
+    Args:
+        world_size: Processes in the run.
+        node_size: Processes on this node, the meaning of ``sp_size="auto"``.
+        sp_size: P.
+        dp_shard_size: Data-parallel ranks; ``None`` takes what is left of the world.
+        dp_replicate_size: Replicas of the ZeRO shards; only 1 is exact.
+
+    Raises:
+        UlyssesError: If the product is not the world size, or replication is asked for.
+    """
+    if dp_replicate_size != 1:
+        raise UlyssesError(
+            f"dp_replicate_size={dp_replicate_size}",
+            "dp_replicate_size=1: ZeRO shards over all processes, and DeepSpeed's hierarchical variants (MiCS, hpZ) "
+            "do not give the same step at every stage",
+            f"drop dp_replicate_size, or set dp_shard_size={(dp_shard_size or 1) * max(dp_replicate_size, 1)}",
+        )
+    sp = node_size if sp_size == "auto" else sp_size
+    fitting = [size for size in range(1, world_size + 1) if world_size % size == 0]
+    if sp < 1 or world_size % sp:
+        raise UlyssesError(
+            f"sp_size={sp} in a world of {world_size} processes",
+            "a world size that sp_size divides",
+            f"set sp_size to one of {fitting}, or change the number of devices or nodes",
+        )
+    dp = world_size // sp if dp_shard_size is None else dp_shard_size
+    if sp * dp != world_size:
+        raise UlyssesError(
+            f"sp_size={sp} * dp_shard_size={dp} * dp_replicate_size={dp_replicate_size} = {sp * dp}",
+            f"a product equal to the world size, {world_size}",
+            f"set dp_shard_size={world_size // sp} (or leave it out) with sp_size={sp}; sp_size may be any of {fitting}",
+        )
+    return MeshSizes(sp_size=sp, dp_size=dp)
+
+
+@dataclass(frozen=True)
+class SequenceMesh:
+    """Sizes, this process's place, and the group of each axis.
+
+    Consecutive ranks form a sequence-parallel group, so that its exchanges stay inside a node where it fits in one.
+    Groups are ``None`` along an axis of length one.
+    """
+
+    rank: int
+    world_size: int
+    sp_size: int
+    sp_rank: int
+    dp_size: int
+    dp_rank: int
+    sp_group: dist.ProcessGroup | None = None
+    dp_group: dist.ProcessGroup | None = None
+    device_mesh: DeviceMesh | None = None
+
+    @classmethod
+    def create(cls, sizes: MeshSizes, device_type: str) -> SequenceMesh:
+        """Builds the groups over the default process group; every process must call it."""
+        device_mesh = init_device_mesh(
+            device_type, (sizes.dp_size, sizes.sp_size), mesh_dim_names=(DATA_AXIS, SEQUENCE_AXIS)
+        )
+        rank = dist.get_rank()
+        return cls(
+            rank=rank,
+            world_size=dist.get_world_size(),
+            sp_size=sizes.sp_size,
+            sp_rank=rank % sizes.sp_size,
+            dp_size=sizes.dp_size,
+            dp_rank=rank // sizes.sp_size,
+            sp_group=device_mesh.get_group(SEQUENCE_AXIS) if sizes.sp_size > 1 else None,
+            dp_group=device_mesh.get_group(DATA_AXIS) if sizes.dp_size > 1 else None,
+            device_mesh=device_mesh,
+        )

@@ -1,0 +1,70 @@
+"""Checks before the first step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+
+from lightning_ulysses.batch import WholeBatch
+from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.mesh import SequenceMesh
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+
+def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Refuses what the Trainer or the module asks for and DeepSpeed or a split sequence cannot do.
+
+    Raises:
+        UlyssesError: Naming the setting.
+    """
+    if str(getattr(trainer.gradient_clip_algorithm, "value", trainer.gradient_clip_algorithm)) == "value":
+        raise UlyssesError(
+            "gradient_clip_algorithm='value'",
+            "clipping by norm, the only kind that DeepSpeed does",
+            "set Trainer(gradient_clip_algorithm='norm')",
+        )
+    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+        raise UlyssesError(
+            f"{type(module).__name__}.training_step(dataloader_iter)",
+            "training_step(batch, batch_idx), whose batch can be cut before it reaches the module",
+            "take the batch instead of the iterator",
+        )
+
+
+def _fingerprint(tensor: Tensor) -> int:
+    """A number that two equal tensors share and two different ones hardly ever do."""
+    values = tensor.detach().flatten()
+    values = values.double().view(torch.int64) if values.is_floating_point() else values.to(torch.int64)
+    # An order-sensitive sum that wraps around.
+    index = torch.arange(1, values.numel() + 1, dtype=torch.int64)
+    return int(((values ^ (values >> 17)) * (index * 2654435761 | 1)).sum()) if values.numel() else 0
+
+
+def check_same_batch(whole: WholeBatch, mesh: SequenceMesh, device: torch.device) -> None:
+    """Compares the batch over the ranks of a sequence-parallel group, by length and fingerprint.
+
+    Raises:
+        UlyssesError: On every rank of the group, if they hold different batches.
+    """
+    if mesh.sp_group is None:
+        return
+    fingerprint = 0
+    for tensor in whole.tensors.values():
+        fingerprint = (fingerprint * 31 + _fingerprint(tensor)) & (2**62 - 1)
+    mine = torch.tensor([whole.layout.seq_len, fingerprint], dtype=torch.int64, device=device)
+    everyone = [torch.empty_like(mine) for _ in range(mesh.sp_size)]
+    dist.all_gather(everyone, mine, group=mesh.sp_group)
+    if any(not torch.equal(other, mine) for other in everyone):
+        raise UlyssesError(
+            "ranks of one sequence-parallel group that hold different batches (sequence lengths "
+            f"{[int(other[0]) for other in everyone]})",
+            "the same batch on every rank of a group, since each of them trains on its slice of it",
+            "leave use_distributed_sampler at True, or give the sampler num_replicas and rank from "
+            "trainer.strategy.distributed_sampler_kwargs, and make the dataset deterministic",
+        )

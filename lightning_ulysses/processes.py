@@ -1,0 +1,179 @@
+"""A handful of processes that run one function after another as ranks of a gloo world."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from types import TracebackType
+from typing import Any, TypeVar
+
+from lightning_ulysses import upstream
+
+T = TypeVar("T")
+
+
+class RemoteError(RuntimeError):
+    """What a rank raised, with its traceback; ``cause`` is the exception where it could be sent."""
+
+    def __init__(self, rank: int, text: str, cause: BaseException | None) -> None:
+        super().__init__(f"rank {rank}:\n{text}")
+        self.rank = rank
+        self.cause = cause
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _clean_up() -> None:
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    if "deepspeed" in sys.modules:
+        upstream.forget_world()
+
+
+def _serve(connection: Connection) -> None:
+    """Runs what it is sent until the other end closes."""
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            message = connection.recv()
+        except EOFError:
+            return
+        if message is None:
+            return
+        function, args, environment = message
+        os.environ.update(environment)
+        try:
+            reply: Any = (True, function(int(environment["RANK"]), *args))
+        except BaseException as error:
+            cause: BaseException | None = error
+            try:
+                pickle.loads(pickle.dumps(error))
+            except Exception:
+                cause = None
+            reply = (False, (traceback.format_exc(), cause))
+        finally:
+            _clean_up()
+        try:
+            connection.send(reply)
+        except BrokenPipeError:
+            return
+
+
+class ProcessPool:
+    """Processes that outlive the worlds they form.
+
+    Args:
+        size: Processes; a run may use fewer.
+        timeout: Seconds after which a run counts as hung.
+    """
+
+    def __init__(self, size: int, timeout: float = 300.0) -> None:
+        self.size = size
+        self.timeout = timeout
+        self._processes: list[Any] = []
+        self._connections: list[Connection] = []
+
+    def __enter__(self) -> ProcessPool:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        # A process that loads torch reads it from the environment, so it has to be set before.
+        before = os.environ.get("OMP_NUM_THREADS")
+        os.environ["OMP_NUM_THREADS"] = "1"
+        try:
+            for _ in range(self.size):
+                here, there = context.Pipe()
+                process = context.Process(target=_serve, args=(there,), daemon=True)
+                process.start()
+                there.close()
+                self._processes.append(process)
+                self._connections.append(here)
+        finally:
+            if before is None:
+                del os.environ["OMP_NUM_THREADS"]
+            else:
+                os.environ["OMP_NUM_THREADS"] = before
+
+    def run(self, function: Callable[..., T], *args: Any, world_size: int) -> list[T]:
+        """Calls ``function(rank, *args)`` on ``world_size`` processes.
+
+        Returns:
+            What each rank returned.
+
+        Raises:
+            RemoteError: What the first failing rank raised; the others are ended if they wait for it.
+            TimeoutError: If a rank does not answer in time.
+        """
+        if world_size > self.size:
+            raise ValueError(f"A world of {world_size} processes in a pool of {self.size}.")
+        if not self._processes:
+            self._start()
+        environment = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "WORLD_SIZE": str(world_size),
+            "NODE_RANK": "0",
+        }
+        for rank in range(world_size):
+            own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            self._connections[rank].send((function, args, own))
+        return self._collect(world_size)
+
+    def _collect(self, world_size: int) -> list[Any]:
+        waiting = {self._connections[rank]: rank for rank in range(world_size)}
+        results: list[Any] = [None] * world_size
+        failure: RemoteError | None = None
+        deadline = time.monotonic() + self.timeout
+        while waiting:
+            ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for connection in ready:
+                rank = waiting.pop(connection)  # type: ignore[call-overload]
+                try:
+                    good, payload = connection.recv()  # type: ignore[union-attr]
+                except EOFError:
+                    good, payload = False, ("the process died", None)
+                if good:
+                    results[rank] = payload
+                elif failure is None:
+                    failure = RemoteError(rank, *payload)
+                    # The others may wait for it in a collective.
+                    deadline = min(deadline, time.monotonic() + 5.0)
+        if waiting:
+            self.close()
+            if failure is None:
+                raise TimeoutError(f"ranks {sorted(waiting.values())} did not answer within {self.timeout:.0f} s")
+        if failure is not None:
+            raise failure
+        return results
+
+    def close(self) -> None:
+        """Ends all processes; the next run starts new ones."""
+        for connection in self._connections:
+            connection.close()
+        for process in self._processes:
+            process.terminate()
+            process.join()
+        self._processes, self._connections = [], []

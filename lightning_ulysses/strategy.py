@@ -1,0 +1,323 @@
+"""The Lightning strategy: Ulysses sequence parallelism inside, DeepSpeed ZeRO around it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from lightning.fabric.strategies import _StrategyRegistry
+from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
+from lightning.pytorch.strategies.ddp import DDPStrategy
+from lightning.pytorch.strategies.deepspeed import DeepSpeedStrategy
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_ulysses import upstream
+from lightning_ulysses.batch import BatchRules, WholeBatch, entries_of, read_batch
+from lightning_ulysses.config import UlyssesConfig, check_deepspeed_config, check_stage
+from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.interception import install_interceptors
+from lightning_ulysses.loader import SeededLoader, TrainLoader
+from lightning_ulysses.mesh import SequenceMesh, resolve_sizes
+from lightning_ulysses.outputs import join_outputs
+from lightning_ulysses.preflight import check_same_batch, check_trainer
+from lightning_ulysses.state import LiveBatch, SequenceState, activate
+from lightning_ulysses.weighting import StepWeights
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+    from lightning_ulysses.handle import Handle
+
+_CHECKED_BATCHES = 3
+
+
+class UlyssesDeepSpeedStrategy(DeepSpeedStrategy):
+    """Trains an unchanged LightningModule on sequences split over processes, exactly.
+
+    Every batch is cut along the sequence; attention exchanges slices of the sequence for heads; ZeRO shards parameters,
+    gradients and optimizer state over all processes. One optimizer step gives the parameters that one process would
+    reach on the whole batch.
+
+    Args:
+        sp_size: P, processes that share one sequence; ``"auto"`` takes the processes of one node.
+        dp_shard_size: Groups that each train on sequences of their own; by default what is left of the world.
+        dp_replicate_size: Only 1 is exact and accepted.
+        stage: ZeRO stage 1, 2 or 3.
+        sequence_dims: For batch keys (or tuple indices, as strings) that are not the usual ones, the dimension that
+            carries the sequence; ``None`` as value for a tensor that every rank needs whole.
+        loss_weighting: ``"tokens"`` for a loss that is a mean over tokens; ``"none"`` averages over ranks instead.
+        targets: The key of the tensor that the loss is a mean over, where that cannot be seen from the loss computed.
+        ignore_index: The label that counts as no target.
+        pad_to_multiple_of: Pads every batch's S up to a multiple; no multiple is required.
+        config: A DeepSpeed config or the path of one; replaces all arguments of DeepSpeedStrategy.
+        **kwargs: Every other argument of Lightning's ``DeepSpeedStrategy``.
+
+    Raises:
+        UlyssesError: For settings that cannot be made exact.
+
+    Source:
+        DeepSpeed-Ulysses, arXiv 2309.14509; ALST, arXiv 2506.13996.
+    """
+
+    strategy_name = "ulysses_deepspeed"
+
+    def __init__(
+        self,
+        sp_size: int | Literal["auto"] = "auto",
+        dp_shard_size: int | None = None,
+        dp_replicate_size: int = 1,
+        stage: int = 2,
+        sequence_dims: dict[str, int | None] | None = None,
+        loss_weighting: Literal["tokens", "none"] = "tokens",
+        targets: str | None = None,
+        ignore_index: int = -100,
+        pad_to_multiple_of: int | None = None,
+        config: str | Path | dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        check_stage(stage if kwargs.get("zero_optimization", True) else 0)
+        dims = {str(key): dim for key, dim in (sequence_dims or {}).items()}
+        self.ulysses = UlyssesConfig(
+            sp_size=sp_size,
+            dp_shard_size=dp_shard_size,
+            dp_replicate_size=dp_replicate_size,
+            loss_weighting=loss_weighting,
+            targets=targets,
+            rules=BatchRules(dims, pad_to_multiple_of, ignore_index),
+        )
+        super().__init__(stage=stage, config=config, **kwargs)
+        if config is not None or self.DEEPSPEED_ENV_VAR in os.environ:
+            check_deepspeed_config(self.config)
+        else:
+            # The user's own optimizer must work with offload; DeepSpeed's needs a compiler.
+            self.config["zero_force_ds_cpu_optimizer"] = False
+        # Only DeepSpeed's timers read it; Lightning would build a second train dataloader to guess it.
+        self.config.setdefault("train_micro_batch_size_per_gpu", 1)
+        self._mesh: SequenceMesh | None = None
+        self._state: SequenceState | None = None
+        self._handle: Handle | None = None
+        self._train_loader: TrainLoader | None = None
+        self._base_seed = 0
+        self._checked: dict[str, int] = {}
+        self.weights: StepWeights | None = None
+
+    @property
+    def mesh(self) -> SequenceMesh:
+        """Sizes and groups; available once processes are connected."""
+        if self._mesh is None:
+            raise RuntimeError("The mesh exists only after the Trainer has set up its processes.")
+        return self._mesh
+
+    @property
+    def state(self) -> SequenceState:
+        """The live batch, for interceptors and callbacks; available between setup and teardown."""
+        if self._state is None:
+            raise RuntimeError("The sequence state exists only while a Trainer runs.")
+        return self._state
+
+    @override
+    def setup_environment(self) -> None:
+        if not isinstance(self.accelerator, (CUDAAccelerator, CPUAccelerator)):
+            raise UlyssesError(
+                f"accelerator {type(self.accelerator).__name__}", "CUDA or CPU", "set Trainer(accelerator='cpu')"
+            )
+        if isinstance(self.accelerator, CPUAccelerator) and self.parallel_devices:
+            # DeepSpeed and Lightning both tell processes apart by the device's index.
+            self.parallel_devices = [torch.device("cpu", index) for index in range(len(self.parallel_devices))]
+        # Skips DeepSpeedStrategy's own method, which does nothing but refuse CPUs.
+        DDPStrategy.setup_environment(self)
+
+    @override
+    def setup_distributed(self) -> None:
+        self.set_world_ranks()
+        sizes = resolve_sizes(
+            self.world_size,
+            self.num_processes,
+            self.ulysses.sp_size,
+            self.ulysses.dp_shard_size,
+            self.ulysses.dp_replicate_size,
+        )
+        upstream.use_accelerator(self.root_device.type)
+        with upstream.without_shared_memory_op() if self.root_device.type == "cpu" else nullcontext():
+            super().setup_distributed()
+        self._mesh = SequenceMesh.create(sizes, self.root_device.type)
+        seed = os.environ.get("PL_GLOBAL_SEED")
+        self._base_seed = int(self.broadcast(seed if seed is not None else torch.seed()))
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, int]:
+        return {"num_replicas": self.mesh.dp_size, "rank": self.mesh.dp_rank}
+
+    @property
+    @override
+    def handles_gradient_accumulation(self) -> bool:
+        """False: Lightning decides where a window ends, so that an epoch's last, shorter one is stepped as well."""
+        return False
+
+    @override
+    def block_backward_sync(self) -> AbstractContextManager[None]:
+        """Nothing to block: the engine reduces or accumulates by the boundary it has been told."""
+        return nullcontext()
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        assert self.lightning_module is not None
+        check_trainer(trainer, self.lightning_module)
+        super().setup(trainer)
+        upstream.set_device_mesh(self.lightning_module, self.mesh.device_mesh)
+        self._remove_interceptors()
+        self._state = SequenceState(self.mesh)
+        self._checked = {}
+        self.weights = StepWeights(self.ulysses, self.mesh, self.root_device)
+        self._handle = install_interceptors(self._state, self.lightning_module, self.zero_stage_3)
+        activate(self._state)
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        key = (self._base_seed, self.mesh.dp_rank, str(trainer.state.stage))
+
+        def epoch() -> int:
+            return trainer.current_epoch
+
+        if not trainer.training:
+            return SeededLoader(dataloader, key, epoch)
+        self._train_loader = TrainLoader(
+            dataloader,
+            key,
+            epoch,
+            window=trainer.accumulate_grad_batches if self.ulysses.loss_weighting == "tokens" else 1,
+            limit=lambda: upstream.unwrap_batches(trainer),
+            count=lambda batch: self._read(self.precision_plugin.convert_input(batch)).counts_of_group(),
+            dp_size=self.mesh.dp_size,
+        )
+        return self._train_loader
+
+    def _read(self, batch: Any) -> WholeBatch:
+        return read_batch(batch, self.ulysses.rules, self.mesh.sp_size)
+
+    @override
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        assert self.lightning_module is not None and self.weights is not None
+        trainer = self.lightning_module.trainer
+        whole = self._read(batch)
+        stage = str(trainer.state.stage)
+        self._checked[stage] = self._checked.get(stage, 0) + 1
+        if self._checked[stage] <= _CHECKED_BATCHES:
+            check_same_batch(whole, self.mesh, self.root_device)
+        training = trainer.training
+        sharded, shards, seen = whole.shard(self.mesh.sp_rank, stand_in=training)
+        result = super().batch_to_device(sharded, device, dataloader_idx)
+        moved = entries_of(result)
+        counts = {name: values[self.mesh.sp_rank] for name, values in whole.counts.items()}
+        self.state.pending = LiveBatch(
+            whole.layout,
+            shards={key: moved.get(key, t).to(self.root_device) for key, t in shards.items()},
+            counts=counts,
+            seen=seen,
+            rows=whole.rows,
+        )
+        self.state.collect_evidence = self.weights.needs_evidence
+        if training:
+            plan = None
+            if self._train_loader is not None:
+                self._train_loader.advance()
+                plan = self._train_loader.plans
+            self.weights.begin(whole.counts_of_group(), plan)
+        return result
+
+    def _step(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        before = self.state.attention_calls
+        with self.state.live():
+            output = getattr(super(), name)(*args, **kwargs)
+            if self.mesh.sp_size > 1 and self.state.attention_calls == before == 0:
+                raise UlyssesError(
+                    f"a {name} of {type(self.lightning_module).__name__} without a single attention call intercepted",
+                    "calls of torch.nn.functional.scaled_dot_product_attention, of transformers' attention functions, or "
+                    "of lightning_ulysses.ulysses_attention; anything else would stay within this rank's slice",
+                    "call torch.nn.functional.scaled_dot_product_attention by its full name, or set sp_size=1",
+                )
+        return output
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.lightning_module is not None and self.weights is not None
+        last = not upstream.should_accumulate(self.lightning_module.trainer)
+        if self.lightning_module.automatic_optimization:
+            self.weights.check_boundary(last)
+            # DeepSpeed counts micro-steps across epochs, Lightning's window ends with the epoch.
+            self.deepspeed_engine.set_gradient_accumulation_boundary(last)
+        return self._step("training_step", *args, **kwargs)
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._step("validation_step", *args, **kwargs)
+
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._step("test_step", *args, **kwargs)
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        output = self._step("predict_step", *args, **kwargs)
+        assert self.state.pending is not None
+        return join_outputs(output, self.state.pending.layout, self.mesh)
+
+    @override
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+        assert self.lightning_module is not None and self.weights is not None
+        assert self.state.pending is not None
+        module = self.lightning_module
+        # Lightning has divided by it already; the window's own weights take its place.
+        repeats = module.trainer.accumulate_grad_batches if module.automatic_optimization else 1
+        loss = self.weights.apply(closure_loss * repeats, self.state.pending, repeats, module.automatic_optimization)
+        # Activation checkpointing calls attention again from here.
+        with self.state.live():
+            return super().backward(loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+    @override
+    def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
+        assert self.weights is not None
+        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        self.weights.stepped()
+        return output
+
+    @override
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        if not self.load_full_weights:
+            upstream.allow_weights_only_load(self.deepspeed_engine)
+        return super().load_checkpoint(checkpoint_path, weights_only)
+
+    def _remove_interceptors(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        activate(None)
+
+    @override
+    def teardown(self) -> None:
+        self._remove_interceptors()
+        self._state = None
+        super().teardown()
+
+    @classmethod
+    @override
+    def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+        offload: Mapping[str, Any] = {"stage": 3, "offload_optimizer": True, "offload_parameters": True}
+        entries: dict[str, Mapping[str, Any]] = {
+            "": {"stage": 2},
+            **{f"_stage_{stage}": {"stage": stage} for stage in (1, 2, 3)},
+            "_stage_3_offload": offload,
+        }
+        for suffix, settings in entries.items():
+            description = f"Ulysses sequence parallelism with DeepSpeed ZeRO: {dict(settings)}"
+            strategy_registry.register(cls.strategy_name + suffix, cls, description=description, **settings)
+
+

@@ -1,0 +1,87 @@
+"""The private parts of Lightning and DeepSpeed that this package leans on, all in one place and pinned by a test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+
+def should_accumulate(trainer: pl.Trainer) -> bool:
+    """Whether the optimizer does not step after the current micro-batch (Lightning ``loops/training_epoch_loop.py``)."""
+    return bool(trainer.fit_loop._should_accumulate())
+
+
+@contextmanager
+def without_shared_memory_op() -> Iterator[None]:
+    """Keeps DeepSpeed from compiling its shared-memory collectives for CPU when it sets up communication.
+
+    They need a C++ compiler on every machine and half a minute, and nothing in training uses them
+    (DeepSpeed ``comm/torch.py``, ``build_shm_op``).
+    """
+    from deepspeed.ops import __compatible_ops__ as compatible
+
+    before = compatible.get("deepspeed_shm_comm")
+    compatible["deepspeed_shm_comm"] = False
+    try:
+        yield
+    finally:
+        if before is None:
+            compatible.pop("deepspeed_shm_comm", None)
+        else:
+            compatible["deepspeed_shm_comm"] = before
+
+
+def use_accelerator(device_type: str) -> None:
+    """Points DeepSpeed at the CPU when Lightning trains on it although the machine has GPUs."""
+    from deepspeed.accelerator import get_accelerator, set_accelerator
+
+    if device_type == "cpu" and get_accelerator().device_name() != "cpu":
+        from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+        set_accelerator(CPU_Accelerator())
+
+
+def allow_weights_only_load(engine: Any) -> None:
+    """Lets a ZeRO-3 engine without an optimizer load a checkpoint (DeepSpeed issue 7272)."""
+    if engine.optimizer is not None and not hasattr(engine.optimizer, "_restore_from_bit16_weights"):
+        engine.optimizer._restore_from_bit16_weights = lambda: None
+
+
+def unwrap_batches(trainer: pl.Trainer) -> float:
+    """Batches of a training epoch that the loop will use; infinite when unknown."""
+    loader = trainer.fit_loop._combined_loader
+    if loader is None:
+        return float("inf")
+    limits = [float("inf") if limit is None else float(limit) for limit in loader.limits or [None]]
+    return limits[0]
+
+
+def set_device_mesh(module: pl.LightningModule, mesh: torch.distributed.device_mesh.DeviceMesh | None) -> None:
+    """Makes ``LightningModule.device_mesh`` answer, as Lightning's ModelParallelStrategy does."""
+    module._device_mesh = mesh
+
+
+def forget_world() -> None:
+    """Lets a process that leaves one world join another.
+
+    DeepSpeed caches the groups of the first and numbers modules and parameters on from the last engine's, which ZeRO-3
+    compares over ranks.
+    """
+    import deepspeed.comm.comm as comm
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init
+    from deepspeed.utils import groups
+
+    comm.cdb = None
+    for name, value in vars(groups).items():
+        if name.startswith("_") and name.isupper() and not isinstance(value, str):
+            setattr(groups, name, {} if isinstance(value, dict) else None)
+    Init.param_id = 0
+    counter: Any = DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__
+    counter[0][0] = 0

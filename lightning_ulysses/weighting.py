@@ -1,0 +1,156 @@
+"""The weight of each micro-batch's loss, and the exact loss of the step that comes of it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_ulysses.config import UlyssesConfig
+from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.loss import LossWindow, WeightedMean, WindowPlan, token_weight
+from lightning_ulysses.mesh import SequenceMesh
+from lightning_ulysses.state import LiveBatch
+from lightning_ulysses.targets import TargetResolver
+
+
+class StepWeights:
+    """Follows the accumulation window and weights each loss so that ranks and micro-batches add up to the token mean.
+
+    Args:
+        config: The strategy's settings.
+        mesh: Sizes and groups.
+        device: Where collectives take place.
+    """
+
+    def __init__(self, config: UlyssesConfig, mesh: SequenceMesh, device: torch.device) -> None:
+        self._config = config
+        self._mesh = mesh
+        self._device = device
+        self._resolver = TargetResolver(config.targets, self._agree)
+        self._window: LossWindow | None = None
+        self._plan: WindowPlan | None = None
+        self._finished: Tensor | None = None
+        self._backwards = 0
+
+    @property
+    def needs_evidence(self) -> bool:
+        """Whether it is still open which tensor holds the targets."""
+        return self._config.loss_weighting == "tokens" and not self._resolver.is_settled
+
+    def _agree(self, scores: Tensor) -> Tensor:
+        shared = scores.to(self._device)
+        dist.all_reduce(shared, op=dist.ReduceOp.MIN)
+        return shared.cpu()
+
+    def _over_replicas(self, totals: Mapping[str, float]) -> dict[str, float]:
+        if self._mesh.dp_group is None or not totals:
+            return dict(totals)
+        names = sorted(totals)
+        shared = torch.tensor([totals[name] for name in names], dtype=torch.float64, device=self._device)
+        dist.all_reduce(shared, group=self._mesh.dp_group)
+        return dict(zip(names, shared.tolist(), strict=True))
+
+    def begin(self, counts: Mapping[str, float], plans: deque[WindowPlan] | None) -> None:
+        """Takes note of a micro-batch that is about to be trained on.
+
+        Args:
+            counts: Its targets on this data-parallel rank, for each tensor that may hold them.
+            plans: The accumulation windows that the dataloader has looked ahead over.
+
+        Raises:
+            UlyssesError: If the batch is not the one that was counted.
+        """
+        self._backwards = 0
+        if self._config.loss_weighting == "none":
+            return
+        if self._window is None or self._window.is_last:
+            self._plan = plans.popleft() if plans else WindowPlan(1, counts)
+            self._window = LossWindow(self._plan.size, self._over_replicas(self._plan.totals or counts))
+        else:
+            self._window.index += 1
+        planned = self._plan.counts if self._plan is not None else ()
+        if planned and dict(planned[self._window.index]) != dict(counts):
+            raise UlyssesError(
+                f"a batch with targets {dict(counts)} that had {dict(planned[self._window.index])} when the dataloader "
+                "yielded it",
+                "targets that are final when the dataloader yields them, since a step's targets are counted ahead",
+                "move what changes the labels from on_before_batch_transfer to the collate function",
+            )
+
+    def check_boundary(self, last: bool) -> None:
+        """Raises if Lightning and the window disagree on where the optimizer steps."""
+        if self._config.loss_weighting == "tokens" and self._window is not None and self._window.is_last != last:
+            raise UlyssesError(
+                f"an optimizer step {'after' if last else 'not after'} micro-batch {self._window.index + 1} of "
+                f"{self._window.size}",
+                "accumulation windows that follow accumulate_grad_batches and the length of the epoch",
+                "use one train dataloader and do not change accumulate_grad_batches during fit",
+            )
+
+    def apply(self, loss: Tensor, live: LiveBatch, micro_batches: int, automatic: bool) -> Tensor:
+        """The loss to back-propagate on this rank.
+
+        Args:
+            loss: The mean that the module returned.
+            live: The batch it was computed on.
+            micro_batches: ``accumulate_grad_batches``.
+            automatic: Whether Lightning optimises, or the module by hand.
+
+        Raises:
+            UlyssesError: If the loss cannot be told to be a mean over known targets, or a module that optimises by hand
+                calls backward more than once per step.
+        """
+        self._backwards += 1
+        if self._backwards > 1:
+            raise UlyssesError(
+                f"{self._backwards} backward passes on one batch without an optimizer step between them",
+                "one backward pass for each batch and step, since the step's targets are counted ahead",
+                "add the losses before backward" + ("" if automatic else ", or use automatic optimization to accumulate"),
+            )
+        if self._config.loss_weighting == "none":
+            self._window = self._window or LossWindow(micro_batches, {})
+            self._window.add(loss.detach().float() / (self._mesh.world_size * micro_batches))
+            return loss / micro_batches
+        assert self._window is not None
+        name = self._resolver.resolve(live)
+        weight = token_weight(live.counts[name], self._window.totals[name], self._mesh.world_size)
+        if not self._window.totals[name]:
+            loss = torch.nan_to_num(loss)
+        weighted = loss.float() * weight
+        self._window.add(weighted.detach() / self._mesh.world_size)
+        return weighted
+
+    def stepped(self) -> None:
+        """Closes the window; called after the optimizer has stepped."""
+        self._backwards = 0
+        if self._window is not None and self._window.loss is not None:
+            self._finished, self._window = self._window.loss, None
+
+    def global_loss(self) -> Tensor | None:
+        """The exact loss of the optimizer step just taken, the same on every rank; a collective.
+
+        Returns:
+            A scalar, or None if no step has ended since the last call.
+        """
+        if self._finished is None:
+            return None
+        total, self._finished = self._finished.clone(), None
+        dist.all_reduce(total)
+        return total
+
+    def evaluate(self, mean: WeightedMean, loss: Tensor, live: LiveBatch) -> None:
+        """Adds the loss of an evaluation step to a mean over targets; collective until the targets are known."""
+        if self._config.loss_weighting == "none":
+            mean.add(loss, 1.0)
+        else:
+            mean.add(loss, live.counts[self._resolver.resolve(live)])
+
+    def reduce_mean(self, mean: WeightedMean) -> Tensor:
+        """The mean over all ranks; a collective."""
+        shared = torch.stack([mean.total.to(self._device), torch.tensor(mean.count, dtype=torch.float64, device=self._device)])
+        dist.all_reduce(shared)
+        return (shared[0] / shared[1]).float()
