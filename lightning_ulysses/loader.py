@@ -120,7 +120,8 @@ class TrainLoader(SeededLoader):
         for _ in islice(source, position):
             pass
         while True:
-            size = int(min(self._window, max(1, self._limit() - position)))
+            # Windows are counted from the start of the epoch, also behind batches that a resumed run skips.
+            size = int(min(self._window - position % self._window, max(1, self._limit() - position)))
             batches = list(islice(source, size))
             if not batches:
                 return

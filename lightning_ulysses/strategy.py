@@ -147,7 +147,7 @@ class UlyssesDeepSpeedStrategy(DeepSpeedStrategy):
             super().setup_distributed()
         self._mesh = SequenceMesh.create(sizes, self.root_device.type)
         seed = os.environ.get("PL_GLOBAL_SEED")
-        self._base_seed = int(self.broadcast(seed if seed is not None else torch.seed()))
+        self._base_seed = int(self.broadcast(seed if seed is not None else torch.initial_seed()))
 
     @property
     @override
@@ -219,7 +219,7 @@ class UlyssesDeepSpeedStrategy(DeepSpeedStrategy):
         counts = {name: values[self.mesh.sp_rank] for name, values in whole.counts.items()}
         self.state.pending = LiveBatch(
             whole.layout,
-            shards={key: moved.get(key, t).to(self.root_device) for key, t in shards.items()},
+            shards={key: moved[key] if key in moved else t.to(self.root_device) for key, t in shards.items()},
             counts=counts,
             seen=seen,
             rows=whole.rows,
@@ -293,7 +293,9 @@ class UlyssesDeepSpeedStrategy(DeepSpeedStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         if not self.load_full_weights:
             upstream.allow_weights_only_load(self.deepspeed_engine)
-        return super().load_checkpoint(checkpoint_path, weights_only)
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        upstream.rescale_progress(checkpoint, self.mesh.dp_size)
+        return checkpoint
 
     def _remove_interceptors(self) -> None:
         if self._handle is not None:

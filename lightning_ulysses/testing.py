@@ -125,9 +125,8 @@ def split_trainer(run: SplitRun, callbacks: Sequence[pl.Callback] = ()) -> pl.Tr
         accelerator="cpu",
         devices=run.world_size,
         strategy=UlyssesDeepSpeedStrategy(sp_size=run.sp_size, **run.strategy),
-        use_distributed_sampler=False,
         callbacks=list(callbacks),
-        **{**QUIET, "max_epochs": 1, **run.trainer},
+        **{**QUIET, "use_distributed_sampler": False, "max_epochs": 1, **run.trainer},
     )
 
 

@@ -62,6 +62,20 @@ def unwrap_batches(trainer: pl.Trainer) -> float:
     return limits[0]
 
 
+def rescale_progress(checkpoint: dict[str, Any], dp_size: int) -> None:
+    """Counts the batches of a half-done epoch as this number of data-parallel ranks would have (``loops/progress.py``).
+
+    The dataloader's own state, ``TrainLoader.state_dict``, says how many ranks shared the epoch so far.
+    """
+    fit_loop = checkpoint.get("loops", {}).get("fit_loop", {})
+    states = fit_loop.get("state_dict", {}).get("combined_loader") or [{}]
+    former = states[0].get("dp_size", dp_size)
+    if former != dp_size:
+        current = fit_loop["epoch_loop.batch_progress"]["current"]
+        for name in ("ready", "started", "processed", "completed"):
+            current[name] = current[name] * former // dp_size
+
+
 def set_device_mesh(module: pl.LightningModule, mesh: torch.distributed.device_mesh.DeviceMesh | None) -> None:
     """Makes ``LightningModule.device_mesh`` answer, as Lightning's ModelParallelStrategy does."""
     module._device_mesh = mesh

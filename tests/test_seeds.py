@@ -1,0 +1,74 @@
+"""Ranks of one sequence group see one sample; other groups see others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from models import VOCAB, HandWritten
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_ulysses.processes import ProcessPool
+from lightning_ulysses.testing import SplitRun, split_trainer
+
+S = 33
+
+
+class Rotated(Dataset[tuple[Tensor, Tensor]]):
+    """Counts up from a place that is drawn at random each time."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        row = (torch.arange(S + 1) + torch.randint(0, VOCAB, ())) % VOCAB
+        return row[:-1], row[1:]
+
+
+class Recording(HandWritten):
+    """Keeps the slices that it was trained on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[Tensor] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.seen.append(batch[0].clone())
+        return super().training_step(batch, batch_idx)
+
+
+def record(rank: int, workers: int, seed: int | None) -> list[Tensor]:
+    if seed is not None:
+        L.seed_everything(seed, workers=True, verbose=False)
+    else:
+        torch.manual_seed(1000 + rank)
+    module = Recording()
+    torch.rand(rank)
+    trainer = split_trainer(SplitRun(4, 2, trainer={"max_epochs": 2, "use_distributed_sampler": True}))
+    trainer.fit(module, DataLoader(Rotated(), batch_size=1, num_workers=workers))
+    return module.seen
+
+
+@pytest.mark.parametrize(("workers", "seed"), [(0, 3), (0, None), (2, 3)])
+def test_one_sample_per_group(pool: ProcessPool, workers: int, seed: int | None) -> None:
+    seen = pool.run(record, workers, seed, world_size=4)
+    rows: list[list[Tensor]] = [[], []]
+    for group in range(2):
+        for first, second in zip(seen[2 * group], seen[2 * group + 1], strict=True):
+            row = torch.cat([first, second], dim=1)
+            assert row.shape == (1, S)
+            assert torch.equal(row.diff(dim=1) % VOCAB, torch.ones(1, S - 1, dtype=torch.long))
+            rows[group].append(row)
+    assert len(rows[0]) == 6
+    assert not all(torch.equal(a, b) for a, b in zip(*rows, strict=True))
+    assert not torch.equal(rows[0][0], rows[0][3]), "the second epoch repeats the first one's augmentations"
+
+
+def test_seed_makes_runs_repeatable(pool: ProcessPool) -> None:
+    first, second = (pool.run(record, 0, 3, world_size=4) for _ in range(2))
+    other = pool.run(record, 0, 4, world_size=4)
+    assert all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first[0], other[0], strict=True))
