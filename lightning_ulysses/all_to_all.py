@@ -91,7 +91,11 @@ def _pack_heads(send: Tensor, tensors: tuple[Tensor, ...], ranges: tuple[Ranges,
 
 
 def _scatter_heads(
-    tensors: tuple[Tensor, ...], ranges: tuple[Ranges, ...], shares: tuple[int, ...], rank: int, group: dist.ProcessGroup
+    tensors: tuple[Tensor, ...],
+    ranges: tuple[Ranges, ...],
+    shares: tuple[int, ...],
+    rank: int,
+    group: dist.ProcessGroup,
 ) -> tuple[Tensor, ...]:
     """(B, heads, S_r, D) of each tensor -> (B, its heads on this rank, S, D), in one collective."""
     batch, share = tensors[0].shape[0], shares[rank]
@@ -125,6 +129,28 @@ def _join_heads(whole: Tensor, parts: list[Tensor], ends: Ranges) -> None:
             whole[:, :, begin:end].add_(part)
 
 
+def _pack_tokens(
+    send: Tensor, tensors: tuple[Tensor, ...], widths: list[int], shares: tuple[int, ...], peers: list[int]
+) -> None:
+    """Lays the tokens of each of ``peers`` one peer behind another, the tensors side by side.
+
+    Args:
+        send: Flat; takes (S_i, B, sum of heads * D) for each peer i.
+        tensors: Each (B, heads of this rank, S, D).
+        widths: Heads of each tensor.
+        shares: S_r of every rank.
+        peers: The ranks to pack for.
+    """
+    sizes = [tensor.shape[3] for tensor in tensors]
+    chunks = send.view(-1, tensors[0].shape[0], sum(w * d for w, d in zip(widths, sizes, strict=True)))
+    columns = [_columns(chunk, widths, sizes) for chunk in chunks.split([shares[peer] for peer in peers])]
+    for index, tensor in enumerate(tensors):
+        # (B, heads, S, D) -> (S, B, heads, D)
+        tokens = tensor.permute(2, 0, 1, 3).split(shares)
+        for column, peer in zip(columns, peers, strict=True):
+            column[index].copy_(tokens[peer])
+
+
 def _gather_heads(
     tensors: tuple[Tensor, ...],
     ranges: tuple[Ranges, ...],
@@ -133,41 +159,45 @@ def _gather_heads(
     rank: int,
     group: dist.ProcessGroup,
 ) -> tuple[Tensor, ...]:
-    """(B, heads of this rank, S, D) of each tensor -> (B, all heads, S_r, D); heads held by several ranks are summed."""
-    batch, share, sizes = tensors[0].shape[0], shares[rank], [tensor.shape[3] for tensor in tensors]
-    rows, widths = _row_sizes(ranges, sizes), [_widths(ranges, peer) for peer in range(len(shares))]
+    """(B, heads of this rank, S, D) of each tensor -> (B, all heads, S_r, D), in one collective.
+
+    Heads held by several ranks are summed.
+    """
+    batch, share, sp_size = tensors[0].shape[0], shares[rank], len(shares)
+    sizes = [tensor.shape[3] for tensor in tensors]
+    rows, widths = _row_sizes(ranges, sizes), [_widths(ranges, peer) for peer in range(sp_size)]
     result_sizes = [share * batch * total * size for total, size in zip(totals, sizes, strict=True)]
-    # (B, heads, S, D) -> (S, B, heads, D) -> the tokens of each rank
-    sources = [tensor.permute(2, 0, 1, 3).split(shares) for tensor in tensors]
     # A single tensor is sent as it lies in memory; several have to be copied side by side in any case.
-    peers = _on_wire(rank, len(shares)) if len(tensors) == 1 else [p for p in range(len(shares)) if p != rank]
+    peers = list(_on_wire(rank, sp_size)) if len(tensors) == 1 else [peer for peer in range(sp_size) if peer != rank]
     send_sizes = [count * batch * rows[rank] * (peer in peers) for peer, count in enumerate(shares)]
+    recv_sizes = [share * batch * row * (peer in peers) for peer, row in enumerate(rows)]
     if len(tensors) == 1:
         begin = sum(shares[: peers[0]])
-        # (B, heads, S, D) -> (tokens of the peers, B, heads, D)
+        # (B, heads, S, D) -> (S, B, heads, D) -> the tokens of the peers
         send = tensors[0].permute(2, 0, 1, 3)[begin : begin + sum(shares[peer] for peer in peers)].contiguous()
         buffer = send.new_empty(sum(result_sizes))
     else:
         # The results go where the sent chunks were: one buffer less to allocate and to hold at the peak.
         buffer = tensors[0].new_empty(max(sum(send_sizes), sum(result_sizes)))
         send = buffer[: sum(send_sizes)]
-        for peer, chunk in zip(peers, send.split([send_sizes[peer] for peer in peers]), strict=True):
-            columns = _columns(chunk.view(shares[peer], batch, rows[rank]), widths[rank], sizes)
-            for column, source in zip(columns, sources, strict=True):
-                column.copy_(source[peer])
-    recv_sizes = [share * batch * row * (peer in peers) for peer, row in enumerate(rows)]
+        _pack_tokens(send, tensors, widths[rank], shares, peers)
     recv = send.new_empty(sum(recv_sizes))
     _exchange(recv, send, recv_sizes, send_sizes, group)
     parts = [
-        _columns(chunk.view(share, batch, row), width, sizes) if peer in peers else [source[rank] for source in sources]
-        for peer, (chunk, row, width) in enumerate(zip(recv.split(recv_sizes), rows, widths, strict=True))
+        _columns(chunk.view(share, batch, row), width, sizes)
+        for chunk, row, width in zip(recv.split(recv_sizes), rows, widths, strict=True)
+        if chunk.numel()
     ]
-    results = buffer[: sum(result_sizes)].split(result_sizes)
-    wholes = [r.view(share, batch, total, size) for r, total, size in zip(results, totals, sizes, strict=True)]
-    for index, whole in enumerate(wholes):
+    if rank not in peers:
+        # (B, heads, S, D) -> (S, B, heads, D) -> (S_r, B, heads, D)
+        parts.insert(rank, [tensor.permute(2, 0, 1, 3).split(shares)[rank] for tensor in tensors])
+    results = []
+    for index, flat in enumerate(buffer[: sum(result_sizes)].split(result_sizes)):
+        whole = flat.view(share, batch, totals[index], sizes[index])
         _join_heads(whole, [part[index] for part in parts], ranges[index])
-    # (S_r, B, heads, D) -> (B, heads, S_r, D)
-    return tuple(whole.permute(1, 2, 0, 3) for whole in wholes)
+        # (S_r, B, heads, D) -> (B, heads, S_r, D)
+        results.append(whole.permute(1, 2, 0, 3))
+    return tuple(results)
 
 
 class _SeqToHeads(torch.autograd.Function):
@@ -226,6 +256,8 @@ def seq_to_heads(
     return q, k, v
 
 
-def heads_to_seq(out: Tensor, layout: HeadLayout, shares: tuple[int, ...], rank: int, group: dist.ProcessGroup) -> Tensor:
+def heads_to_seq(
+    out: Tensor, layout: HeadLayout, shares: tuple[int, ...], rank: int, group: dist.ProcessGroup
+) -> Tensor:
     """The way back: (B, H_r, S, D_v) -> (B, H, S_r, D_v) by one all-to-all."""
     return _HeadsToSeq.apply(layout, shares, rank, group, out)

@@ -137,7 +137,7 @@ def describe(entries: Mapping[str, Any]) -> str:
 
 def _suggest(entries: Mapping[str, Any]) -> str:
     dims = {
-        key: max(range(min(1, value.dim() - 1), value.dim()), key=lambda dim, t=value: t.shape[dim])
+        key: max(range(min(1, value.dim() - 1), value.dim()), key=value.shape.__getitem__)
         for key, value in entries.items()
         if isinstance(value, Tensor) and value.dim() > 0
     }
@@ -155,7 +155,7 @@ def _usual_dim(key: str, tensor: Tensor) -> int:
         raise UlyssesError(
             f"batch[{key!r}] of shape {tuple(tensor.shape)}",
             reason,
-            f"change the collate function, or say which dimension carries the sequence in sequence_dims={{{key!r}: ...}}",
+            f"change the collate function, or say which dimension is the sequence: sequence_dims={{{key!r}: ...}}",
         )
     return 1
 
@@ -188,7 +188,7 @@ def _find_dims(batch: Any, entries: dict[str, Any], rules: BatchRules) -> dict[s
         if all(isinstance(t, Tensor) and t.dim() == 2 and t.shape == tensors[0].shape for t in tensors) and (
             len(tensors) == 2 or (len(tensors) == 1 and not tensors[0].is_floating_point())
         ):
-            dims = {key: 1 for key in entries}
+            dims = dict.fromkeys(entries, 1)
     if not dims:
         raise UlyssesError(
             f"a batch {describe(entries)} whose sequence cannot be identified",
@@ -213,7 +213,7 @@ def _check_lengths(entries: dict[str, Any], dims: dict[str, int], rules: BatchRu
         raise UlyssesError(
             f"sequence tensors of different lengths {lengths} in a batch {describe(entries)}",
             "one length S for all of them",
-            "pad or cut them to one length in the collate function, or take a tensor out with sequence_dims={key: None}",
+            "pad or cut them to one length in the collate function, or leave one out with sequence_dims={key: None}",
         )
     for key, value in entries.items():
         settled = key in dims or key in WHOLE_KEYS or key in rules.sequence_dims
@@ -288,7 +288,7 @@ def read_batch(batch: Any, rules: BatchRules, sp_size: int) -> WholeBatch:
     if amount:
         float_target = not is_mapping and len(tensors) > 1 and not candidates
         tensors = {
-            key: _pad(t, key, dims[key], amount, rules, key in candidates and key not in MASK_KEYS or float_target)
+            key: _pad(t, key, dims[key], amount, rules, (key in candidates and key not in MASK_KEYS) or float_target)
             for key, t in tensors.items()
         }
     layout = SequenceLayout(
@@ -301,9 +301,7 @@ def read_batch(batch: Any, rules: BatchRules, sp_size: int) -> WholeBatch:
     hidden: set[str] = set()
     if is_mapping:
         _add_shifted(tensors, dims, candidates, hidden, layout, rules)
-    counts = {
-        key: _count(tensors[key], dims[key], layout, rules.ignore_index, key in MASK_KEYS) for key in candidates
-    }
+    counts = {key: _count(tensors[key], dims[key], layout, rules.ignore_index, key in MASK_KEYS) for key in candidates}
     if not amount:
         rows = max(t.shape[0] if dims[key] else 1 for key, t in tensors.items())
         counts["tokens"] = tuple(float(rows * share) for share in layout.shares)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.heads import even_shares, starts
@@ -57,8 +58,8 @@ class SequenceLayout:
 
 def runs_from_starts(begins: list[int], seq_len: int) -> Runs:
     """Documents from the positions where they begin; the first is taken to begin at 0."""
-    edges = sorted({0, *begins}) + [seq_len]
-    return tuple((begin, end) for begin, end in zip(edges[:-1], edges[1:], strict=True) if begin < end)
+    edges = [*sorted({0, *begins}), seq_len]
+    return tuple((begin, end) for begin, end in pairwise(edges) if begin < end)
 
 
 def cu_seqlens_to_runs(cu_seqlens: list[int], seq_len: int) -> Runs:
@@ -67,7 +68,7 @@ def cu_seqlens_to_runs(cu_seqlens: list[int], seq_len: int) -> Runs:
     Raises:
         UlyssesError: If the lengths do not start at 0, do not grow, or end behind S.
     """
-    grows = all(left <= right for left, right in zip(cu_seqlens[:-1], cu_seqlens[1:], strict=True))
+    grows = all(left <= right for left, right in pairwise(cu_seqlens))
     if not cu_seqlens or cu_seqlens[0] != 0 or not grows or cu_seqlens[-1] > seq_len:
         raise UlyssesError(
             f"cu_seqlens {cu_seqlens[:8]}{'...' if len(cu_seqlens) > 8 else ''} for rows of {seq_len} tokens",

@@ -61,7 +61,7 @@ def resolve_sizes(
         raise UlyssesError(
             f"sp_size={sp} * dp_shard_size={dp} * dp_replicate_size={dp_replicate_size} = {sp * dp}",
             f"a product equal to the world size, {world_size}",
-            f"set dp_shard_size={world_size // sp} (or leave it out) with sp_size={sp}; sp_size may be any of {fitting}",
+            f"set dp_shard_size={world_size // sp} (or leave it out) with sp_size={sp}; fitting sp_size: {fitting}",
         )
     return MeshSizes(sp_size=sp, dp_size=dp)
 

@@ -30,9 +30,7 @@ def join_outputs(output: Any, layout: SequenceLayout, mesh: SequenceMesh) -> Any
     if mesh.sp_group is None:
         return output
     leaves, spec = tree_flatten(output)
-    dims = [
-        _sequence_dim(leaf, layout.shares[mesh.sp_rank]) if isinstance(leaf, Tensor) else None for leaf in leaves
-    ]
+    dims = [_sequence_dim(leaf, layout.shares[mesh.sp_rank]) if isinstance(leaf, Tensor) else None for leaf in leaves]
     everyone: list[Any] = [None] * mesh.sp_size
     dist.all_gather_object(everyone, dims, group=mesh.sp_group)
     if any(other != dims for other in everyone):
@@ -44,9 +42,7 @@ def join_outputs(output: Any, layout: SequenceLayout, mesh: SequenceMesh) -> Any
         )
     real = layout.seq_len - layout.num_padding
     joined = [
-        leaf
-        if dim is None
-        else join_sequence(leaf, layout.shares, dim, mesh.sp_group).narrow(dim, 0, real)
+        leaf if dim is None else join_sequence(leaf, layout.shares, dim, mesh.sp_group).narrow(dim, 0, real)
         for leaf, dim in zip(leaves, dims, strict=True)
     ]
     return tree_unflatten(joined, spec)

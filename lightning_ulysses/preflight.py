@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_ulysses.batch import WholeBatch
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.mesh import SequenceMesh
+from lightning_ulysses.state import SequenceState
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -67,4 +68,39 @@ def check_same_batch(whole: WholeBatch, mesh: SequenceMesh, device: torch.device
             "the same batch on every rank of a group, since each of them trains on its slice of it",
             "leave use_distributed_sampler at True, or give the sampler num_replicas and rank from "
             "trainer.strategy.distributed_sampler_kwargs, and make the dataset deterministic",
+        )
+
+
+def check_intercepted(state: SequenceState, step: str, module: str, suspensions: int) -> None:
+    """Refuses a model none of whose attention was seen in a first step, since it would attend within slices only.
+
+    Args:
+        state: The strategy's state.
+        step: The step that ran.
+        module: The user's class.
+        suspensions: `SequenceState.suspensions` before the step; one that only generates is unsharded on purpose.
+
+    Raises:
+        UlyssesError: If no attention call of any step so far was intercepted.
+    """
+    if state.mesh.sp_size > 1 and not state.attention_calls and state.suspensions == suspensions:
+        raise UlyssesError(
+            f"a {step} of {module} without a single attention call intercepted",
+            "calls of torch.nn.functional.scaled_dot_product_attention, of transformers' attention functions, or of "
+            "lightning_ulysses.ulysses_attention; anything else would stay within this rank's slice",
+            "call torch.nn.functional.scaled_dot_product_attention by its full name, or set sp_size=1",
+        )
+
+
+def check_output(output: Any, module: pl.LightningModule) -> None:
+    """Refuses a training step that skips its batch, whose targets the optimizer step has already counted.
+
+    Raises:
+        UlyssesError: If automatic optimisation gets no loss.
+    """
+    if output is None and module.automatic_optimization:
+        raise UlyssesError(
+            f"None from {type(module).__name__}.training_step",
+            "a loss for every batch, since a step's targets are counted ahead over all micro-batches and ranks",
+            "leave unwanted batches out in the dataset, or give their labels the ignore_index",
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import pickle
@@ -98,13 +99,16 @@ class ProcessPool:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
+        # Runs before multiprocessing's own exit handler, which would wait for the processes for ever.
+        atexit.register(self.close)
         # A process that loads torch reads it from the environment, so it has to be set before.
         before = os.environ.get("OMP_NUM_THREADS")
         os.environ["OMP_NUM_THREADS"] = "1"
         try:
             for _ in range(self.size):
                 here, there = context.Pipe()
-                process = context.Process(target=_serve, args=(there,), daemon=True)
+                # Not daemons, since those may not start dataloader workers.
+                process = context.Process(target=_serve, args=(there,))
                 process.start()
                 there.close()
                 self._processes.append(process)
@@ -141,7 +145,7 @@ class ProcessPool:
         return self._collect(world_size)
 
     def _collect(self, world_size: int) -> list[Any]:
-        waiting = {self._connections[rank]: rank for rank in range(world_size)}
+        waiting: dict[Any, int] = {self._connections[rank]: rank for rank in range(world_size)}
         results: list[Any] = [None] * world_size
         failure: RemoteError | None = None
         deadline = time.monotonic() + self.timeout
@@ -150,9 +154,9 @@ class ProcessPool:
             if not ready:
                 break
             for connection in ready:
-                rank = waiting.pop(connection)  # type: ignore[call-overload]
+                rank = waiting.pop(connection)
                 try:
-                    good, payload = connection.recv()  # type: ignore[union-attr]
+                    good, payload = self._connections[rank].recv()
                 except EOFError:
                     good, payload = False, ("the process died", None)
                 if good:
@@ -177,3 +181,4 @@ class ProcessPool:
             process.terminate()
             process.join()
         self._processes, self._connections = [], []
+        atexit.unregister(self.close)

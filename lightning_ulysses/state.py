@@ -61,6 +61,7 @@ class SequenceState:
         self.mesh = mesh
         self.pending: LiveBatch | None = None
         self.attention_calls = 0
+        self.suspensions = 0
         self.collect_evidence = False
         self._depth = 0
 
@@ -86,6 +87,7 @@ class SequenceState:
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """Hides the live batch, so that attention is plain."""
+        self.suspensions += 1
         depth, self._depth = self._depth, 0
         try:
             yield

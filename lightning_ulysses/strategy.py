@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,7 +24,7 @@ from lightning_ulysses.interception import install_interceptors
 from lightning_ulysses.loader import SeededLoader, TrainLoader
 from lightning_ulysses.mesh import SequenceMesh, resolve_sizes
 from lightning_ulysses.outputs import join_outputs
-from lightning_ulysses.preflight import check_same_batch, check_trainer
+from lightning_ulysses.preflight import check_intercepted, check_output, check_same_batch, check_trainer
 from lightning_ulysses.state import LiveBatch, SequenceState, activate
 from lightning_ulysses.weighting import StepWeights
 
@@ -91,6 +91,7 @@ class UlyssesDeepSpeedStrategy(DeepSpeedStrategy):
             rules=BatchRules(dims, pad_to_multiple_of, ignore_index),
         )
         super().__init__(stage=stage, config=config, **kwargs)
+        assert isinstance(self.config, dict)
         if config is not None or self.DEEPSPEED_ENV_VAR in os.environ:
             check_deepspeed_config(self.config)
         else:
@@ -160,10 +161,11 @@ class UlyssesDeepSpeedStrategy(DeepSpeedStrategy):
         """False: Lightning decides where a window ends, so that an epoch's last, shorter one is stepped as well."""
         return False
 
+    @contextmanager
     @override
-    def block_backward_sync(self) -> AbstractContextManager[None]:
+    def block_backward_sync(self) -> Generator[None, None, None]:
         """Nothing to block: the engine reduces or accumulates by the boundary it has been told."""
-        return nullcontext()
+        yield
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
@@ -234,16 +236,10 @@ class UlyssesDeepSpeedStrategy(DeepSpeedStrategy):
         return result
 
     def _step(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        before = self.state.attention_calls
+        suspensions = self.state.suspensions
         with self.state.live():
             output = getattr(super(), name)(*args, **kwargs)
-            if self.mesh.sp_size > 1 and self.state.attention_calls == before == 0:
-                raise UlyssesError(
-                    f"a {name} of {type(self.lightning_module).__name__} without a single attention call intercepted",
-                    "calls of torch.nn.functional.scaled_dot_product_attention, of transformers' attention functions, or "
-                    "of lightning_ulysses.ulysses_attention; anything else would stay within this rank's slice",
-                    "call torch.nn.functional.scaled_dot_product_attention by its full name, or set sp_size=1",
-                )
+        check_intercepted(self.state, name, type(self.lightning_module).__name__, suspensions)
         return output
 
     @override
@@ -254,7 +250,9 @@ class UlyssesDeepSpeedStrategy(DeepSpeedStrategy):
             self.weights.check_boundary(last)
             # DeepSpeed counts micro-steps across epochs, Lightning's window ends with the epoch.
             self.deepspeed_engine.set_gradient_accumulation_boundary(last)
-        return self._step("training_step", *args, **kwargs)
+        output = self._step("training_step", *args, **kwargs)
+        check_output(output, self.lightning_module)
+        return output
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -321,5 +319,3 @@ class UlyssesDeepSpeedStrategy(DeepSpeedStrategy):
         for suffix, settings in entries.items():
             description = f"Ulysses sequence parallelism with DeepSpeed ZeRO: {dict(settings)}"
             strategy_registry.register(cls.strategy_name + suffix, cls, description=description, **settings)
-
-

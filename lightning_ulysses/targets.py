@@ -19,6 +19,10 @@ from lightning_ulysses.state import LiveBatch, SequenceState, TargetEvidence
 
 _NO, _UNKNOWN, _COUNT, _CONTENT = range(4)
 _SETTLE_AFTER = 3
+# Only a transformers model is given it, and then its name is known for certain.
+_HIDDEN = "shift_input_ids"
+# Such a mean divides by the weights of its targets, not by their number.
+_CLASS_WEIGHTS = "class weights"
 _LABELS_OF = {"loss_mask": ("labels", "shift_labels"), "shift_loss_mask": ("shift_labels",)}
 
 
@@ -30,10 +34,12 @@ def install(state: SequenceState) -> Handle:
     def cross_entropy(input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         batch = state.batch
         if batch is not None and state.collect_evidence and not target.is_floating_point():
-            # Positional order of F.cross_entropy behind the target: weight, size_average, ignore_index, reduce, reduction
+            # Positional order behind the target: weight, size_average, ignore_index, reduce, reduction
             ignore_index = kwargs.get("ignore_index", args[2] if len(args) > 2 else -100)
             reduction = kwargs.get("reduction", args[4] if len(args) > 4 else "mean")
-            batch.evidence.append(TargetEvidence(target.detach(), ignore_index, reduction == "mean"))
+            weight = kwargs.get("weight", args[0] if args else None)
+            name = _CLASS_WEIGHTS if weight is not None and reduction == "mean" else None
+            batch.evidence.append(TargetEvidence(target.detach(), ignore_index, reduction == "mean", name))
         return original(input, target, *args, **kwargs)
 
     handle = Handle()
@@ -64,8 +70,11 @@ def _score(name: str, evidence: TargetEvidence, live: LiveBatch) -> int:
     if name in _LABELS_OF:
         labels = next((label for label in _LABELS_OF[name] if label in live.seen), None)
         return _UNKNOWN if labels is None else max(_UNKNOWN, _explains(labels, evidence, live))
-    if any(mask in live.counts for mask in _LABELS_OF):
+    if name == _HIDDEN or any(mask in live.counts for mask in _LABELS_OF):
         return _NO
+    if name == "tokens":
+        # Where the module masks its targets by hand, the cross entropy itself may well be over all tokens.
+        return min(_UNKNOWN, _explains(name, evidence, live))
     return max(_UNKNOWN, _explains(name, evidence, live))
 
 
@@ -102,7 +111,12 @@ class TargetResolver:
         if self._settled is not None and self._settled in live.counts:
             return self._settled
         names = sorted(live.counts)
-        scores = [min((_score(name, e, live) for e in live.evidence), default=_UNKNOWN) for name in names]
+        if not names:
+            raise self._uncountable(live)
+        scores = [
+            min((_score(name, e, live) for e in live.evidence), default=_NO if name == _HIDDEN else _UNKNOWN)
+            for name in names
+        ]
         all_equal = len({count for name, count in live.counts.items() if name != "tokens"}) <= 1
         *scores, all_equal = self._agree(torch.tensor([*scores, all_equal], dtype=torch.int64)).tolist()
         best = max(scores)
@@ -132,6 +146,7 @@ class TargetResolver:
     def _unexplained(live: LiveBatch) -> UlyssesError:
         seen = [
             f"{int((e.target != e.ignore_index).sum())} targets (ignore_index={e.ignore_index})"
+            + (f" with {_CLASS_WEIGHTS}" if e.name == _CLASS_WEIGHTS else "")
             for e in live.evidence
             if e.target is not None
         ]
@@ -139,8 +154,16 @@ class TargetResolver:
             f"a loss over {', '.join(seen) or 'targets of its own'} on some rank, while this rank's slice has "
             f"{live.seen} valid targets",
             "a mean over the targets of one tensor of the batch",
-            "use batch['shift_labels'] instead of shifting inside the step, set ignore_index or targets in the strategy, "
-            "or set loss_weighting='none' if the loss is no mean over tokens",
+            "use batch['shift_labels'] instead of shifting inside the step, set ignore_index or targets in the "
+            "strategy, or set loss_weighting='none' if the loss is no mean over tokens",
+        )
+
+    @staticmethod
+    def _uncountable(live: LiveBatch) -> UlyssesError:
+        return UlyssesError(
+            f"a batch padded by {live.layout.num_padding} tokens, none of whose tensors can hold the targets",
+            "integer labels or a loss_mask, in which padding can be marked to be ignored",
+            "leave pad_to_multiple_of out; no multiple is required",
         )
 
     @staticmethod

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def should_accumulate(trainer: pl.Trainer) -> bool:
-    """Whether the optimizer does not step after the current micro-batch (Lightning ``loops/training_epoch_loop.py``)."""
+    """Whether no optimizer step follows the current micro-batch (Lightning ``loops/training_epoch_loop.py``)."""
     return bool(trainer.fit_loop._should_accumulate())
 
 
@@ -58,8 +58,8 @@ def unwrap_batches(trainer: pl.Trainer) -> float:
     loader = trainer.fit_loop._combined_loader
     if loader is None:
         return float("inf")
-    limits = [float("inf") if limit is None else float(limit) for limit in loader.limits or [None]]
-    return limits[0]
+    limit = loader.limits[0] if loader.limits else None
+    return float("inf") if limit is None else float(limit)
 
 
 def rescale_progress(checkpoint: dict[str, Any], dp_size: int) -> None:

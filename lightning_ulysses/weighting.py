@@ -109,7 +109,8 @@ class StepWeights:
             raise UlyssesError(
                 f"{self._backwards} backward passes on one batch without an optimizer step between them",
                 "one backward pass for each batch and step, since the step's targets are counted ahead",
-                "add the losses before backward" + ("" if automatic else ", or use automatic optimization to accumulate"),
+                "add the losses before backward"
+                + ("" if automatic else ", or use automatic optimization to accumulate"),
             )
         if self._config.loss_weighting == "none":
             self._window = self._window or LossWindow(micro_batches, {})
@@ -151,6 +152,8 @@ class StepWeights:
 
     def reduce_mean(self, mean: WeightedMean) -> Tensor:
         """The mean over all ranks; a collective."""
-        shared = torch.stack([mean.total.to(self._device), torch.tensor(mean.count, dtype=torch.float64, device=self._device)])
+        shared = torch.stack(
+            [mean.total.to(self._device), torch.tensor(mean.count, dtype=torch.float64, device=self._device)]
+        )
         dist.all_reduce(shared)
         return (shared[0] / shared[1]).float()

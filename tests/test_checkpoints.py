@@ -60,7 +60,9 @@ def interrupted(rank: int, folder: str, stage: int, stop: bool) -> dict[str, Ten
     if stop:
         saver = ModelCheckpoint(dirpath=folder, filename="middle", every_n_train_steps=2, save_top_k=-1)
         first = SplitRun(2, 2, {"stage": stage}, {**run.trainer, "max_steps": 2, "enable_checkpointing": True})
-        split_trainer(first, [saver]).fit(LlamaModule(lr=0.01, optimizer="adamw"), DataLoader(Augmented(), batch_size=None))
+        split_trainer(first, [saver]).fit(
+            LlamaModule(lr=0.01, optimizer="adamw"), DataLoader(Augmented(), batch_size=None)
+        )
         L.seed_everything(7, verbose=False)
     path = f"{folder}/middle.ckpt" if stop else None
     split_trainer(run, [keep]).fit(

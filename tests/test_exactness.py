@@ -76,7 +76,11 @@ CASES: dict[str, tuple[Any, list[Any], SplitRun]] = {
     "heads 10/5 on 4": (llama(heads=10, kv_heads=5), [token_batch(1, 19)], SplitRun(4, 4)),
     "all masked but one": (llama(), [token_batch(1, 32, 1, "none"), token_batch(2)], SplitRun(4, 2)),
     "hand-written": (hand_written(), [pair_batch(s, 33, 2, "uneven") for s in range(2)], SplitRun(4, 2)),
-    "explicit attention": (hand_written(attention="explicit", heads=3, kv_heads=3), [pair_batch(1, 33)], SplitRun(3, 3)),
+    "explicit attention": (
+        hand_written(attention="explicit", heads=3, kv_heads=3),
+        [pair_batch(1, 33)],
+        SplitRun(3, 3),
+    ),
     "grouped heads": (hand_written(heads=8, kv_heads=2), [pair_batch(1, 32)], SplitRun(4, 4)),
     "bidirectional": (hand_written(attention="full"), [pair_batch(1, 33)], SplitRun()),
     "masked mean": (hand_written(loss="masked"), [pair_batch(1, 33, 2, "first_half")], SplitRun()),
@@ -125,9 +129,7 @@ def shifted(labels: torch.Tensor) -> torch.Tensor:
 def test_incomplete_window_and_clipping_over_two_epochs(pool: ProcessPool, stage: int) -> None:
     make = llama(lr=0.1)
     batches = [token_batch(seed, 33, 1, "uneven") for seed in range(5)]
-    run = SplitRun(
-        2, 2, {"stage": stage}, {"accumulate_grad_batches": 3, "gradient_clip_val": 0.05, "max_epochs": 2}
-    )
+    run = SplitRun(2, 2, {"stage": stage}, {"accumulate_grad_batches": 3, "gradient_clip_val": 0.05, "max_epochs": 2})
     steps = [batches[:3], batches[3:], batches[:3], batches[3:]]
     reference = fit_single(make, steps, count_targets, clip=0.05)
     assert min(reference.grad_norms) > 0.05
@@ -192,7 +194,9 @@ def test_loss_mask(pool: ProcessPool) -> None:
     batches = []
     for seed in range(2):
         x, y = pair_batch(seed, 33)
-        batches.append({"input_ids": x, "shift_labels": y, "loss_mask": (torch.arange(33) % (2 + seed) == 0).long()[None]})
+        batches.append(
+            {"input_ids": x, "shift_labels": y, "loss_mask": (torch.arange(33) % (2 + seed) == 0).long()[None]}
+        )
     check(pool, hand_written(loss="loss_mask"), batches, SplitRun(4, 2))
 
 

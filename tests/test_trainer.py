@@ -24,7 +24,8 @@ def batches(labels: str = "uneven") -> list[dict[str, torch.Tensor]]:
 
 def exact_loss(module: LlamaModule, data: list[Any]) -> float:
     with torch.no_grad():
-        parts = [(count_targets(batch), float(module.training_step(batch, 0))) for batch in data if count_targets(batch)]
+        full = [batch for batch in data if count_targets(batch)]
+        parts = [(count_targets(batch), float(module.training_step(batch, 0))) for batch in full]
     return sum(n * loss for n, loss in parts) / sum(n for n, _ in parts)
 
 
@@ -193,12 +194,16 @@ def restore(rank: int) -> list[bool]:
     from transformers.modeling_utils import AttentionInterface
 
     def seen() -> list[Any]:
-        registered = [table._global_mapping[key] for table in (AttentionInterface, AttentionMaskInterface) for key in
-                      ("sdpa", "flash_attention_2")]
+        registered = [
+            table._global_mapping[key]
+            for table in (AttentionInterface, AttentionMaskInterface)
+            for key in ("sdpa", "flash_attention_2")
+        ]
         return [F.scaled_dot_product_attention, F.cross_entropy, GenerationMixin.generate, *registered]
 
     class Peek(L.Callback):
-        inside: list[Any] = []
+        def __init__(self) -> None:
+            self.inside: list[Any] = []
 
         def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
             self.inside = seen()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning_ulysses.attention.attend import MaskSpec, attend
-from lightning_ulysses.handle import Handle
 from lightning_ulysses.attention.ulysses import ulysses_attention
+from lightning_ulysses.handle import Handle
 
 __all__ = ["Handle", "MaskSpec", "attend", "ulysses_attention"]

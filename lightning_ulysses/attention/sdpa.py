@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_ulysses.attention.attend import MaskSpec
-from lightning_ulysses.handle import Handle
 from lightning_ulysses.attention.ulysses import sharded_attention
 from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.handle import Handle
 from lightning_ulysses.state import LiveBatch, SequenceState
 
 
@@ -65,10 +65,10 @@ def install(state: SequenceState) -> Handle:
             raise UlyssesError(
                 f"scaled_dot_product_attention on a query of shape {tuple(query.shape)}",
                 "(B, H, S_r, D) or (H, S_r, D)",
-                "reshape to four dimensions, or wrap attention along another dimension in lightning_ulysses.unsharded()",
+                "reshape to four dimensions, or put attention along another dimension into unsharded()",
             )
-        tensors = [query, key, value] if query.dim() == 4 else [t.unsqueeze(0) for t in (query, key, value)]
-        out = sharded_attention(state, *tensors, spec, scale=scale, dropout_p=dropout_p)
+        q, k, v = (t if t.dim() == 4 else t.unsqueeze(0) for t in (query, key, value))
+        out = sharded_attention(state, q, k, v, spec, scale=scale, dropout_p=dropout_p)
         return out if query.dim() == 4 else out.squeeze(0)
 
     handle = Handle()

@@ -46,7 +46,7 @@ class TokenCountMonitor(pl.Callback):
     monitor these names instead.
 
     - ``train/loss``: the mean over all targets of the optimizer step.
-    - ``validate/loss``, ``test/loss``: the mean over all targets of the evaluation, from the loss that the step returns.
+    - ``validate/loss``, ``test/loss``: the mean over all targets of the evaluation, from the loss the step returns.
     - ``tokens/global``: tokens that one optimizer step trained on.
     - ``throughput/tokens_per_sec``: tokens of all ranks per second since the step before.
 
@@ -84,9 +84,9 @@ class TokenCountMonitor(pl.Callback):
         if self._since is not None:
             values["throughput/tokens_per_sec"] = self._tokens / (now - self._since)
         self._tokens, self._since = 0, now
-        self.log("train/loss", loss, prog_bar=self.prog_bar, batch_size=1)
+        pl_module.log("train/loss", loss, prog_bar=self.prog_bar, batch_size=1)
         for name, value in values.items():
-            self.log(name, value, prog_bar=self.prog_bar and name.startswith("throughput"), batch_size=1)
+            pl_module.log(name, value, prog_bar=self.prog_bar and name.startswith("throughput"), batch_size=1)
 
     def _add(self, trainer: pl.Trainer, outputs: Any, dataloader_idx: int) -> None:
         loss, live = _loss_of(outputs), _strategy(trainer).state.pending
@@ -94,11 +94,12 @@ class TokenCountMonitor(pl.Callback):
             mean = self._evaluated.setdefault(dataloader_idx, WeightedMean())
             _weights(trainer).evaluate(mean, loss, live)
 
-    def _log_evaluation(self, trainer: pl.Trainer, stage: str) -> None:
+    def _log_evaluation(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         for index, mean in sorted(self._evaluated.items()):
             name = f"{stage}/loss" if len(self._evaluated) == 1 else f"{stage}/loss/dataloader_{index}"
             value = _weights(trainer).reduce_mean(mean)
-            self.log(name, value, prog_bar=self.prog_bar)
+            # The same on all ranks already; Lightning would ask for sync_dist at every evaluation.
+            pl_module.log(name, value, prog_bar=self.prog_bar, sync_dist=True)
         self._evaluated = {}
 
     @override
@@ -135,8 +136,8 @@ class TokenCountMonitor(pl.Callback):
 
     @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._log_evaluation(trainer, "validate")
+        self._log_evaluation(trainer, pl_module, "validate")
 
     @override
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._log_evaluation(trainer, "test")
+        self._log_evaluation(trainer, pl_module, "test")

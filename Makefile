@@ -1,0 +1,42 @@
+# make env    install everything into .venv
+# make demo   train a small Llama on split sequences on this machine's CPU, about two minutes
+# make lint   style, types and the order of the modules
+# make test   lint, then the tests
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(abspath $(VENV))/bin
+STAMP := $(VENV)/.installed
+
+# DeepSpeed looks for ninja on the path.
+export PATH := $(BIN):$(PATH)
+export OMP_NUM_THREADS := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: env demo lint format test
+.DEFAULT_GOAL := test
+
+env: $(STAMP)
+
+# torch comes first and pinned: left to the requirements of other packages, pip may choose a build with gigabytes of CUDA.
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --editable '.[dev,hf]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/python examples/pretrain.py fit --config configs/demo_cpu.yaml
+
+lint: $(STAMP)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+test: lint
+	$(BIN)/pytest

@@ -1,0 +1,231 @@
+"""Attention over whole sequences against an explicit masked softmax in float64, and what it costs."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_ulysses.attention import MaskSpec, attend
+from lightning_ulysses.layout import Runs, runs_from_starts
+
+
+def visible(spec: MaskSpec, rows: int, seq_len: int) -> Tensor:
+    """(B, S, S): whether query i sees key j, token by token."""
+    mask = torch.zeros(rows, seq_len, seq_len, dtype=torch.bool)
+    for row in range(rows):
+        documents = spec.documents[row] if spec.documents else ((0, seq_len),)
+        valid = spec.valid[row] if spec.valid else ((0, seq_len),)
+        for query in range(seq_len):
+            for key in range(seq_len):
+                mask[row, query, key] = (
+                    any(begin <= query < end and begin <= key < end for begin, end in documents)
+                    and any(begin <= key < end for begin, end in valid)
+                    and not (spec.causal and key > query)
+                    and not (spec.causal and spec.window is not None and key <= query - spec.window)
+                    and key < seq_len - spec.num_padding
+                )
+    return mask
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, spec: MaskSpec, scale: float | None, index: list[int]) -> Tensor:
+    """Softmax over what is visible; a query that sees nothing gets zeros."""
+    k, v = k[:, index], v[:, index]
+    mask = visible(spec, q.shape[0], q.shape[2])[:, None]
+    scores = q @ k.transpose(2, 3) * (1 / math.sqrt(q.shape[3]) if scale is None else scale)
+    # Shifting by the largest score of the row, seen or not, is enough at this size.
+    weights = (scores - scores.detach().amax(-1, keepdim=True)).exp() * mask
+    return weights / weights.sum(-1, keepdim=True).clamp_min(1e-300) @ v
+
+
+def inputs(rows: int, seq_len: int, heads: int, kv_heads: int, size: int = 4, value_size: int = 4) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seq_len)
+    shapes = ((heads, size), (kv_heads, size), (kv_heads, value_size))
+    return [
+        torch.randn(rows, h, seq_len, d, generator=generator, dtype=torch.float64).requires_grad_() for h, d in shapes
+    ]
+
+
+def check(
+    spec: MaskSpec,
+    rows: int = 1,
+    seq_len: int = 12,
+    heads: int = 2,
+    kv_heads: int = 2,
+    *,
+    kv_index: tuple[int, ...] | None = None,
+    scale: float | None = None,
+    value_size: int = 4,
+) -> None:
+    """Forward and backward; what the tokens of the padding get is nobody's concern."""
+    q, k, v = inputs(rows, seq_len, heads, kv_heads, value_size=value_size)
+    real = seq_len - spec.num_padding
+    index = list(kv_index) if kv_index is not None else [head // (heads // kv_heads) for head in range(heads)]
+    found = attend(q, k, v, spec, scale=scale, kv_index=kv_index)
+    wanted = reference(q, k, v, spec, scale, index)
+    assert found.shape == wanted.shape == (rows, heads, seq_len, value_size)
+    torch.testing.assert_close(found[:, :, :real], wanted[:, :, :real], atol=1e-12, rtol=1e-12)
+    weights = torch.randn(wanted.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    weights[:, :, real:] = 0
+    for got, want in zip(
+        torch.autograd.grad((found * weights).sum(), (q, k, v), materialize_grads=True),
+        torch.autograd.grad((wanted * weights).sum(), (q, k, v)),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, want, atol=1e-11, rtol=1e-11)
+
+
+DOCUMENTS: tuple[Runs, ...] = (((0, 5), (5, 6), (6, 12)),)
+VALID: dict[str, Runs] = {
+    "left": ((4, 12),),
+    "right": ((0, 7),),
+    "holes": ((1, 3), (5, 6), (8, 11)),
+    "one": ((6, 7),),
+    "nothing": (),
+}
+KINDS = {
+    "causal": MaskSpec(True),
+    "bidirectional": MaskSpec(False),
+    "window": MaskSpec(True, window=3),
+    "window of one": MaskSpec(True, window=1),
+    "wide window": MaskSpec(True, window=40),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("valid", [None, *VALID])
+@pytest.mark.parametrize("documents", [None, DOCUMENTS])
+def test_masks(kind: str, valid: str | None, documents: tuple[Runs, ...] | None) -> None:
+    check(replace(KINDS[kind], documents=documents, valid=None if valid is None else (VALID[valid],)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_differ(kind: str) -> None:
+    documents = (((0, 12),), ((0, 4), (4, 12)), ((0, 1), (1, 2), (2, 12)))
+    check(replace(KINDS[kind], documents=documents), rows=3)
+    check(replace(KINDS[kind], valid=(((0, 12),), VALID["left"], VALID["holes"])), rows=3)
+    check(replace(KINDS[kind], documents=DOCUMENTS * 2), rows=2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("valid", [None, "left", "right", "holes"])
+def test_added_padding(kind: str, valid: str | None) -> None:
+    spec = replace(KINDS[kind], num_padding=3, valid=None if valid is None else (VALID[valid],))
+    check(spec)
+    check(replace(spec, documents=DOCUMENTS))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("heads", "kv_heads", "kv_index"), [(6, 2, None), (5, 2, (0, 0, 0, 1, 1)), (4, 2, (0, 1, 1, 1))])
+def test_grouped_heads(kind: str, heads: int, kv_heads: int, kv_index: tuple[int, ...] | None) -> None:
+    for spec in (KINDS[kind], replace(KINDS[kind], documents=DOCUMENTS, valid=(VALID["holes"],))):
+        check(spec, heads=heads, kv_heads=kv_heads, kv_index=kv_index)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("valid", ["left", "holes", "nothing"])
+def test_values_of_another_size_and_a_scale(kind: str, valid: str) -> None:
+    check(replace(KINDS[kind], documents=DOCUMENTS), value_size=7, scale=0.3)
+    check(replace(KINDS[kind], valid=(VALID[valid],)), value_size=3, scale=0.3)
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> tuple[MaskSpec, int, int]:
+    rows, seq_len = draw(st.integers(1, 3)), draw(st.integers(1, 11))
+    documents = valid = None
+    if draw(st.booleans()):
+        documents = tuple(
+            runs_from_starts(draw(st.lists(st.integers(0, seq_len - 1), max_size=4)), seq_len) for _ in range(rows)
+        )
+    if draw(st.booleans()):
+        edges = st.lists(st.integers(0, seq_len), unique=True, max_size=6).map(sorted)
+        drawn = [draw(edges) for _ in range(rows)]
+        valid = tuple(tuple(zip(row[::2], row[1::2], strict=False)) for row in drawn)
+    padding = draw(st.integers(0, min(3, seq_len - 1)))
+    window = draw(st.none() | st.integers(1, 12))
+    return MaskSpec(draw(st.booleans()), window, documents, valid, padding), rows, seq_len
+
+
+@settings(deadline=None, max_examples=150)
+@given(specs())
+@example((MaskSpec(True, 2, (((0, 3), (3, 6)),), (((1, 2), (5, 6)),), 0), 1, 6))
+def test_any_mask(drawn: tuple[MaskSpec, int, int]) -> None:
+    check(drawn[0], drawn[1], drawn[2])
+
+
+class Largest(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def cost(spec: MaskSpec, seq_len: int, rows: int = 1) -> tuple[list[tuple[int, int, int]], int]:
+    """(queries, keys, mask elements) of each kernel call of a forward, and the largest tensor of forward and backward."""
+    calls: list[tuple[int, int, int]] = []
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
+        calls.append((q.shape[2], k.shape[2], 0 if attn_mask is None else attn_mask.numel()))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, **kwargs)
+
+    # The function of the same name hides the module from an import.
+    module = sys.modules["lightning_ulysses.attention.attend"]
+    q, k, v = (t.detach().float().requires_grad_() for t in inputs(rows, seq_len, 2, 2))
+    largest = Largest()
+    with mock.patch.object(module, "_sdpa", kernel), largest:
+        attend(q, k, v, spec).sum().backward()
+    return calls, largest.elements
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_packed_documents_cost_the_sum_of_their_squares(causal: bool) -> None:
+    lengths = [64] * 12 + [1, 255]
+    runs = runs_from_starts([sum(lengths[:i]) for i in range(len(lengths))], 1024)
+    calls, largest = cost(MaskSpec(causal, documents=(runs,)), 1024)
+    assert calls == [(length, length, 0) for length in lengths]
+    assert largest < 1024 * 1024 / 8
+
+
+def test_rows_with_equal_documents_share_their_kernel_calls() -> None:
+    runs = runs_from_starts([0, 100, 300], 512)
+    assert cost(MaskSpec(True, documents=(runs, runs, runs)), 512, rows=3)[0] == [(100, 100, 0), (200, 200, 0), (212, 212, 0)]
+    other = runs_from_starts([0, 7], 512)
+    assert len(cost(MaskSpec(True, documents=(runs, other)), 512, rows=2)[0]) == 5
+
+
+@pytest.mark.parametrize("valid", [((0, 700),), ((300, 1024),), ((10, 500), (600, 1000))])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_padding_mask_builds_no_mask(valid: Runs, causal: bool) -> None:
+    calls, largest = cost(MaskSpec(causal, valid=(valid,)), 1024)
+    assert all(mask == 0 for _, _, mask in calls)
+    assert largest < 1024 * 1024 / 8
+
+
+def test_a_window_costs_twice_its_width_for_each_token() -> None:
+    calls, largest = cost(MaskSpec(True, window=32), 1024)
+    assert sum(queries * keys for queries, keys, _ in calls) <= 2 * 32 * 1024
+    assert all(mask == queries * keys for queries, keys, mask in calls)
+    assert largest < 1024 * 1024 / 8
+
+
+def test_one_whole_document_is_one_plain_call() -> None:
+    assert cost(MaskSpec(True), 256)[0] == [(256, 256, 0)]
+    assert cost(MaskSpec(True, valid=(((0, 256),),), documents=(((0, 256),),)), 256)[0] == [(256, 256, 0)]

@@ -1,0 +1,148 @@
+"""How sequences are cut, and where documents and padding lie, against brute force."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_ulysses.documents import document_runs, valid_runs
+from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.layout import Runs, SequenceLayout, cu_seqlens_to_runs, runs_from_starts
+
+relaxed = settings(deadline=None, max_examples=150)
+row_lengths = st.lists(st.integers(1, 6), min_size=1, max_size=5)
+
+
+def ids(runs: Runs, seq_len: int) -> list[int]:
+    """The run that each token lies in, -1 for none."""
+    return [next((i for i, (begin, end) in enumerate(runs) if begin <= t < end), -1) for t in range(seq_len)]
+
+
+def ids_of_lengths(lengths: list[int]) -> list[int]:
+    return [i for i, length in enumerate(lengths) for _ in range(length)]
+
+
+def restarting(lengths: list[int]) -> list[int]:
+    return [t for length in lengths for t in range(length)]
+
+
+@st.composite
+def packed_rows(draw: st.DrawFn) -> list[list[int]]:
+    """Document lengths of up to three rows that are equally long."""
+    rows = draw(st.lists(row_lengths, min_size=1, max_size=3))
+    longest = max(sum(row) for row in rows)
+    return [[*row, longest - sum(row)] if sum(row) < longest else row for row in rows]
+
+
+@relaxed
+@given(st.integers(1, 64), st.integers(1, 9))
+def test_spans_cover_the_sequence(seq_len: int, sp_size: int) -> None:
+    if seq_len < sp_size:
+        with pytest.raises(UlyssesError, match=rf"{seq_len} tokens per row for sp_size={sp_size}"):
+            SequenceLayout(seq_len, sp_size)
+        return
+    layout = SequenceLayout(seq_len, sp_size)
+    tokens = [t for rank in range(sp_size) for t in range(seq_len)[layout.span(rank)]]
+    assert tokens == list(range(seq_len))
+    assert max(layout.shares) - min(layout.shares) <= 1 and min(layout.shares) >= 1
+    assert [layout.span(rank).start for rank in range(sp_size)] == [layout.start(rank) for rank in range(sp_size)]
+
+
+@relaxed
+@given(st.integers(1, 30), st.data())
+def test_runs_from_starts(seq_len: int, data: st.DataObject) -> None:
+    begins = data.draw(st.lists(st.integers(0, seq_len - 1)))
+    runs = runs_from_starts(begins, seq_len)
+    new = [t > 0 and t in begins for t in range(seq_len)]
+    assert ids(runs, seq_len) == [sum(new[: t + 1]) for t in range(seq_len)]
+
+
+@relaxed
+@given(row_lengths, st.integers(0, 4), st.integers(0, 2))
+def test_cu_seqlens(lengths: list[int], behind: int, repeats: int) -> None:
+    """Empty documents do not count, and tokens behind the last one are a document of their own."""
+    edges = [sum(lengths[:i]) for i in range(len(lengths) + 1)] + [sum(lengths)] * repeats
+    seq_len = sum(lengths) + behind
+    runs = cu_seqlens_to_runs(edges, seq_len)
+    assert ids(runs, seq_len) == ids_of_lengths([*lengths, behind])
+    assert document_runs({"cu_seqlens": torch.tensor(edges)}, row(seq_len), {"input_ids": 1}, seq_len) == (runs,)
+
+
+@pytest.mark.parametrize("edges", [[], [1, 4], [0, 5, 3], [0, 4, 9]])
+def test_cu_seqlens_that_do_not_fit_are_refused(edges: list[int]) -> None:
+    with pytest.raises(UlyssesError, match=rf"cu_seqlens \[{', '.join(map(str, edges))}\] for rows of 8 tokens"):
+        cu_seqlens_to_runs(edges, 8)
+
+
+def row(seq_len: int, rows: int = 1) -> dict[str, Tensor]:
+    return {"input_ids": torch.zeros(rows, seq_len, dtype=torch.int64)}
+
+
+@relaxed
+@given(packed_rows(), st.integers(0, 7))
+def test_documents_from_positions(rows: list[list[int]], offset: int) -> None:
+    seq_len = sum(rows[0])
+    positions = torch.tensor([restarting(lengths) for lengths in rows]) + offset
+    tensors = {**row(seq_len, len(rows)), "position_ids": positions}
+    runs = document_runs(tensors, tensors, {"input_ids": 1, "position_ids": 1}, seq_len)
+    # A document of one token that is followed by one of one token restarts at the same position.
+    if all(len(lengths) == 1 for lengths in rows):
+        assert runs is None
+        return
+    assert runs is not None
+    assert [ids(found, seq_len) for found in runs] == [ids_of_lengths(lengths) for lengths in rows]
+
+
+def test_positions_shared_by_all_rows() -> None:
+    shared = torch.tensor([[0, 1, 2, 0, 1]])
+    for positions, dim in ((shared, 1), (shared[0], 0)):
+        tensors = {**row(5, 2), "position_ids": positions}
+        runs = document_runs(tensors, tensors, {"input_ids": 1, "position_ids": dim}, 5)
+        assert runs == (((0, 3), (3, 5)),) * 2
+
+
+def test_positions_of_several_axes_mark_no_documents() -> None:
+    tensors = {**row(5, 2), "position_ids": torch.zeros(3, 2, 5, dtype=torch.int64)}
+    assert document_runs(tensors, tensors, {"input_ids": 1, "position_ids": 2}, 5) is None
+
+
+def test_cu_seqlens_go_before_positions() -> None:
+    tensors = {**row(5), "position_ids": torch.tensor([[0, 1, 0, 1, 2]])}
+    entries = {**tensors, "cu_seq_lens_q": torch.tensor([0, 4, 5])}
+    assert document_runs(entries, tensors, {"input_ids": 1, "position_ids": 1}, 5) == (((0, 4), (4, 5)),)
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "rows", "parts"),
+    [
+        (torch.tensor([0, 4, 8]), 2, ("shape (3,) with 2 rows", "one row")),
+        (torch.tensor([[0, 4, 8]]), 1, ("shape (1, 3) with 1 rows", "(documents + 1,)")),
+    ],
+)
+def test_cu_seqlens_of_several_rows_are_refused(cu_seqlens: Tensor, rows: int, parts: tuple[str, ...]) -> None:
+    with pytest.raises(UlyssesError) as caught:
+        document_runs({"cu_seqlens": cu_seqlens}, row(8, rows), {"input_ids": 1}, 8)
+    assert all(part in str(caught.value) for part in parts)
+
+
+@relaxed
+@given(st.integers(1, 3), st.integers(1, 12), st.data())
+def test_valid_runs_are_what_the_mask_keeps(rows: int, seq_len: int, data: st.DataObject) -> None:
+    bits = st.lists(st.booleans(), min_size=seq_len, max_size=seq_len)
+    mask = torch.tensor(data.draw(st.lists(bits, min_size=rows, max_size=rows)))
+    for dtype in (torch.bool, torch.int64, torch.float32):
+        runs = valid_runs(mask.to(dtype))
+        if mask.all():
+            assert runs is None
+            continue
+        assert runs is not None
+        for kept, found in zip(mask.tolist(), runs, strict=True):
+            assert [number >= 0 for number in ids(found, seq_len)] == kept
+            assert all(left[1] < right[0] for left, right in zip(found[:-1], found[1:], strict=True))
+
+
+def test_no_mask_keeps_everything() -> None:
+    assert valid_runs(None) is None
