@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning_ulysses.attention import ulysses_attention
 from lightning_ulysses.callbacks import TokenCountMonitor
 from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.flavour import register_refusals
 from lightning_ulysses.state import gather_sequence, sequence_positions, unsharded
 from lightning_ulysses.strategy import UlyssesDeepSpeedStrategy
 
@@ -25,3 +26,4 @@ __all__ = [
 ]
 
 UlyssesDeepSpeedStrategy.register_strategies(StrategyRegistry)
+register_refusals(name for name in StrategyRegistry if name.startswith(UlyssesDeepSpeedStrategy.strategy_name))

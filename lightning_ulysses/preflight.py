@@ -36,6 +36,21 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
             "training_step(batch, batch_idx), whose batch can be cut before it reaches the module",
             "take the batch instead of the iterator",
         )
+    _check_precision(trainer)
+
+
+def _check_precision(trainer: pl.Trainer) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    device = get_accelerator()
+    supported = {"16": bool(device.is_fp16_supported()), "bf16": bool(device.is_bf16_supported())}
+    if not supported.get(str(trainer.precision).split("-")[0], True):
+        others = [f"{kind}-mixed" for kind, good in supported.items() if good]
+        raise UlyssesError(
+            f"precision={trainer.precision!r} on a {device.device_name()} device that cannot compute in it",
+            f"one of {[*others, '32-true']}",
+            f"set Trainer(precision={[*others, '32-true'][0]!r})",
+        )
 
 
 def _fingerprint(tensor: Tensor) -> int:

@@ -90,8 +90,8 @@ def snapshot(module: pl.LightningModule) -> dict[str, Tensor]:
         return {name: parameter.detach().float().cpu().clone() for name, parameter in parameters.items()}
 
 
-class _Recorder(pl.Callback):
-    """Keeps what a `StepResult` needs."""
+class StepRecorder(pl.Callback):
+    """Keeps what a `StepResult` needs; add it to a Trainer with the strategy."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -118,6 +118,10 @@ class _Recorder(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.after = snapshot(pl_module)
 
+    def result(self) -> StepResult:
+        """What has been recorded."""
+        return StepResult(tuple(self.losses), tuple(self.grad_norms), self.before, self.after)
+
 
 def split_trainer(run: SplitRun, callbacks: Sequence[pl.Callback] = ()) -> pl.Trainer:
     """A quiet CPU Trainer for one of the processes of ``run``."""
@@ -136,10 +140,11 @@ def split_loader(batches: Sequence[Any], run: SplitRun, rank: int) -> DataLoader
     return DataLoader(list(batches)[rank // run.sp_size :: dp_size], batch_size=None)  # type: ignore[arg-type]
 
 
-def _fit_split(rank: int, make: Callable[[], pl.LightningModule], batches: Sequence[Any], run: SplitRun) -> StepResult:
-    recorder = _Recorder()
+def fit_rank(rank: int, make: Callable[[], pl.LightningModule], batches: Sequence[Any], run: SplitRun) -> StepResult:
+    """What `fit_split` does on one rank."""
+    recorder = StepRecorder()
     split_trainer(run, [recorder]).fit(make(), split_loader(batches, run, rank))
-    return StepResult(tuple(recorder.losses), tuple(recorder.grad_norms), recorder.before, recorder.after)
+    return recorder.result()
 
 
 def fit_split(
@@ -156,7 +161,7 @@ def fit_split(
     Returns:
         The result on each rank.
     """
-    return pool.run(_fit_split, make, batches, run, world_size=run.world_size)
+    return pool.run(fit_rank, make, batches, run, world_size=run.world_size)
 
 
 def fit_single(

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from models import HandWritten, count_targets, hand_written, llama, pair_batch, token_batch
 
 from lightning_ulysses.processes import ProcessPool
-from lightning_ulysses.testing import SplitRun, _fit_split, compare, fit_single, fit_split
+from lightning_ulysses.testing import SplitRun, compare, fit_rank, fit_single, fit_split
 from lightning_ulysses.weighting import StepWeights
 
 BOUND = 1e-5
@@ -228,7 +228,7 @@ def test_loss_weighting_none_averages_over_ranks(pool: ProcessPool) -> None:
 
 def fit_broken(rank: int, make: Any, batches: list[Any], run: SplitRun, target: str, replacement: Any) -> Any:
     with mock.patch(target, replacement):
-        return _fit_split(rank, make, batches, run)
+        return fit_rank(rank, make, batches, run)
 
 
 def no_weight(count: float, total: float, world_size: int) -> float:
