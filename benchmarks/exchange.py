@@ -12,7 +12,9 @@ Processor time is that of all ranks and threads together: it hardly feels what e
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
+import io
 import logging
 import os
 import tempfile
@@ -201,7 +203,8 @@ def worker(rank: int, sp_size: int, cases: list[Case], seconds: float, store: st
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=sp_size)
     import deepspeed.comm
 
-    deepspeed.comm.init_distributed("gloo", verbose=False)
+    with contextlib.redirect_stdout(io.StringIO()):
+        deepspeed.comm.init_distributed("gloo", verbose=False)
     mesh = SequenceMesh.create(MeshSizes(sp_size=sp_size, dp_size=1), "cpu")
     for case in cases:
         if case.kind == "exchange":
@@ -246,7 +249,10 @@ EXTRA = {"exchange": "", "attention": " max. difference |", "packed": " our erro
 def report(results: list[Result]) -> None:
     """Prints one markdown table per kind."""
     for kind, title in TITLES.items():
-        head = f"| P | dtype | S | ours, ms | theirs, ms | forward | backward | both | processor time |{EXTRA[kind]} repetitions |"
+        if not any(result.case.kind == kind for result in results):
+            continue
+        head = "| P | dtype | S | ours, ms | theirs, ms | forward | backward | both | processor time |"
+        head += f"{EXTRA[kind]} repetitions |"
         print(f"\n### {title}\n\n{head}\n|{' --- |' * (head.count('|') - 1)}")
         for result in results:
             if result.case.kind == kind:

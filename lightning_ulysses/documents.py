@@ -13,14 +13,14 @@ from lightning_ulysses.layout import Runs, cu_seqlens_to_runs, runs_from_starts
 
 
 def document_runs(
-    entries: Mapping[str, Any], tensors: Mapping[str, Tensor], dims: Mapping[str, int], seq_len: int
+    entries: Mapping[str, Any], positions: Tensor | None, rows: int, seq_len: int
 ) -> tuple[Runs, ...] | None:
     """The documents of each row, from ``cu_seqlens`` or else from where ``position_ids`` do not grow by one.
 
     Args:
         entries: The batch.
-        tensors: Its sequence tensors, padded.
-        dims: The sequence dimension of each.
+        positions: Its ``position_ids``, padded.
+        rows: B.
         seq_len: S, padding included.
 
     Returns:
@@ -29,7 +29,6 @@ def document_runs(
     Raises:
         UlyssesError: If ``cu_seqlens`` comes with several rows or does not fit them.
     """
-    rows = max(t.shape[0] if dims[key] else 1 for key, t in tensors.items())
     cu_seqlens = next((entries[key] for key in ("cu_seqlens", "cu_seq_lens_q") if entries.get(key) is not None), None)
     if isinstance(cu_seqlens, Tensor):
         if rows != 1 or cu_seqlens.dim() != 1:
@@ -39,7 +38,6 @@ def document_runs(
                 "pack all documents into one row, or mark them by position_ids that restart at 0",
             )
         return (cu_seqlens_to_runs(cu_seqlens.tolist(), seq_len),)
-    positions = tensors.get("position_ids")
     if positions is None or positions.dim() > 2:
         return None
     # (S,) or (1, S) or (B, S) -> (B, S)

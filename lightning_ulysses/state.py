@@ -33,7 +33,7 @@ class LiveBatch:
         layout: The geometry of the cut.
         shards: This rank's slice of each sequence tensor, by key, on the device of the model.
         evidence: The losses computed on it so far, while it is open which tensor holds the targets.
-        masks: Attention masks handed to the model, by storage address; see `attention.huggingface`.
+        masks: Attention masks handed to the model, by storage address; see `attention.masks`.
         keep: Tensors kept alive so that those addresses stay theirs.
         counts: Valid targets in this rank's slice, for each tensor that may hold the targets.
         rows: B.

@@ -17,23 +17,21 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_ulysses import upstream
-from lightning_ulysses.batch import BatchRules, WholeBatch, entries_of, read_batch
+from lightning_ulysses.batch import BatchRules
 from lightning_ulysses.config import UlyssesConfig, check_deepspeed_config, check_stage
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.interception import install_interceptors
-from lightning_ulysses.loader import SeededLoader, TrainLoader
 from lightning_ulysses.mesh import SequenceMesh, resolve_sizes
 from lightning_ulysses.outputs import join_outputs
-from lightning_ulysses.preflight import check_intercepted, check_output, check_same_batch, check_trainer
-from lightning_ulysses.state import LiveBatch, SequenceState, activate
+from lightning_ulysses.pipeline import BatchPipeline
+from lightning_ulysses.preflight import check_intercepted, check_output, check_trainer
+from lightning_ulysses.state import SequenceState, activate
 from lightning_ulysses.weighting import StepWeights
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
     from lightning_ulysses.handle import Handle
-
-_CHECKED_BATCHES = 3
 
 
 class UlyssesDeepSpeedStrategy(DeepSpeedStrategy):
@@ -102,9 +100,8 @@ class UlyssesDeepSpeedStrategy(DeepSpeedStrategy):
         self._mesh: SequenceMesh | None = None
         self._state: SequenceState | None = None
         self._handle: Handle | None = None
-        self._train_loader: TrainLoader | None = None
+        self._pipeline: BatchPipeline | None = None
         self._base_seed = 0
-        self._checked: dict[str, int] = {}
         self.weights: StepWeights | None = None
 
     @property
@@ -146,7 +143,8 @@ class UlyssesDeepSpeedStrategy(DeepSpeedStrategy):
         upstream.use_accelerator(self.root_device.type)
         with upstream.without_shared_memory_op() if self.root_device.type == "cpu" else nullcontext():
             super().setup_distributed()
-        self._mesh = SequenceMesh.create(sizes, self.root_device.type)
+        if self._mesh is None:
+            self._mesh = SequenceMesh.create(sizes, self.root_device.type)
         seed = os.environ.get("PL_GLOBAL_SEED")
         self._base_seed = int(self.broadcast(seed if seed is not None else torch.initial_seed()))
 
@@ -175,7 +173,6 @@ class UlyssesDeepSpeedStrategy(DeepSpeedStrategy):
         upstream.set_device_mesh(self.lightning_module, self.mesh.device_mesh)
         self._remove_interceptors()
         self._state = SequenceState(self.mesh)
-        self._checked = {}
         self.weights = StepWeights(self.ulysses, self.mesh, self.root_device)
         self._handle = install_interceptors(self._state, self.lightning_module, self.zero_stage_3)
         activate(self._state)
@@ -183,56 +180,23 @@ class UlyssesDeepSpeedStrategy(DeepSpeedStrategy):
     @override
     def process_dataloader(self, dataloader: object) -> object:
         assert self.lightning_module is not None
-        trainer = self.lightning_module.trainer
-        key = (self._base_seed, self.mesh.dp_rank, str(trainer.state.stage))
-
-        def epoch() -> int:
-            return trainer.current_epoch
-
-        if not trainer.training:
-            return SeededLoader(dataloader, key, epoch)
-        self._train_loader = TrainLoader(
-            dataloader,
-            key,
-            epoch,
-            window=trainer.accumulate_grad_batches if self.ulysses.loss_weighting == "tokens" else 1,
-            limit=lambda: upstream.unwrap_batches(trainer),
-            count=lambda batch: self._read(self.precision_plugin.convert_input(batch)).counts_of_group(),
-            dp_size=self.mesh.dp_size,
-        )
-        return self._train_loader
-
-    def _read(self, batch: Any) -> WholeBatch:
-        return read_batch(batch, self.ulysses.rules, self.mesh.sp_size)
+        if self._pipeline is None:
+            self._pipeline = BatchPipeline(self.ulysses.rules, self.mesh, self.root_device, self._base_seed)
+        look_ahead = self.ulysses.loss_weighting == "tokens"
+        return self._pipeline.wrap(dataloader, self.lightning_module.trainer, look_ahead)
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        assert self.lightning_module is not None and self.weights is not None
+        assert self.lightning_module is not None and self.weights is not None and self._pipeline is not None
         trainer = self.lightning_module.trainer
-        whole = self._read(batch)
-        stage = str(trainer.state.stage)
-        self._checked[stage] = self._checked.get(stage, 0) + 1
-        if self._checked[stage] <= _CHECKED_BATCHES:
-            check_same_batch(whole, self.mesh, self.root_device)
-        training = trainer.training
-        sharded, shards, seen = whole.shard(self.mesh.sp_rank, stand_in=training)
-        result = super().batch_to_device(sharded, device, dataloader_idx)
-        moved = entries_of(result)
-        counts = {name: values[self.mesh.sp_rank] for name, values in whole.counts.items()}
-        self.state.pending = LiveBatch(
-            whole.layout,
-            shards={key: moved[key] if key in moved else t.to(self.root_device) for key, t in shards.items()},
-            counts=counts,
-            seen=seen,
-            rows=whole.rows,
+        whole = self._pipeline.read(batch, str(trainer.state.stage))
+        move = super().batch_to_device
+        result, self.state.pending = self._pipeline.cut(
+            whole, trainer.training, lambda sharded: move(sharded, device, dataloader_idx)
         )
         self.state.collect_evidence = self.weights.needs_evidence
-        if training:
-            plan = None
-            if self._train_loader is not None:
-                self._train_loader.advance()
-                plan = self._train_loader.plans
-            self.weights.begin(whole.counts_of_group(), plan)
+        if trainer.training:
+            self.weights.begin(whole.counts_of_group(), self._pipeline.use())
         return result
 
     def _step(self, name: str, *args: Any, **kwargs: Any) -> Any:
@@ -305,6 +269,7 @@ class UlyssesDeepSpeedStrategy(DeepSpeedStrategy):
     def teardown(self) -> None:
         self._remove_interceptors()
         self._state = None
+        upstream.restore_linear()
         super().teardown()
 
     @classmethod

@@ -53,7 +53,20 @@ def allow_weights_only_load(engine: Any) -> None:
         engine.optimizer._restore_from_bit16_weights = lambda: None
 
 
-def unwrap_batches(trainer: pl.Trainer) -> float:
+def restore_linear() -> None:
+    """Takes back the ``torch.nn.functional.linear`` that ZeRO-3 sets and leaves behind.
+
+    DeepSpeed says that it persists unless reset (``zero/partition_parameters.py``). Processes of which only some have
+    it reduce gradients in different orders.
+    """
+    from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as Patcher
+
+    original = getattr(Patcher, "linear_bk", None)
+    if original is not None:
+        torch.nn.functional.linear = original
+
+
+def used_batches(trainer: pl.Trainer) -> float:
     """Batches of a training epoch that the loop will use; infinite when unknown."""
     loader = trainer.fit_loop._combined_loader
     if loader is None:

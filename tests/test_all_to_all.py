@@ -67,9 +67,7 @@ def exchange(rank: int, sizes: tuple[int, int, int, int], rows: int, value_size:
     local = [strided(tensor[:, :, span], kind).requires_grad_() for tensor in whole]
     parts = seq_to_heads(*local, layout, shares, rank, group)
     ranges = [layout.query_ranges, layout.kv_ranges, layout.kv_ranges]
-    pairs = [
-        (part, tensor[:, slice(*ends[rank])]) for part, tensor, ends in zip(parts, whole, ranges, strict=True)
-    ]
+    pairs = [(part, tensor[:, slice(*ends[rank])]) for part, tensor, ends in zip(parts, whole, ranges, strict=True)]
     # Weights that differ by rank, so that a gradient sent to the wrong place shows.
     weights = [
         [numbers(100 * peer + i, rows, ends[peer][1] - ends[peer][0], seq_len, d) for peer in range(sp)]
@@ -95,9 +93,7 @@ def exchange(rank: int, sizes: tuple[int, int, int, int], rows: int, value_size:
 
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize(("rows", "value_size", "kind"), [(1, 6, "contiguous"), (2, 4, "transposed"), (2, 9, "spread")])
-def test_exchange(
-    pool: ProcessPool, sizes: tuple[int, int, int, int], rows: int, value_size: int, kind: str
-) -> None:
+def test_exchange(pool: ProcessPool, sizes: tuple[int, int, int, int], rows: int, value_size: int, kind: str) -> None:
     assert max(pool.run(exchange, sizes, rows, value_size, kind, world_size=sizes[0])) <= 1e-12
 
 
@@ -106,7 +102,9 @@ def round_trip(rank: int, sizes: tuple[int, int, int, int], dtype: torch.dtype) 
     dist.init_process_group("gloo", rank=rank, world_size=sp)
     group, layout, shares = dist.group.WORLD, head_layout(heads, kv_heads, sp), SequenceLayout(seq_len, sp).shares
     assert group is not None
-    q, k, v = (numbers(rank + 5 * i, 2, h, shares[rank], 8, dtype=dtype) for i, h in enumerate((heads, kv_heads, kv_heads)))
+    q, k, v = (
+        numbers(rank + 5 * i, 2, h, shares[rank], 8, dtype=dtype) for i, h in enumerate((heads, kv_heads, kv_heads))
+    )
     q.requires_grad_()
     received, _, _ = seq_to_heads(q, k, v, layout, shares, rank, group)
     back = heads_to_seq(received, layout, shares, rank, group)
@@ -222,7 +220,10 @@ MODELS: dict[str, tuple[Any, dict[str, Any], Any]] = {
     "llama with a mask": (
         CountedLlama,
         {},
-        lambda seed: {**token_batch(seed, 33, 2), "attention_mask": (torch.arange(33) < torch.tensor([[33], [20]])).long()},
+        lambda seed: {
+            **token_batch(seed, 33, 2),
+            "attention_mask": (torch.arange(33) < torch.tensor([[33], [20]])).long(),
+        },
     ),
     "packed llama": (
         CountedLlama,

@@ -126,7 +126,9 @@ def test_added_padding(kind: str, valid: str | None) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("heads", "kv_heads", "kv_index"), [(6, 2, None), (5, 2, (0, 0, 0, 1, 1)), (4, 2, (0, 1, 1, 1))])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "kv_index"), [(6, 2, None), (5, 2, (0, 0, 0, 1, 1)), (4, 2, (0, 1, 1, 1))]
+)
 def test_grouped_heads(kind: str, heads: int, kv_heads: int, kv_index: tuple[int, ...] | None) -> None:
     for spec in (KINDS[kind], replace(KINDS[kind], documents=DOCUMENTS, valid=(VALID["holes"],))):
         check(spec, heads=heads, kv_heads=kv_heads, kv_index=kv_index)
@@ -179,7 +181,7 @@ class Largest(TorchDispatchMode):
 
 
 def cost(spec: MaskSpec, seq_len: int, rows: int = 1) -> tuple[list[tuple[int, int, int]], int]:
-    """(queries, keys, mask elements) of each kernel call of a forward, and the largest tensor of forward and backward."""
+    """(queries, keys, mask elements) of each kernel call of a forward, and the largest tensor until after backward."""
     calls: list[tuple[int, int, int]] = []
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
@@ -206,7 +208,8 @@ def test_packed_documents_cost_the_sum_of_their_squares(causal: bool) -> None:
 
 def test_rows_with_equal_documents_share_their_kernel_calls() -> None:
     runs = runs_from_starts([0, 100, 300], 512)
-    assert cost(MaskSpec(True, documents=(runs, runs, runs)), 512, rows=3)[0] == [(100, 100, 0), (200, 200, 0), (212, 212, 0)]
+    shared = cost(MaskSpec(True, documents=(runs, runs, runs)), 512, rows=3)[0]
+    assert shared == [(100, 100, 0), (200, 200, 0), (212, 212, 0)]
     other = runs_from_starts([0, 7], 512)
     assert len(cost(MaskSpec(True, documents=(runs, other)), 512, rows=2)[0]) == 5
 

@@ -142,6 +142,16 @@ def test_sequence_dims() -> None:
     assert all(tensor.is_contiguous() for part in parts for tensor in part.values())
 
 
+def test_rows_are_those_of_tensors_that_begin_with_them() -> None:
+    positions = torch.arange(S).expand(3, 1, S)
+    batch = {"input_ids": ids(1), "position_ids": positions, "cu_seqlens": torch.tensor([0, 4, S])}
+    whole = read_batch(batch, rules(position_ids=2), P)
+    assert whole.rows == 1 and whole.counts["tokens"] == (4.0, 4.0, 3.0)
+    assert torch.equal(joined([whole.shard(rank)[0] for rank in range(P)], "position_ids", 2), positions)
+    assert read_batch({"signal": torch.rand(2, 5, S)}, rules(signal=2), P).rows == 2
+    assert read_batch({"signal": torch.rand(S, 5)}, rules(signal=0), P).rows == 1
+
+
 def test_sequence_dims_take_usual_keys_out_and_add_others() -> None:
     batch = {"input_ids": ids(), "token_type_ids": torch.ones(2, 4).long(), "speaker": ids()}
     part = shards(batch, rules(token_type_ids=None, speaker=1))[1]
@@ -242,9 +252,11 @@ def test_padding_to_a_multiple() -> None:
 
 def test_padding_of_inputs_pairs_and_documents() -> None:
     whole = read_batch({"input_ids": ids()}, rules(16), P)
-    assert (whole.tensors["shift_input_ids"][:, S - 1 :] == -100).all() and whole.counts_of_group() == {"shift_input_ids": 20}
+    assert (whole.tensors["shift_input_ids"][:, S - 1 :] == -100).all()
+    assert whole.counts_of_group() == {"shift_input_ids": 20}
     pair = read_batch((ids(), labels()), rules(16), P)
-    assert (pair.tensors["1"][:, S:] == -100).all() and pair.counts_of_group() == {"1": 16}
+    assert (pair.tensors["1"][:, S:] == -100).all()
+    assert pair.counts_of_group() == {"1": 16}
     packed = {"input_ids": ids(1), "labels": ids(1), "cu_seqlens": torch.tensor([0, 4, S])}
     assert read_batch(packed, rules(16), P).layout.documents == (((0, 4), (4, S), (S, 16)),)
     assert read_batch(packed, rules(S), P).layout.num_padding == 0
@@ -266,16 +278,18 @@ def test_a_slice_without_targets_gets_one_that_does_not_count() -> None:
 
 
 @pytest.mark.parametrize("pad", [None, 16])
-def test_batches_are_never_changed_in_place(pad: int | None) -> None:
-    target = labels()
-    target[:, :9] = -100
-    data = {"input_ids": ids(), "labels": target, "loss_mask": torch.zeros(2, S).long(), "name": "a"}
-    for batch in (data, UserDict(data), encoding(data), (ids(), target), [ids(), target], Pair(ids(), target)):
+@pytest.mark.parametrize("rows", [1, 2])
+def test_batches_are_never_changed_in_place(pad: int | None, rows: int) -> None:
+    target = labels(rows)
+    # Ranks 0 and 2 get a stand-in target; a slice of a single row is a view of it.
+    target[:, [0, 1, 2, 3, 8, 9, 10]] = -100
+    data = {"input_ids": ids(rows), "labels": target, "loss_mask": torch.zeros(rows, S).long(), "name": "a"}
+    pair = (data["input_ids"], target)
+    for batch in (data, UserDict(data), encoding(data), pair, list(pair), Pair(*pair)):
         before = copy.deepcopy(batch)
         for rank in range(P):
             read_batch(batch, rules(pad), P).shard(rank, stand_in=True)
-        keys = list(before) if hasattr(before, "keys") else range(len(before))
         assert len(batch) == len(before)
-        for key in keys:
+        for key in list(before) if hasattr(before, "keys") else range(len(before)):
             same = batch[key] == before[key]
             assert same.all() if isinstance(same, Tensor) else same

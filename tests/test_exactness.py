@@ -246,7 +246,7 @@ def plain_positions(x: torch.Tensor, dim: int = 1) -> torch.Tensor:
 CONTROLS: dict[str, tuple[str, Any, Any, dict[str, Any]]] = {
     "weight": ("lightning_ulysses.weighting.token_weight", no_weight, llama(), {}),
     "label shift": (
-        "lightning_ulysses.attention.huggingface._shifted_labels",
+        "lightning_ulysses.attention.model_inputs.shifted_labels",
         no_shift,
         llama(call="keywords"),
         {"targets": "shift_labels"},

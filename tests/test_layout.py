@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -68,7 +70,7 @@ def test_cu_seqlens(lengths: list[int], behind: int, repeats: int) -> None:
     seq_len = sum(lengths) + behind
     runs = cu_seqlens_to_runs(edges, seq_len)
     assert ids(runs, seq_len) == ids_of_lengths([*lengths, behind])
-    assert document_runs({"cu_seqlens": torch.tensor(edges)}, row(seq_len), {"input_ids": 1}, seq_len) == (runs,)
+    assert document_runs({"cu_seqlens": torch.tensor(edges)}, None, 1, seq_len) == (runs,)
 
 
 @pytest.mark.parametrize("edges", [[], [1, 4], [0, 5, 3], [0, 4, 9]])
@@ -77,17 +79,12 @@ def test_cu_seqlens_that_do_not_fit_are_refused(edges: list[int]) -> None:
         cu_seqlens_to_runs(edges, 8)
 
 
-def row(seq_len: int, rows: int = 1) -> dict[str, Tensor]:
-    return {"input_ids": torch.zeros(rows, seq_len, dtype=torch.int64)}
-
-
 @relaxed
 @given(packed_rows(), st.integers(0, 7))
 def test_documents_from_positions(rows: list[list[int]], offset: int) -> None:
     seq_len = sum(rows[0])
     positions = torch.tensor([restarting(lengths) for lengths in rows]) + offset
-    tensors = {**row(seq_len, len(rows)), "position_ids": positions}
-    runs = document_runs(tensors, tensors, {"input_ids": 1, "position_ids": 1}, seq_len)
+    runs = document_runs({}, positions, len(rows), seq_len)
     # A document of one token that is followed by one of one token restarts at the same position.
     if all(len(lengths) == 1 for lengths in rows):
         assert runs is None
@@ -98,21 +95,17 @@ def test_documents_from_positions(rows: list[list[int]], offset: int) -> None:
 
 def test_positions_shared_by_all_rows() -> None:
     shared = torch.tensor([[0, 1, 2, 0, 1]])
-    for positions, dim in ((shared, 1), (shared[0], 0)):
-        tensors = {**row(5, 2), "position_ids": positions}
-        runs = document_runs(tensors, tensors, {"input_ids": 1, "position_ids": dim}, 5)
-        assert runs == (((0, 3), (3, 5)),) * 2
+    for positions in (shared, shared[0]):
+        assert document_runs({}, positions, 2, 5) == (((0, 3), (3, 5)),) * 2
 
 
 def test_positions_of_several_axes_mark_no_documents() -> None:
-    tensors = {**row(5, 2), "position_ids": torch.zeros(3, 2, 5, dtype=torch.int64)}
-    assert document_runs(tensors, tensors, {"input_ids": 1, "position_ids": 2}, 5) is None
+    assert document_runs({}, torch.zeros(3, 2, 5, dtype=torch.int64), 2, 5) is None
 
 
 def test_cu_seqlens_go_before_positions() -> None:
-    tensors = {**row(5), "position_ids": torch.tensor([[0, 1, 0, 1, 2]])}
-    entries = {**tensors, "cu_seq_lens_q": torch.tensor([0, 4, 5])}
-    assert document_runs(entries, tensors, {"input_ids": 1, "position_ids": 1}, 5) == (((0, 4), (4, 5)),)
+    entries = {"cu_seqlens": None, "cu_seq_lens_q": torch.tensor([0, 4, 5])}
+    assert document_runs(entries, torch.tensor([[0, 1, 0, 1, 2]]), 1, 5) == (((0, 4), (4, 5)),)
 
 
 @pytest.mark.parametrize(
@@ -124,7 +117,7 @@ def test_cu_seqlens_go_before_positions() -> None:
 )
 def test_cu_seqlens_of_several_rows_are_refused(cu_seqlens: Tensor, rows: int, parts: tuple[str, ...]) -> None:
     with pytest.raises(UlyssesError) as caught:
-        document_runs({"cu_seqlens": cu_seqlens}, row(8, rows), {"input_ids": 1}, 8)
+        document_runs({"cu_seqlens": cu_seqlens}, None, rows, 8)
     assert all(part in str(caught.value) for part in parts)
 
 
@@ -141,7 +134,7 @@ def test_valid_runs_are_what_the_mask_keeps(rows: int, seq_len: int, data: st.Da
         assert runs is not None
         for kept, found in zip(mask.tolist(), runs, strict=True):
             assert [number >= 0 for number in ids(found, seq_len)] == kept
-            assert all(left[1] < right[0] for left, right in zip(found[:-1], found[1:], strict=True))
+            assert all(left[1] < right[0] for left, right in pairwise(found))
 
 
 def test_no_mask_keeps_everything() -> None:

@@ -40,9 +40,13 @@ class Stream(IterableDataset[int]):
         yield from range(self.size)
 
 
+def augmented(workers: int) -> DataLoader[Tensor]:
+    context = "fork" if workers else None
+    return DataLoader(Augmented(), batch_size=2, num_workers=workers, multiprocessing_context=context)
+
+
 def seeded(*key: object, epoch: int = 0, workers: int = 0) -> SeededLoader:
-    loader = DataLoader(Augmented(), batch_size=2, num_workers=workers, multiprocessing_context="fork" if workers else None)
-    return SeededLoader(loader, key, lambda: epoch)
+    return SeededLoader(augmented(workers), key, lambda: epoch)
 
 
 def train_loader(source: Any, window: int = 1, limit: float = INFINITE, dp_size: int = 1, **kwargs: Any) -> TrainLoader:
@@ -169,9 +173,7 @@ def test_an_epoch_begins_without_the_plans_of_the_last() -> None:
 @pytest.mark.parametrize("workers", [0, 2])
 def test_windows_do_not_change_the_random_numbers(workers: int) -> None:
     def make(window: int) -> TrainLoader:
-        context = "fork" if workers else None
-        source = DataLoader(Augmented(), batch_size=2, num_workers=workers, multiprocessing_context=context)
-        return train_loader(source, window, count=lambda batch: {"tokens": 2.0})
+        return train_loader(augmented(workers), window, count=lambda batch: {"tokens": 2.0})
 
     assert torch.equal(values(make(1)), values(make(2)))
 
@@ -216,7 +218,7 @@ def test_resuming_on_another_number_of_ranks() -> None:
     for dp_size, skipped in ((1, 12), (2, 6), (4, 3)):
         loader = train_loader(list(range(20)), dp_size=dp_size)
         loader.load_state_dict(state)
-        assert list(loader)[0] == skipped
+        assert next(iter(loader)) == skipped
     with pytest.raises(UlyssesError) as caught:
         train_loader([], dp_size=5).load_state_dict(state)
     assert all(part in str(caught.value) for part in ("after 6 batches on 2 data-parallel ranks", "5 ranks"))

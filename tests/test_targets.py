@@ -29,7 +29,8 @@ def live(*evidence: TargetEvidence, seen: dict[str, float] | None = None, **shar
     """A slice of five tokens; masks are counted by their sum."""
     counts = {name: float(t.sum() if "mask" in name else (t != -100).sum()) for name, t in shards.items()}
     counts["tokens"] = 5.0
-    return LiveBatch(SequenceLayout(10, 2), dict(shards), list(evidence), counts=counts, seen={**counts, **(seen or {})})
+    seen = {**counts, **(seen or {})}
+    return LiveBatch(SequenceLayout(10, 2), dict(shards), list(evidence), counts=counts, seen=seen)
 
 
 def mean(target: Tensor, ignore_index: int = -100) -> TargetEvidence:
@@ -78,8 +79,8 @@ CASES: dict[str, tuple[LiveBatch, str]] = {
     "no evidence, one candidate": (live(y=LABELS), "y"),
     "no evidence, equal candidates": (live(a=LABELS, b=SHIFTED), "a"),
     "no evidence, no candidate": (live(), "tokens"),
-    "no evidence, inputs that only transformers shifts": (live(shift_input_ids=SHIFTED), "tokens"),
-    "by hand, inputs that only transformers shifts": (live(by_hand(torch.arange(5)), shift_input_ids=SHIFTED), "tokens"),
+    "no evidence, inputs only transformers shifts": (live(shift_input_ids=SHIFTED), "tokens"),
+    "by hand, inputs only transformers shifts": (live(by_hand(torch.arange(5)), shift_input_ids=SHIFTED), "tokens"),
 }
 
 
@@ -123,7 +124,7 @@ def test_losses_that_cannot_be_explained_are_refused(case: str) -> None:
 
 def test_padding_that_no_tensor_can_mark_is_refused() -> None:
     batch = LiveBatch(SequenceLayout(16, 2, num_padding=5))
-    with pytest.raises(UlyssesError, match="padded by 5 tokens.*leave pad_to_multiple_of out"):
+    with pytest.raises(UlyssesError, match=r"padded by 5 tokens.*leave pad_to_multiple_of out"):
         resolve(batch)
 
 

@@ -9,25 +9,11 @@ import torch
 from torch import Tensor
 
 from lightning_ulysses.attention.attend import MaskSpec
+from lightning_ulysses.attention.masks import find_mask, local_mask_error
 from lightning_ulysses.attention.ulysses import sharded_attention
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.handle import Handle
-from lightning_ulysses.state import LiveBatch, SequenceState
-
-
-def find_mask(batch: LiveBatch, attn_mask: Tensor) -> MaskSpec | None:
-    """What a mask made by `attention.huggingface` stands for; detached or sliced copies share its storage."""
-    spec = batch.masks.get(attn_mask.untyped_storage().data_ptr())
-    return spec if isinstance(spec, MaskSpec) else None
-
-
-def local_mask_error(attn_mask: Tensor) -> UlyssesError:
-    """For a mask tensor made from one rank's slice."""
-    return UlyssesError(
-        f"an attention mask of shape {tuple(attn_mask.shape)} inside a step",
-        "no mask tensor, since one made from this rank's slice makes sense only locally",
-        "use is_causal=True, or call lightning_ulysses.ulysses_attention(..., is_causal=, window=, cu_seqlens=)",
-    )
+from lightning_ulysses.state import SequenceState
 
 
 def install(state: SequenceState) -> Handle:

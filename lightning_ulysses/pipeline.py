@@ -1,0 +1,111 @@
+"""From a dataloader's whole batches to this rank's slices."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lightning_ulysses import upstream
+from lightning_ulysses.batch import BatchRules, WholeBatch, entries_of, read_batch
+from lightning_ulysses.loader import SeededLoader, TrainLoader
+from lightning_ulysses.loss import WindowPlan
+from lightning_ulysses.mesh import SequenceMesh
+from lightning_ulysses.preflight import check_same_batch
+from lightning_ulysses.state import LiveBatch
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+_CHECKED_BATCHES = 3
+
+
+class BatchPipeline:
+    """Wraps dataloaders, reads batches, compares the first ones over ranks, and cuts them.
+
+    Args:
+        rules: How to read a batch.
+        mesh: Sizes and groups.
+        device: Where the model is.
+        seed: The run's seed, the same on every rank.
+    """
+
+    def __init__(self, rules: BatchRules, mesh: SequenceMesh, device: torch.device, seed: int) -> None:
+        self._rules = rules
+        self._mesh = mesh
+        self._device = device
+        self._seed = seed
+        self._checked: dict[str, int] = {}
+        self._train_loader: TrainLoader | None = None
+
+    def wrap(self, dataloader: Any, trainer: pl.Trainer, look_ahead: bool) -> SeededLoader:
+        """The dataloader with random numbers that a sequence group shares and, in training, a look ahead.
+
+        Args:
+            dataloader: The user's, with its sampler in place.
+            trainer: The Trainer.
+            look_ahead: Whether a step's targets have to be known before its first backward.
+        """
+        key = (self._seed, self._mesh.dp_rank, str(trainer.state.stage))
+
+        def epoch() -> int:
+            return trainer.current_epoch
+
+        if not trainer.training:
+            return SeededLoader(dataloader, key, epoch)
+        self._train_loader = TrainLoader(
+            dataloader,
+            key,
+            epoch,
+            window=trainer.accumulate_grad_batches if look_ahead else 1,
+            limit=lambda: upstream.used_batches(trainer),
+            count=lambda batch: self._read(trainer.precision_plugin.convert_input(batch)).counts_of_group(),
+            dp_size=self._mesh.dp_size,
+        )
+        return self._train_loader
+
+    def _read(self, batch: Any) -> WholeBatch:
+        return read_batch(batch, self._rules, self._mesh.sp_size)
+
+    def read(self, batch: Any, stage: str) -> WholeBatch:
+        """Reads a batch; the first ones of each stage are compared over the sequence group.
+
+        Raises:
+            UlyssesError: If it is not understood, or ranks hold different ones.
+        """
+        whole = self._read(batch)
+        self._checked[stage] = self._checked.get(stage, 0) + 1
+        if self._checked[stage] <= _CHECKED_BATCHES:
+            check_same_batch(whole, self._mesh, self._device)
+        return whole
+
+    def cut(self, whole: WholeBatch, training: bool, move: Callable[[Any], Any]) -> tuple[Any, LiveBatch]:
+        """This rank's slice on the device, and what is known about it.
+
+        Args:
+            whole: From `read`.
+            training: Whether a slice without a target needs a stand-in.
+            move: Moves a batch to the device and runs the user's hooks on it.
+        """
+        rank = self._mesh.sp_rank
+        sharded, shards, seen = whole.shard(rank, stand_in=training)
+        result = move(sharded)
+        moved = entries_of(result)
+        live = LiveBatch(
+            whole.layout,
+            # The very tensors that the module gets, so that they are recognised by their address.
+            shards={key: moved[key] if key in moved else t.to(self._device) for key, t in shards.items()},
+            counts={name: values[rank] for name, values in whole.counts.items()},
+            seen=seen,
+            rows=whole.rows,
+        )
+        return result, live
+
+    def use(self) -> deque[WindowPlan] | None:
+        """Notes that a training batch is used; the windows that the dataloader has looked ahead over."""
+        if self._train_loader is None:
+            return None
+        self._train_loader.advance()
+        return self._train_loader.plans

@@ -1,0 +1,135 @@
+"""What the package imports, contains and needs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from email.parser import Parser
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+from models import count_targets, hand_written, pair_batch
+
+import lightning_ulysses
+from lightning_ulysses.processes import ProcessPool
+from lightning_ulysses.testing import SplitRun, compare, fit_single, fit_split
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "lightning_ulysses"
+
+
+def in_fresh_python(code: str) -> Any:
+    """What a new interpreter prints last, as JSON."""
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=240
+    )
+    assert found.returncode == 0, found.stderr
+    return json.loads(found.stdout.splitlines()[-1])
+
+
+IMPORTS = """
+import json, sys
+import lightning
+before = set(sys.modules)
+import lightning_ulysses
+print(json.dumps([sorted(before), sorted(set(sys.modules) - before), lightning_ulysses.__version__]))
+"""
+
+
+def test_the_import_stays_light() -> None:
+    before, added, release = in_fresh_python(IMPORTS)
+    heavy = {"deepspeed", "transformers", "flash_attn", "matplotlib", "datasets", "pytorch_lightning"}
+    assert not {name.partition(".")[0] for name in added} & heavy
+    assert "deepspeed" not in before and "transformers.modeling_utils" not in [*before, *added]
+    assert "lightning_ulysses.strategy" in added and "lightning_ulysses.attention.huggingface" not in added
+    assert release == lightning_ulysses.__version__
+
+
+OTHER_FLAVOUR = """
+import json
+import pytorch_lightning, lightning_ulysses
+errors = []
+for strategy in ("ulysses_deepspeed", "ulysses_deepspeed_stage_3", lightning_ulysses.UlyssesDeepSpeedStrategy()):
+    try:
+        pytorch_lightning.Trainer(strategy=strategy, accelerator="cpu", devices=1)
+    except Exception as error:
+        errors.append([type(error).__name__, str(error)])
+registered = [name for name in pytorch_lightning.strategies.StrategyRegistry if name.startswith("ulysses")]
+print(json.dumps([errors, registered]))
+"""
+
+
+def test_a_trainer_of_the_other_flavour_says_what_to_import() -> None:
+    errors, registered = in_fresh_python(OTHER_FLAVOUR)
+    for (kind, text), name in zip(errors, ("ulysses_deepspeed", "ulysses_deepspeed_stage_3"), strict=False):
+        assert kind == "UlyssesError" and f"strategy={name!r}" in text
+        assert "Trainer of pytorch_lightning" in text and "import lightning" in text
+    # An instance is refused by that Trainer itself, which names both classes.
+    kind, text = errors[2]
+    assert kind == "ValueError" and "pytorch_lightning.strategies.Strategy" in text
+    assert "lightning_ulysses.strategy.UlyssesDeepSpeedStrategy" in text
+    assert sorted(registered) == sorted(name for name in registry() if name.startswith("ulysses"))
+
+
+def registry() -> list[str]:
+    from lightning.pytorch.strategies import StrategyRegistry
+
+    return StrategyRegistry.available_strategies()
+
+
+def test_floors_import_only_from_below() -> None:
+    from importlinter.cli import lint_imports
+
+    assert lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True, no_logo=True) == 0
+
+
+def test_files_stay_readable() -> None:
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
+    assert len(lengths) > 20
+    assert {name: length for name, length in lengths.items() if length > 300} == {}
+
+
+def test_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hatchling.build import build_wheel
+
+    monkeypatch.chdir(ROOT)
+    with zipfile.ZipFile(tmp_path / build_wheel(str(tmp_path))) as wheel:
+        names = set(wheel.namelist())
+        info = next(name for name in names if name.endswith(".dist-info/METADATA"))
+        metadata = Parser().parsestr(wheel.read(info).decode())
+    modules = {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")}
+    assert {name for name in names if ".dist-info/" not in name} == {*modules, "lightning_ulysses/py.typed"}
+    assert metadata["Name"] == "lightning-ulysses" and metadata["Version"] == lightning_ulysses.__version__
+    assert set(metadata.get_all("Provides-Extra") or []) == {"flash", "hf", "dev"}
+    required = metadata.get_all("Requires-Dist") or []
+    assert any(line.startswith("transformers") and "extra == 'hf'" in line for line in required)
+    assert any(line.startswith("flash-attn") and "extra == 'flash'" in line for line in required)
+    # What runs have to have is not an extra.
+    always = " ".join(line for line in required if "extra" not in line)
+    assert all(name in always for name in ("torch>=", "lightning<", "deepspeed<")) and "transformers" not in always
+
+
+def test_upstream_is_the_release_that_the_private_hooks_were_read_from() -> None:
+    assert version("lightning").startswith("2.6.") and version("deepspeed").startswith("0.19.")
+
+
+def test_no_compiler_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed would build its shared-memory collectives when it sets up communication on CPUs."""
+    (tmp_path / "bin").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    # Nor may it find what was built before.
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    for name in ("CC", "CXX", "DS_BUILD_OPS"):
+        monkeypatch.delenv(name, raising=False)
+    assert not any(shutil.which(name) for name in ("g++", "c++", "gcc", "cc", "clang", "ninja"))
+    reference = fit_single(hand_written(), [[pair_batch(1, 33)]], count_targets)
+    with ProcessPool(2, timeout=200) as fresh:
+        result = fit_split(fresh, hand_written(), [pair_batch(1, 33)], SplitRun())[0]
+    assert compare(result, reference).largest <= 1e-5
+    assert not os.path.exists(tmp_path / "extensions")

@@ -1,0 +1,158 @@
+"""The private parts of Lightning, DeepSpeed and transformers that are leaned on are still what they were."""
+
+from __future__ import annotations
+
+import inspect
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import lightning as L
+import pytest
+from models import HandWritten
+
+from lightning_ulysses import upstream
+from lightning_ulysses.testing import QUIET
+
+
+def parameters(function: Any) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+@pytest.fixture(scope="module")
+def trainer() -> L.Trainer:
+    return L.Trainer(accelerator="cpu", devices=1, accumulate_grad_batches=3, **QUIET)
+
+
+def test_lightning_says_whether_the_optimizer_steps(trainer: L.Trainer) -> None:
+    assert parameters(trainer.fit_loop._should_accumulate) == []
+    current, found = trainer.fit_loop.epoch_loop.batch_progress.current, []
+    for current.ready in range(1, 5):
+        found.append(upstream.should_accumulate(trainer))
+    current.ready = 0
+    assert found == [True, True, False, True]
+
+
+def test_lightning_knows_the_batches_of_an_epoch(trainer: L.Trainer) -> None:
+    from lightning.pytorch.utilities import CombinedLoader
+
+    assert upstream.used_batches(trainer) == float("inf")
+    loader = CombinedLoader([[1, 2, 3]])
+    with mock.patch.object(trainer.fit_loop, "_combined_loader", loader):
+        assert upstream.used_batches(trainer) == float("inf")
+        for limits, wanted in (([2], 2.0), ([float("inf")], float("inf"))):
+            loader.limits = limits
+            assert upstream.used_batches(trainer) == wanted
+
+
+def test_lightning_keeps_its_progress_where_it_is_rescaled(trainer: L.Trainer) -> None:
+    state = trainer.fit_loop.state_dict()
+    current = state["epoch_loop.batch_progress"]["current"]
+    assert {"ready", "started", "processed", "completed"} <= set(current)
+    source = inspect.getsource(type(trainer.fit_loop).on_save_checkpoint)
+    assert 'state_dict["combined_loader"]' in source
+    current.update(ready=6, started=6, processed=6, completed=6)
+    state["state_dict"] = {"combined_loader": [{"batches": 6, "dp_size": 2}]}
+    upstream.rescale_progress({"loops": {"fit_loop": state}}, 4)
+    assert [current[name] for name in ("ready", "started", "processed", "completed")] == [3, 3, 3, 3]
+    upstream.rescale_progress({}, 4)
+
+
+def test_lightning_modules_have_a_device_mesh() -> None:
+    module, mesh = HandWritten(), mock.sentinel.mesh
+    assert module.device_mesh is None
+    upstream.set_device_mesh(module, mesh)
+    assert module.device_mesh is mesh
+
+
+def test_deepspeed_asks_whether_the_shared_memory_op_is_wanted() -> None:
+    import deepspeed
+    from deepspeed.comm.torch import build_shm_op
+
+    compatible, name = deepspeed.ops.__compatible_ops__, "deepspeed_shm_comm"
+    builder = SimpleNamespace(NAME=name, load=mock.Mock(), absolute_name=lambda: name)
+    with mock.patch("deepspeed.comm.torch.get_accelerator") as accelerator, mock.patch.dict(compatible, {name: True}):
+        accelerator.return_value.create_op_builder.return_value = builder
+        with upstream.without_shared_memory_op():
+            assert build_shm_op() is None and not builder.load.called
+        assert compatible[name] is True
+        build_shm_op()
+        assert builder.load.called
+        del compatible[name]
+        with pytest.raises(KeyError), upstream.without_shared_memory_op():
+            raise KeyError
+        assert name not in compatible
+
+
+def test_deepspeed_can_be_pointed_at_the_cpu() -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    before = get_accelerator()
+    gpu = mock.Mock(**{"device_name.return_value": "cuda"})
+    with (
+        mock.patch("deepspeed.accelerator.get_accelerator", return_value=gpu),
+        mock.patch("deepspeed.accelerator.set_accelerator") as chosen,
+    ):
+        upstream.use_accelerator("cuda")
+        assert not chosen.called
+        upstream.use_accelerator("cpu")
+    assert chosen.call_args.args[0].device_name() == "cpu"
+    assert get_accelerator() is before and parameters(inspect.unwrap(type(before).device_name))[0] == "self"
+
+
+def test_deepspeed_restores_weights_by_a_method_that_an_inference_engine_lacks() -> None:
+    from deepspeed import DeepSpeedEngine
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+    assert "self.optimizer._restore_from_bit16_weights()" in inspect.getsource(DeepSpeedEngine.load_checkpoint)
+    assert hasattr(DeepSpeedZeroOptimizer_Stage3, "_restore_from_bit16_weights")
+    assert not hasattr(DeepSpeedZeRoOffload, "_restore_from_bit16_weights")
+    engine = SimpleNamespace(optimizer=SimpleNamespace())
+    upstream.allow_weights_only_load(engine)
+    assert engine.optimizer._restore_from_bit16_weights() is None
+    upstream.allow_weights_only_load(SimpleNamespace(optimizer=None))
+
+
+def test_deepspeed_keeps_its_world_where_it_is_forgotten() -> None:
+    import deepspeed.comm.comm as comm
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+    from deepspeed.runtime.zero.partition_parameters import Init
+    from deepspeed.utils import groups
+
+    counter = inspect.signature(DeepSpeedZeRoOffload._register_deepspeed_module).parameters["count"]
+    assert counter.default is DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__[0]
+    cached = [name for name in vars(groups) if name.startswith("_") and name.isupper()]
+    assert {"_WORLD_GROUP", "_ZERO_PARAM_INTRA_PARALLEL_GROUP"} <= set(cached)
+    assert isinstance(Init.param_id, int) and hasattr(comm, "cdb")
+    with (
+        mock.patch.object(comm, "cdb", "backend"),
+        mock.patch.object(groups, "_WORLD_GROUP", object()),
+        mock.patch.object(Init, "param_id", 7),
+    ):
+        counter.default[0] = 5
+        upstream.forget_world()
+        assert comm.cdb is None and groups._WORLD_GROUP is None
+        assert Init.param_id == 0 and counter.default == [0]
+
+
+def test_transformers_keeps_its_tables_and_masks() -> None:
+    from transformers import masking_utils
+    from transformers.modeling_utils import AttentionInterface
+
+    from lightning_ulysses.attention.masks import _mask_parts
+
+    for table in (AttentionInterface, masking_utils.AttentionMaskInterface):
+        assert {"sdpa", "flash_attention_2"} <= set(table._global_mapping)
+    arguments = parameters(masking_utils.sdpa_mask)
+    assert {"batch_size", "q_length", "kv_length", "mask_function", "attention_mask"} <= set(arguments)
+    composed = masking_utils.and_masks(
+        masking_utils.causal_mask_function,
+        masking_utils.sliding_window_overlay(5),
+        masking_utils.packed_sequence_mask_function(None),
+    )
+    assert _mask_parts(composed) == {
+        "causal_mask_function": {},
+        "sliding_window_overlay": {"sliding_window": 5},
+        "packed_sequence_mask_function": {"packed_sequence_mask": None},
+    }
