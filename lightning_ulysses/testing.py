@@ -109,9 +109,8 @@ class StepRecorder(pl.Callback):
     ) -> None:
         strategy = trainer.strategy
         assert isinstance(strategy, UlyssesDeepSpeedStrategy) and strategy.weights is not None
-        loss = strategy.weights.global_loss()
-        if loss is not None:
-            self.losses.append(float(loss))
+        if strategy.weights.steps > len(self.losses):
+            self.losses.append(float(strategy.weights.global_loss()))
             self.grad_norms.append(float(strategy.deepspeed_engine.get_global_grad_norm() or 0.0))
 
     @override

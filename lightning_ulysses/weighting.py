@@ -24,6 +24,9 @@ class StepWeights:
         config: The strategy's settings.
         mesh: Sizes and groups.
         device: Where collectives take place.
+
+    Attributes:
+        steps: Optimizer steps taken so far.
     """
 
     def __init__(self, config: UlyssesConfig, mesh: SequenceMesh, device: torch.device) -> None:
@@ -34,6 +37,8 @@ class StepWeights:
         self._window: LossWindow | None = None
         self._plan: WindowPlan | None = None
         self._finished: Tensor | None = None
+        self._global: Tensor | None = None
+        self.steps = 0
         self._backwards = 0
 
     @property
@@ -130,18 +135,21 @@ class StepWeights:
         self._backwards = 0
         if self._window is not None and self._window.loss is not None:
             self._finished, self._window = self._window.loss, None
+            self._global = None
+            self.steps += 1
 
-    def global_loss(self) -> Tensor | None:
-        """The exact loss of the optimizer step just taken, the same on every rank; a collective.
+    def global_loss(self) -> Tensor:
+        """The exact loss of the last optimizer step, the same on every rank; a collective the first time it is asked.
 
-        Returns:
-            A scalar, or None if no step has ended since the last call.
+        Raises:
+            RuntimeError: Before the first step; see `steps`.
         """
         if self._finished is None:
-            return None
-        total, self._finished = self._finished.clone(), None
-        dist.all_reduce(total)
-        return total
+            raise RuntimeError("No optimizer step has been taken yet.")
+        if self._global is None:
+            self._global = self._finished.clone()
+            dist.all_reduce(self._global)
+        return self._global
 
     def evaluate(self, mean: WeightedMean, loss: Tensor, live: LiveBatch) -> None:
         """Adds the loss of an evaluation step to a mean over targets; collective until the targets are known."""

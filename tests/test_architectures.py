@@ -8,11 +8,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from models import VOCAB, token_batch
-from torch import Tensor
+import torch.nn.functional as F
+from models import VOCAB, count_targets, pair_batch, token_batch
+from torch import Tensor, nn
 
+import lightning_ulysses
 from lightning_ulysses.processes import ProcessPool, RemoteError
-from lightning_ulysses.testing import SplitRun, compare, fit_single, fit_split
+from lightning_ulysses.testing import SplitRun, compare, fit_single, fit_split, split_loader, split_trainer
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -74,3 +76,53 @@ def test_one_step(pool: ProcessPool, name: str) -> None:
 def test_a_mask_that_is_not_known_is_refused_by_name(pool: ProcessPool) -> None:
     with pytest.raises(RemoteError, match="sliding_window_bidirectional_overlay"):
         fit_split(pool, partial(Wrapped, "ModernBert"), [masked_batch(0, 33)], SplitRun())
+
+
+class Encoder(L.LightningModule):
+    """PyTorch's own encoder layers, with positions as the package gives them."""
+
+    def __init__(self, weights: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.place = nn.Embedding(VOCAB, 32), nn.Embedding(64, 32)
+        layer = nn.TransformerEncoderLayer(32, 4, 48, dropout=0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.last = nn.MultiheadAttention(32, 4, batch_first=True)
+        self.head, self.weights = nn.Linear(32, VOCAB), weights
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        hidden = self.encoder(self.embed(x) + self.place(lightning_ulysses.sequence_positions(x)))
+        hidden = self.last(hidden, hidden, hidden, need_weights=self.weights)[0]
+        return F.cross_entropy(self.head(hidden).flatten(0, 1), y.flatten())
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.training_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=1.0)
+
+
+def validate_encoder(rank: int) -> float:
+    run = SplitRun()
+    trainer = split_trainer(run, [lightning_ulysses.TokenCountMonitor()])
+    found = trainer.validate(Encoder(), split_loader([pair_batch(1, 33)], run, rank), verbose=False)
+    return float(found[0]["validate/loss"])
+
+
+def test_torch_encoder_layers(pool: ProcessPool) -> None:
+    batches = [pair_batch(1, 33)]
+    reference = fit_single(Encoder, [batches], count_targets)
+    for result in fit_split(pool, Encoder, batches, SplitRun()):
+        assert compare(result, reference).largest <= 1e-5
+    # Evaluation would take PyTorch's fused path, which nothing can intercept.
+    wanted = Encoder().eval()
+    with torch.no_grad():
+        loss = float(wanted.training_step(batches[0], 0))
+    assert pool.run(validate_encoder, world_size=2) == pytest.approx([loss, loss], rel=1e-5)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_attention_weights_are_refused(pool: ProcessPool) -> None:
+    with pytest.raises(RemoteError, match="need_weights=False"):
+        fit_split(pool, partial(Encoder, True), [pair_batch(1, 33)], SplitRun())

@@ -454,6 +454,25 @@ def test_training_on_a_stream(pool: ProcessPool, sizes: tuple[int, int], workers
     assert sorted(seen) == list(range(1, sum(STREAMED) + 1))
 
 
+class Once:
+    """An iterator that cannot begin again."""
+
+    def __init__(self) -> None:
+        self.rows = iter(Documents([3, 4]))
+
+    def __iter__(self) -> Once:
+        return self
+
+    def __next__(self) -> Any:
+        return next(self.rows)
+
+
+def read_before() -> None:
+    stream = raw(Once(), 4)
+    assert len(list(stream)) == 2
+    list(stream)
+
+
 def elsewhere() -> None:
     activate(place(2, 0))
     try:
@@ -464,6 +483,8 @@ def elsewhere() -> None:
 
 BAD: dict[str, tuple[Any, str]] = {
     "a generator": (lambda: raw(iter(Documents([1])), 4), "can be read only once.*generator function itself"),
+    "an iterator": (lambda: raw(map(str, [1]), 4), "source of type map, which can be read only once"),
+    "read before": (read_before, "0 documents"),
     "no source": (lambda: raw(3, 4), "a source of type int"),
     "max_tokens": (lambda: raw(Documents([1]), 0), "max_tokens=0"),
     "no number": (lambda: raw(Documents([1]), "4"), "max_tokens='4'"),

@@ -57,6 +57,7 @@ class TokenCountMonitor(pl.Callback):
     def __init__(self, prog_bar: bool = True) -> None:
         self.prog_bar = prog_bar
         self._tokens = 0
+        self._steps = 0
         self._since: float | None = None
         self._evaluated: dict[int, WeightedMean] = {}
 
@@ -66,7 +67,7 @@ class TokenCountMonitor(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._tokens, self._since = 0, None
+        self._tokens, self._steps, self._since = 0, _weights(trainer).steps, None
 
     @override
     def on_train_batch_end(
@@ -76,9 +77,11 @@ class TokenCountMonitor(pl.Callback):
         live = strategy.state.pending
         assert live is not None
         self._tokens += live.rows * (live.layout.seq_len - live.layout.num_padding) * strategy.mesh.dp_size
-        loss = _weights(trainer).global_loss()
-        if loss is None:
+        weights = _weights(trainer)
+        if weights.steps == self._steps:
             return
+        self._steps = weights.steps
+        loss = weights.global_loss()
         now = time.perf_counter()
         values = {"tokens/global": float(self._tokens)}
         if self._since is not None:

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from lightning_ulysses.data.packing import Overlong
-from lightning_ulysses.data.rows import read_row
+from lightning_ulysses.data.rows import read_row, without_targets
 from lightning_ulysses.data.source import fingerprint
 from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.heads import even_shares
 
 Pack = list[dict[str, Tensor]]
 
@@ -178,3 +179,29 @@ class PackingPass:
             "waiting": [(item.number, item.begin, item.end) for item in self._buffer],
             "left_out": dict(self.left_out),
         }
+
+
+def _tokens(pack: Pack) -> int:
+    return sum(len(document["input_ids"]) for document in pack)
+
+
+def spread(packs: list[Pack], ranks: int) -> list[list[Pack]]:
+    """Deals out the last packs, which are too few for a whole round.
+
+    Packs are split between documents until there is one for every rank; a rank for which there is no document left gets
+    a copy of the last pack, none of whose tokens counts.
+
+    Args:
+        packs: At least one.
+        ranks: Data-parallel ranks.
+
+    Returns:
+        For each rank at least one pack.
+    """
+    packs = list(packs)
+    while len(packs) < ranks and any(len(pack) > 1 for pack in packs):
+        place = max((i for i, pack in enumerate(packs) if len(pack) > 1), key=lambda i: _tokens(packs[i]))
+        packs[place : place + 1] = [packs[place][::2], packs[place][1::2]]
+    rest = iter(packs)
+    shares = [list(islice(rest, share)) for share in even_shares(len(packs), ranks)]
+    return [share or [[without_targets(document) for document in packs[-1]]] for share in shares]

@@ -95,7 +95,7 @@ class PackingCollator:
         batch = {key: torch.stack([row[key] for row in joined]) for key in joined[0]}
         if len(packs) == 1:
             edges = [0, *lengths[0], *([seq_len - longest] if seq_len > longest else [])]
-            batch["cu_seqlens"] = torch.tensor(edges).cumsum(0).int()
+            batch["cu_seqlens"] = torch.tensor(edges).cumsum(0)
         return batch
 
     def _check(self, packs: list[list[dict[str, Tensor]]], lengths: list[list[int]]) -> None:

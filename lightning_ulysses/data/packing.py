@@ -1,7 +1,7 @@
 """Which documents share a pack: best-fit decreasing within shuffled windows, in numpy alone.
 
-Documents are cut to size first (`fit_to_packs`), the pieces are then packed (`best_fit`). A pack holds pieces of together
-``max_tokens`` at most. All functions are pure: the same arguments give the same packs on every rank.
+Documents are cut to size first (`fit_to_packs`), the pieces are then packed (`best_fit`). A pack holds pieces of
+``max_tokens`` together at most. All functions are pure: the same arguments give the same packs on every rank.
 """
 
 from __future__ import annotations

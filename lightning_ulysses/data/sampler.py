@@ -34,11 +34,12 @@ class SequenceShardSampler(DistributedSampler[Pack]):
     number of ranks.
 
     It goes in as ``sampler``: Lightning leaves a ``DistributedSampler`` in that place alone and tells it the epoch,
-    while it takes batch samplers apart unless ``use_distributed_sampler=False``. To the DataLoader a pack is then one item:
+    while it takes batch samplers apart unless ``use_distributed_sampler=False``. A pack is then one item of a
+    DataLoader, of which there are these:
 
     - ``DataLoader(sampler.packed, sampler=sampler, batch_size=None, collate_fn=PackingCollator())`` makes a row
-      (1, S) of each pack, ``batch_size=B`` makes (B, S) of B packs. ``sampler.packed`` wraps the dataset, which needs no
-      code for this, and cuts the documents that are in a pack in part.
+      (1, S) of each pack, ``batch_size=B`` makes (B, S) of B packs. ``sampler.packed`` wraps the dataset, which needs
+      no code for this, and cuts the documents that are in a pack in part.
     - A dataset that takes a list of numbers itself can be given unwrapped, if no document is cut.
     - ``DataLoader(dataset, batch_sampler=sampler)`` hands any dataset's documents to ``collate_fn``, outside of a
       distributed Trainer and if no document is cut.
@@ -216,14 +217,12 @@ class SequenceShardSampler(DistributedSampler[Pack]):
         dealt = self._deal()
         return self._position(dealt.steps.shape[1])[1] + used >= len(dealt.steps)
 
-    def state_dict(self, used: int | None = None) -> dict[str, Any]:
+    def state_after(self, used: int) -> dict[str, Any]:
         """Where this epoch is; small, the same on all ranks, and good for any number of them.
 
         Args:
-            used: Packs of this rank since the iteration began that have really been trained on; by default those
-                handed out, which a DataLoader with workers asks for ahead of time.
+            used: Packs of this rank that have been trained on since the iteration began.
         """
-        used = self._yielded if used is None else used
         state: dict[str, Any] = {"epoch": self.epoch, "fingerprint": self._plan.fingerprint, "segments": []}
         if not used and not self._segments:
             return state
@@ -233,6 +232,10 @@ class SequenceShardSampler(DistributedSampler[Pack]):
         former, steps = self._position(ranks)
         state["segments"] = [list(segment) for segment in (*former, (ranks, (steps + used) * ranks)) if segment[1]]
         return state
+
+    def state_dict(self) -> dict[str, Any]:
+        """`state_after` the packs handed out so far; a DataLoader with workers asks for some ahead of time."""
+        return self.state_after(self._yielded)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Has the next iteration continue behind the packs that were used, on any number of data-parallel ranks.

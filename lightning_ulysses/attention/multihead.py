@@ -1,0 +1,52 @@
+"""Keeps ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` on the path that is intercepted.
+
+Both reach ``scaled_dot_product_attention`` except in two cases: PyTorch's fused inference path, which is switched off
+while a strategy is set up, and attention weights (``need_weights=True``, the default), which are refused.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+
+from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.handle import Handle
+from lightning_ulysses.state import SequenceState
+
+
+def install(state: SequenceState) -> Handle:
+    """Guards ``torch.nn.functional.multi_head_attention_forward``.
+
+    Args:
+        state: The strategy's state.
+
+    Returns:
+        A handle whose ``remove()`` restores the function and the fused path.
+    """
+    functional: Any = torch.nn.functional
+    original = functional.multi_head_attention_forward
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def multi_head_attention_forward(*args: Any, **kwargs: Any) -> Any:
+        if state.sharded_batch is not None:
+            call = signature.bind(*args, **kwargs)
+            call.apply_defaults()
+            if call.arguments["need_weights"]:
+                raise UlyssesError(
+                    "nn.MultiheadAttention with need_weights=True, its default",
+                    "attention whose weights are not asked for, since they would be those of this rank's slice",
+                    "call it with need_weights=False",
+                )
+        return original(*args, **kwargs)
+
+    handle = Handle()
+    handle.patch(functional, "multi_head_attention_forward", multi_head_attention_forward)
+    if state.mesh.sp_size > 1:
+        enabled = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        handle.add(lambda: torch.backends.mha.set_fastpath_enabled(enabled))
+    return handle
