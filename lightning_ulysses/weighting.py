@@ -40,6 +40,7 @@ class StepWeights:
         self._global: Tensor | None = None
         self.steps = 0
         self._backwards = 0
+        self._unstepped = 0
 
     @property
     def needs_evidence(self) -> bool:
@@ -110,9 +111,11 @@ class StepWeights:
                 calls backward more than once per step.
         """
         self._backwards += 1
-        if self._backwards > 1:
+        self._unstepped += 1
+        backwards = self._backwards if automatic else self._unstepped
+        if backwards > 1:
             raise UlyssesError(
-                f"{self._backwards} backward passes on one batch without an optimizer step between them",
+                f"{backwards} backward passes without an optimizer step between them",
                 "one backward pass for each batch and step, since the step's targets are counted ahead",
                 "add the losses before backward"
                 + ("" if automatic else ", or use automatic optimization to accumulate"),
@@ -132,7 +135,7 @@ class StepWeights:
 
     def stepped(self) -> None:
         """Closes the window; called after the optimizer has stepped."""
-        self._backwards = 0
+        self._backwards = self._unstepped = 0
         if self._window is not None and self._window.loss is not None:
             self._finished, self._window = self._window.loss, None
             self._global = None

@@ -211,7 +211,7 @@ def test_rows_of_exactly_max_tokens_fit() -> None:
 documents = st.lists(st.integers(1, 9), min_size=1, max_size=6)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.lists(documents, min_size=1, max_size=3), st.sampled_from([None, 1, 4, 7]), st.integers(1, 4), st.data())
 def test_no_token_is_lost_doubled_or_moved(lengths: list[list[int]], multiple: Any, ranks: int, data: Any) -> None:
     token = iter(range(1, 1000))

@@ -233,8 +233,9 @@ def test_a_second_backward_pass() -> None:
         weights.apply(torch.ones(()), live, 1, automatic)
         with pytest.raises(UlyssesError) as caught:
             weights.apply(torch.ones(()), live, 1, automatic)
-        assert_says(caught.value, ("2 backward passes on one batch", "add the losses before backward"))
+        assert_says(caught.value, ("2 backward passes without an optimizer step", "add the losses before backward"))
         assert ("automatic optimization" in str(caught.value)) is not automatic
+        weights.stepped()
 
 
 class TakesIterator(HandWritten):

@@ -210,11 +210,7 @@ def assert_refused(errors: list[UlyssesError], parts: tuple[str, ...]) -> None:
     assert [part for part in parts if part not in str(errors[0])] == [], errors[0]
 
 
-SILENT = pytest.mark.xfail(strict=True, reason="stages 1 and 2 step with the gradient of the last batch alone")
-MARKS = {"two batches": (SILENT,)}
-
-
-@pytest.mark.parametrize("case", [pytest.param(case, marks=MARKS.get(case, ())) for case in CASES])
+@pytest.mark.parametrize("case", CASES)
 def test_every_rank_refuses(pool: ProcessPool, case: str) -> None:
     make, batches, settings, parts = CASES[case]
     assert_refused(pool.run(refused, make, batches, settings, world_size=settings.world_size), parts)

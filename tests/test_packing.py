@@ -3,42 +3,25 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packs import Lengths, as_lists, lists, long_tailed, relaxed, shuffled
 
-from lightning_ulysses.data.balance import CostModel, deal, divide, imbalance, widen
+from lightning_ulysses.data.balance import CostModel
 from lightning_ulysses.data.packing import (
     Ints,
     Overlong,
-    Packs,
     best_fit,
     check_lengths,
     fit_to_packs,
-    group,
     random_order,
 )
 from lightning_ulysses.data.plan import PackingPlan, PackingSettings
 from lightning_ulysses.errors import UlyssesError
-
-Lengths = list[int]
-lists = st.lists(st.integers(1, 60), min_size=1, max_size=120)
-
-
-def as_lists(packs: Packs) -> list[list[int]]:
-    return [packs[number].tolist() for number in range(len(packs))]
-
-
-def long_tailed(count: int, seed: int = 0) -> Ints:
-    return np.random.default_rng(seed).lognormal(5, 1, count).astype(np.int64) + 1
-
-
-def shuffled(lengths: Ints, max_tokens: int, window: int = 64, epoch: int = 0) -> Packs:
-    return best_fit(lengths, random_order(len(lengths), epoch), max_tokens, window)
 
 
 def plan(lengths: Ints, max_tokens: int, **kwargs: Any) -> PackingPlan:
@@ -56,6 +39,7 @@ def one_by_one(lengths: Lengths, max_tokens: int) -> list[int]:
     return sorted(max_tokens - left for left in room)
 
 
+@relaxed
 @given(lists, st.integers(60, 300))
 def test_one_window_is_best_fit_decreasing(lengths: Lengths, max_tokens: int) -> None:
     array = np.array(lengths)
@@ -63,6 +47,7 @@ def test_one_window_is_best_fit_decreasing(lengths: Lengths, max_tokens: int) ->
     assert sorted(packs.sums(array).tolist()) == one_by_one(lengths, max_tokens)
 
 
+@relaxed
 @given(lists, st.integers(60, 300), st.integers(2, 20), st.integers(0, 5))
 def test_every_piece_is_in_one_pack_that_holds_it(lengths: Lengths, max_tokens: int, window: int, epoch: int) -> None:
     array = np.array(lengths)
@@ -108,6 +93,7 @@ def test_order_is_a_permutation_that_no_version_of_numpy_changes() -> None:
     assert random_order(100, 1).tolist() != random_order(100, 2).tolist()
 
 
+@relaxed
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 30))
 def test_split_covers_every_token_once(lengths: Lengths, max_tokens: int) -> None:
     pieces = fit_to_packs(np.array(lengths), max_tokens, "split")
@@ -166,116 +152,6 @@ def test_dropping_everything_is_refused() -> None:
         fit_to_packs(np.array([12, 15]), 10, "drop")
 
 
-def test_cost_follows_the_model() -> None:
-    config = SimpleNamespace(
-        hidden_size=8, num_hidden_layers=3, num_attention_heads=4, vocab_size=50, num_key_value_heads=2, head_dim=16
-    )
-    model = CostModel.from_config(config)
-    q_and_o, k_and_v, mlp = 2 * 8 * 64, 2 * 8 * 32, 3 * 8 * 32
-    assert model.per_token == 2 * (3 * (q_and_o + k_and_v + mlp) + 8 * 50)
-    assert model.per_pair == 3 * 2 * 64
-    assert CostModel.from_config(config, causal=False).per_pair == 2 * model.per_pair
-    packs = group(np.array([0, 1, 2]), np.array([0, 0, 1]))
-    assert CostModel(2, 3).of(packs, np.array([4, 5, 6])).tolist() == [2 * 9 + 3 * 41, 2 * 6 + 3 * 36]
-
-
-def test_cost_of_a_transformers_config() -> None:
-    transformers = pytest.importorskip("transformers")
-    model = CostModel.from_config(transformers.GPT2Config())
-    parameters = 12 * (4 + 12) * 768**2 + 768 * 50257
-    assert model == CostModel(2 * parameters, 2 * 12 * 768)
-
-
-@pytest.mark.parametrize("costs", [(-1.0, 1.0), (0.0, 0.0), (float("inf"), 1.0)])
-def test_costs_that_cannot_be(costs: tuple[float, float]) -> None:
-    with pytest.raises(UlyssesError, match="cost model"):
-        CostModel(*costs)
-    with pytest.raises(UlyssesError, match="vocab_size"):
-        CostModel.from_config(SimpleNamespace(hidden_size=8, num_hidden_layers=3, num_attention_heads=4))
-
-
-@given(lists, st.integers(0, 200))
-def test_widen_divides_at_document_boundaries(lengths: Lengths, extra: int) -> None:
-    array = np.array(lengths)
-    packs = shuffled(array, 150)
-    wider = widen(packs, len(packs) + extra)
-    assert len(wider) == min(len(packs) + extra, len(array))
-    assert sorted(wider.members.tolist()) == list(range(len(array))) and wider.sizes.min() > 0
-    home = {piece: number for number, pack in enumerate(as_lists(packs)) for piece in pack}
-    assert all(len({home[piece] for piece in pack}) == 1 for pack in as_lists(wider))
-
-
-def test_divided_packs_are_alike() -> None:
-    packs = group(np.arange(9), np.array([0] * 8 + [1]))
-    divided, origin = divide(packs, np.array([0]), 4)
-    assert origin.tolist() == [1, 0, 0, 0, 0]
-    assert sorted(as_lists(divided)) == [[0, 4], [1, 5], [2, 6], [3, 7], [8]]
-
-
-@given(lists, st.integers(1, 9), st.booleans(), st.one_of(st.none(), st.integers(0, 9)), st.data())
-def test_dealt_packs_go_round_and_none_is_lost(
-    lengths: Lengths, ranks: int, drop_last: bool, seed: int | None, data: st.DataObject
-) -> None:
-    array = np.array(lengths)
-    packs = shuffled(array, 150)
-    key = None if seed is None else (seed,)
-    try:
-        dealt = deal(packs, array, CostModel(), ranks, key=key, drop_last=drop_last)
-    except UlyssesError:
-        assert not drop_last and len(array) < -(-len(packs) // ranks) * ranks
-        return
-    assert dealt.steps.shape == (len(packs) // ranks if drop_last else -(-len(packs) // ranks), ranks)
-    assert len(dealt.left_out) == (len(packs) % ranks if drop_last else 0)
-    numbers = [*dealt.steps.ravel().tolist(), *dealt.left_out.tolist()]
-    assert sorted(numbers) == list(range(len(dealt.packs)))
-    assert sorted(dealt.packs.members.tolist()) == list(range(len(array)))
-    used = data.draw(st.integers(0, len(dealt.steps))) * ranks
-    if used == len(numbers):
-        return
-    rest = dealt.rest(used)
-    before = [piece for number in numbers[:used] for piece in dealt.packs[number]]
-    assert sorted([*before, *rest.members]) == list(range(len(array)))
-    assert len(rest) <= len(numbers) - used
-    assert rest.sums(array).max() <= 150
-
-
-def test_a_divided_pack_is_joined_again() -> None:
-    array = np.array([5, 4, 3, 2, 1])
-    packs = best_fit(array, np.arange(5), 15, 64)
-    dealt = deal(packs, array, CostModel(), 4, key=None, drop_last=False)
-    assert len(packs) == 1 and dealt.steps.shape == (1, 4)
-    assert as_lists(dealt.rest(0)) == [[0, 1, 2, 3, 4]] or sorted(dealt.rest(0)[0].tolist()) == [0, 1, 2, 3, 4]
-    assert len(dealt.rest(0)) == 1
-
-
-@pytest.mark.parametrize(("ranks", "words"), [(4, "at least one pack for each rank"), (2, "set drop_last=True")])
-def test_packs_that_do_not_go_round(ranks: int, words: str) -> None:
-    array = np.array([9, 9, 9])
-    with pytest.raises(UlyssesError, match=words):
-        deal(best_fit(array, np.arange(3), 10, 64), array, CostModel(), ranks, key=None, drop_last=False)
-
-
-@pytest.mark.parametrize("shuffle", [True, False])
-def test_ranks_of_a_step_cost_the_same(shuffle: bool) -> None:
-    lengths = np.minimum(long_tailed(40_000), 4000)
-    packs = shuffled(lengths, 4000)
-    cost = CostModel(1, 1e-3)
-    dealt = deal(packs, lengths, cost, 8, key=(0,) if shuffle else None, drop_last=True)
-    costs = cost.of(packs, lengths)
-    naive = imbalance(costs[random_order(len(packs), 1)[: len(packs) // 8 * 8]].reshape(-1, 8))
-    assert imbalance(costs[dealt.steps]) < 1.01 < 1.1 < naive
-    # The dearest of a step is no matter of the rank, and a step's cost none of its time.
-    if shuffle:
-        dearest = np.bincount(costs[dealt.steps].argmax(axis=1), minlength=8)
-        assert dearest.min() > 0.6 * dearest.mean()
-        of_steps = costs[dealt.steps].mean(axis=1)
-        assert abs(np.corrcoef(of_steps[1:], of_steps[:-1])[0, 1]) < 0.15
-
-
-def test_imbalance_is_waiting_time() -> None:
-    assert imbalance(np.array([[1.0, 3.0], [2.0, 2.0]])) == pytest.approx(5 / 4)
-
-
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 10**6), st.sampled_from([150, 400, 2000]), st.booleans())
 def test_every_epoch_has_the_same_number_of_packs(seed: int, max_tokens: int, shuffle: bool) -> None:
@@ -290,11 +166,13 @@ def test_every_epoch_has_the_same_number_of_packs(seed: int, max_tokens: int, sh
 
 
 def test_an_epoch_that_needs_more_packs_takes_those_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    lengths = np.random.default_rng(0).integers(30, 70, 2000)
-    made = plan(lengths, 100)
-    monkeypatch.setitem(made.__dict__, "count", len(made._first))
-    worse = next(epoch for epoch in range(1, 50) if len(made._pack(epoch)) > made.count)
-    assert as_lists(made.packs(worse)) == as_lists(made._first)
+    lengths = np.random.default_rng(0).integers(300, 700, 3000)
+    made = plan(lengths, 1000, window=2)
+    by_need = sorted((made._pack(epoch) for epoch in range(1, 8)), key=len)
+    monkeypatch.setitem(made.__dict__, "_first", by_need[0])
+    monkeypatch.setitem(made.__dict__, "count", len(by_need[0]))
+    worse = next(epoch for epoch in range(1, 8) if len(made._pack(epoch)) > made.count)
+    assert as_lists(made.packs(worse)) == as_lists(by_need[0])
 
 
 def test_report_counts_what_is_lost() -> None:

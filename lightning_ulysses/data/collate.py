@@ -80,7 +80,7 @@ class PackingCollator:
         Raises:
             UlyssesError: If there is no row, a row cannot be read, rows differ in their fields, or a pack is too long.
         """
-        packs = [rows] if not rows or is_document(rows[0]) else list(rows)
+        packs = [rows] if len(rows) == 0 or is_document(rows[0]) else list(rows)
         if not all(len(pack) for pack in packs):
             raise UlyssesError(
                 "a pack without documents", "at least one document in each", "check the sampler, or the rows it filters"
@@ -95,7 +95,7 @@ class PackingCollator:
         batch = {key: torch.stack([row[key] for row in joined]) for key in joined[0]}
         if len(packs) == 1:
             edges = [0, *lengths[0], *([seq_len - longest] if seq_len > longest else [])]
-            batch["cu_seqlens"] = torch.tensor(edges).cumsum(0)
+            batch["cu_seqlens"] = torch.tensor(edges).cumsum(0).int()
         return batch
 
     def _check(self, packs: list[list[dict[str, Tensor]]], lengths: list[list[int]]) -> None:

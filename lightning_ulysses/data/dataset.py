@@ -62,8 +62,9 @@ def _column(dataset: Any, name: str) -> Any:
             return [dataset[index][name] for index in range(len(dataset))]
         columns = list(dataset[0])
     if columns is None or name not in columns:
+        found = f"the columns {columns}" if columns else "no columns"
         raise UlyssesError(
-            f"lengths={name!r} for a {type(dataset).__name__} with the columns {columns}",
+            f"lengths={name!r} for a {type(dataset).__name__} with {found}",
             "a column with the number of tokens of each document, or with the tokens themselves",
             "name such a column, or pass the lengths as an array",
         )

@@ -113,8 +113,8 @@ def read_row(row: Any) -> dict[str, Tensor]:
         row: A mapping with ``input_ids`` and further per-token fields: lists, arrays or tensors. Or bare tokens.
 
     Returns:
-        Tensors whose first dimension is the document's length: ``input_ids`` (S,) int64, ``labels`` (S,) int64 (a copy
-        of ``input_ids`` where the row has none and no ``shift_labels``), and every other field.
+        Tensors whose first dimension is the document's length: ``input_ids`` (S,) int64, ``labels`` (S,) int64
+        (the same tensor where the row has neither them nor ``shift_labels``), and every other field.
 
     Raises:
         UlyssesError: If ``input_ids`` is missing, empty or not one document's, or the fields differ in length.
@@ -133,7 +133,7 @@ def read_row(row: Any) -> dict[str, Tensor]:
     fields = _without_padding(fields)
     _check_positions(fields)
     if not any(key in fields for key in LABELS):
-        fields["labels"] = fields["input_ids"].clone()
+        fields["labels"] = fields["input_ids"]
     return fields
 
 
