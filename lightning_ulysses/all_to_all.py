@@ -202,7 +202,12 @@ def _gather_heads(
 
 
 def _is_bulky(tensors: tuple[Tensor, ...], totals: tuple[int, ...], shares: tuple[int, ...]) -> bool:
-    """Whether copying the tensors side by side costs more than one collective for each; the same on every rank."""
+    """Whether copying the tensors side by side costs more than one collective for each; the same on every rank.
+
+    Measured with gloo only; on other devices they stay together.
+    """
+    if tensors[0].device.type != "cpu":
+        return False
     token = sum(total * tensor.shape[3] for total, tensor in zip(totals, tensors, strict=True))
     return tensors[0].shape[0] * sum(shares) * token * tensors[0].element_size() > _BULKY * len(shares)
 

@@ -129,7 +129,13 @@ def test_documents_of_the_last_round_are_spread_before_anything_is_left_without_
 
 
 def test_a_batch_without_targets_has_none_of_any_kind() -> None:
-    row = {"input_ids": [1, 2, 3], "labels": [1, 2, 3], "shift_labels": [2, 3, 4], "loss_mask": [1, 1, 1], "kept": [5] * 3}
+    row = {
+        "input_ids": [1, 2, 3],
+        "labels": [1, 2, 3],
+        "shift_labels": [2, 3, 4],
+        "loss_mask": [1, 1, 1],
+        "kept": [5] * 3,
+    }
     share = list(PackedStream([row], 4, num_replicas=2, rank=1, collate_fn=PackingCollator(pad_to_multiple_of=None)))[0]
     assert (share["labels"] == -100).all() and (share["shift_labels"] == -100).all()
     assert share["loss_mask"].sum() == 0 and share["kept"].tolist() == [[5, 5, 5]]
