@@ -36,8 +36,8 @@ class Attention(L.LightningModule):
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         real = batch["input_ids"][batch["real"]]
         self.seen.setdefault(self.trainer.current_epoch, []).append(Counter(real.tolist()))
-        # (B, S_r, 16) -> (B, 2, S_r, 8) and back
-        heads = self.table(batch["input_ids"]).unflatten(-1, (2, 8)).transpose(1, 2)
+        # (B, S_r, 16) -> (B, 4, S_r, 4) and back
+        heads = self.table(batch["input_ids"]).unflatten(-1, (4, 4)).transpose(1, 2)
         attended = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
         logits = attended.transpose(1, 2).flatten(-2)
         return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["shift_labels"].flatten())
