@@ -136,7 +136,8 @@ def test_a_batch_without_targets_has_none_of_any_kind() -> None:
         "loss_mask": [1, 1, 1],
         "kept": [5] * 3,
     }
-    share = list(PackedStream([row], 4, num_replicas=2, rank=1, collate_fn=PackingCollator(pad_to_multiple_of=None)))[0]
+    collate = PackingCollator(pad_to_multiple_of=None)
+    share = next(iter(PackedStream([row], 4, num_replicas=2, rank=1, collate_fn=collate)))
     assert (share["labels"] == -100).all() and (share["shift_labels"] == -100).all()
     assert share["loss_mask"].sum() == 0 and share["kept"].tolist() == [[5, 5, 5]]
 
