@@ -1,16 +1,16 @@
 """Packing a million documents: time, fill and balance of ``SequenceShardSampler`` beside naive order and beside TRL.
 
-Two sets of lengths: log-normal, and the sizes in bytes of the standard library's ``.py`` files, drawn with
-replacement. A pack holds 16 times the mean. Longer documents are truncated, as TRL's ``"bfd"`` does. Times are processor
-seconds of one core, the best of three; they hardly feel what else the machine is doing.
+Two sets of lengths: log-normal, and the sizes in bytes of the standard library's ``.py`` files, drawn with replacement.
+replacement. A pack holds 16 times the mean. Longer documents are truncated, as TRL's ``"bfd"`` does. Times are seconds
+one core and hardly feel what else the machine is doing; both kinds are the best of three.
 
 - naive: documents in random order, each into the current pack or else into a new one; packs dealt in turn.
 - ours: from lengths to the first pack of epoch 0 on 8 data-parallel ranks.
 - TRL: ``pack_dataset(strategy="bfd")``, as called by default, in batches of 1000 documents, where it is installed. Its
   documents are lists of nulls, which take no memory, so that only packing is timed. ``--whole`` adds all documents in
-  one batch, which takes a minute or two.
+  one batch. One run each.
 
-    python benchmarks/packing.py                 # a minute; a few seconds without TRL
+    python benchmarks/packing.py                 # five minutes; ten seconds without TRL
     python benchmarks/packing.py --documents 100000 --whole
 """
 
