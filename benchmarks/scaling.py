@@ -129,21 +129,27 @@ def together(sp_sizes: list[int], seq_len: int, steps: int) -> list[Run]:
         for folder in folders:
             os.mkdir(folder)
         started = [start(size, seq_len, steps, folder) for size, folder in zip(sp_sizes, folders, strict=True)]
-        return [collect(process, folder) for process, folder in zip(started, folders, strict=True)]
+        try:
+            return [collect(process, folder) for process, folder in zip(started, folders, strict=True)]
+        finally:
+            for process in started:
+                process.terminate()
 
 
-def report(ones: list[Run], twos: list[Run], pairs: list[list[Run]], seq_len: int) -> None:
-    """Prints the table: each round on a line, medians at the end."""
-    print("| round | 1 process, tokens/s | 2 processes, tokens/s | ratio | ceiling | of ceiling | by processor time |")
-    print(f"|{' --- |' * 7}")
-    rounds = []
-    for one, two, pair in zip(ones, twos, pairs, strict=True):
-        ratio = one.seconds / two.seconds
-        ceiling = sum(one.seconds / run.seconds for run in pair)
-        speeds = [seq_len / one.seconds, seq_len / two.seconds]
-        rounds.append([*speeds, ratio, ceiling, ratio / ceiling, 2 * one.processor / two.processor])
-    for name, values in [*enumerate(rounds, start=1), ("median", [median(c) for c in zip(*rounds, strict=True)])]:
-        print(f"| {name} | {values[0]:.0f} | {values[1]:.0f} | {' | '.join(f'{value:.2f}' for value in values[2:])} |")
+def measure(seq_len: int, steps: int) -> list[float]:
+    """One round: a line of the table."""
+    (one,) = together([1], seq_len, steps)
+    (two,) = together([2], seq_len, steps)
+    pair = together([1, 1], seq_len, steps)
+    ratio = one.seconds / two.seconds
+    ceiling = sum(one.seconds / run.seconds for run in pair)
+    speeds = [seq_len / one.seconds, seq_len / two.seconds]
+    return [*speeds, ratio, ceiling, ratio / ceiling, 2 * one.processor / two.processor]
+
+
+def row(name: str, values: list[float]) -> str:
+    """One line of the table."""
+    return f"| {name} | {values[0]:.0f} | {values[1]:.0f} | {' | '.join(f'{value:.2f}' for value in values[2:])} |"
 
 
 def main() -> None:
@@ -161,13 +167,13 @@ def main() -> None:
         train(args.child, seq_len, args.steps, args.folder)
         return
     print(f"Llama, {LAYERS} layers, hidden {HIDDEN}, H={H}, H_kv={H_KV}, B=1, S={seq_len}, fp32, ZeRO-2, AdamW\n")
-    begin = time.perf_counter()
-    ones, twos, pairs = [], [], []
-    for _ in range(args.rounds or (2 if args.quick else 3)):
-        ones += together([1], seq_len, args.steps)
-        twos += together([2], seq_len, args.steps)
-        pairs.append(together([1, 1], seq_len, args.steps))
-    report(ones, twos, pairs, seq_len)
+    print("| round | 1 process, tokens/s | 2 processes, tokens/s | ratio | ceiling | of ceiling | by processor time |")
+    print(f"|{' --- |' * 7}", flush=True)
+    begin, rounds = time.perf_counter(), []
+    for number in range(args.rounds or (2 if args.quick else 3)):
+        rounds.append(measure(seq_len, args.steps))
+        print(row(str(number + 1), rounds[-1]), flush=True)
+    print(row("median", [median(column) for column in zip(*rounds, strict=True)]))
     print("\nratio: tokens/s of 2 processes over 1. ceiling: two independent runs side by side over one alone. By")
     print("processor time: the ratio if every process had a core to itself and never waited for the other.")
     print(f"{time.perf_counter() - begin:.0f} s in all.")
