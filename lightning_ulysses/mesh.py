@@ -102,3 +102,13 @@ class SequenceMesh:
             dp_group=device_mesh.get_group(DATA_AXIS) if sizes.dp_size > 1 else None,
             device_mesh=device_mesh,
         )
+
+    def check_heads(self, num_heads: int) -> None:
+        """Raises `UlyssesError` if a rank would be left without a query head; names the largest P that works."""
+        if self.sp_size > num_heads:
+            largest = max(size for size in range(1, num_heads + 1) if self.world_size % size == 0)
+            raise UlyssesError(
+                f"sp_size={self.sp_size} for attention with {num_heads} query heads",
+                "at least one query head for each rank of a sequence-parallel group",
+                f"set sp_size={largest}, the largest that works with {self.world_size} processes",
+            )

@@ -37,7 +37,7 @@ class BatchPipeline:
         self._mesh = mesh
         self._device = device
         self._seed = seed
-        self._checked: dict[str, int] = {}
+        self._checked = {True: 0, False: 0}
         self._train_loader: TrainLoader | None = None
 
     def wrap(self, dataloader: Any, trainer: pl.Trainer, look_ahead: bool) -> SeededLoader:
@@ -69,16 +69,16 @@ class BatchPipeline:
     def _read(self, batch: Any) -> WholeBatch:
         return read_batch(batch, self._rules, self._mesh.sp_size)
 
-    def read(self, batch: Any, stage: str) -> WholeBatch:
-        """Reads a batch; the first ones of each stage are compared over the sequence group.
+    def read(self, batch: Any, training: bool) -> WholeBatch:
+        """Reads a batch; the first ones of training and of evaluation are compared over the sequence group.
 
         Raises:
             UlyssesError: If it is not understood, or ranks hold different ones.
         """
         whole = self._read(batch)
-        self._checked[stage] = self._checked.get(stage, 0) + 1
-        if self._checked[stage] <= _CHECKED_BATCHES:
-            check_same_batch(whole, self._mesh, self._device)
+        self._checked[training] += 1
+        if self._checked[training] <= _CHECKED_BATCHES:
+            check_same_batch(whole, self._mesh, self._device, everywhere=training)
         return whole
 
     def cut(self, whole: WholeBatch, training: bool, move: Callable[[Any], Any]) -> tuple[Any, LiveBatch]:

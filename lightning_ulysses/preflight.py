@@ -62,11 +62,18 @@ def _fingerprint(tensor: Tensor) -> int:
     return int(((values ^ (values >> 17)) * (index * 2654435761 | 1)).sum()) if values.numel() else 0
 
 
-def check_same_batch(whole: WholeBatch, mesh: SequenceMesh, device: torch.device) -> None:
+def check_same_batch(whole: WholeBatch, mesh: SequenceMesh, device: torch.device, everywhere: bool) -> None:
     """Compares the batch over the ranks of a sequence-parallel group, by length and fingerprint.
 
+    Args:
+        whole: This rank's batch.
+        mesh: Sizes and groups.
+        device: Where collectives take place.
+        everywhere: Lets every rank of the world hear of a group that differs, so that none waits for it; only where
+            all data-parallel ranks have equally many batches.
+
     Raises:
-        UlyssesError: On every rank of the group, if they hold different batches.
+        UlyssesError: On every rank of the group (of the world with ``everywhere``), if they hold different batches.
     """
     if mesh.sp_group is None:
         return
@@ -74,16 +81,18 @@ def check_same_batch(whole: WholeBatch, mesh: SequenceMesh, device: torch.device
     for tensor in whole.tensors.values():
         fingerprint = (fingerprint * 31 + _fingerprint(tensor)) & (2**62 - 1)
     mine = torch.tensor([whole.layout.seq_len, fingerprint], dtype=torch.int64, device=device)
-    everyone = [torch.empty_like(mine) for _ in range(mesh.sp_size)]
-    dist.all_gather(everyone, mine, group=mesh.sp_group)
-    if any(not torch.equal(other, mine) for other in everyone):
-        raise UlyssesError(
-            "ranks of one sequence-parallel group that hold different batches (sequence lengths "
-            f"{[int(other[0]) for other in everyone]})",
-            "the same batch on every rank of a group, since each of them trains on its slice of it",
-            "leave use_distributed_sampler at True, or give the sampler num_replicas and rank from "
-            "trainer.strategy.distributed_sampler_kwargs, and make the dataset deterministic",
-        )
+    received = [torch.empty_like(mine) for _ in range(mesh.world_size if everywhere else mesh.sp_size)]
+    dist.all_gather(received, mine, group=None if everywhere else mesh.sp_group)
+    for first in range(0, len(received), mesh.sp_size):
+        group = received[first : first + mesh.sp_size]
+        if any(not torch.equal(other, group[0]) for other in group):
+            raise UlyssesError(
+                "ranks of one sequence-parallel group that hold different batches (sequence lengths "
+                f"{[int(other[0]) for other in group]})",
+                "the same batch on every rank of a group, since each of them trains on its slice of it",
+                "leave use_distributed_sampler at True, or give the sampler num_replicas and rank from "
+                "trainer.strategy.distributed_sampler_kwargs, and make the dataset deterministic",
+            )
 
 
 def check_intercepted(state: SequenceState, step: str, module: str, suspensions: int) -> None:

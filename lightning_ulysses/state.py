@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.layout import SequenceLayout
+from lightning_ulysses.layout import Runs, SequenceLayout
 from lightning_ulysses.mesh import SequenceMesh
 
 
@@ -34,6 +34,7 @@ class LiveBatch:
         shards: This rank's slice of each sequence tensor, by key, on the device of the model.
         evidence: The losses computed on it so far, while it is open which tensor holds the targets.
         masks: Attention masks handed to the model, by storage address; see `attention.masks`.
+        runs: Documents that ``cu_seqlens`` tensors mark, by address and version, so that only the first layer reads them.
         keep: Tensors kept alive so that those addresses stay theirs.
         counts: Valid targets in this rank's slice, for each tensor that may hold the targets.
         rows: B.
@@ -44,6 +45,7 @@ class LiveBatch:
     shards: dict[str, Tensor] = field(default_factory=dict)
     evidence: list[TargetEvidence] = field(default_factory=list)
     masks: dict[int, object] = field(default_factory=dict)
+    runs: dict[tuple[int, ...], Runs] = field(default_factory=dict)
     keep: list[Tensor] = field(default_factory=list)
     counts: dict[str, float] = field(default_factory=dict)
     seen: dict[str, float] = field(default_factory=dict)
@@ -74,6 +76,14 @@ class SequenceState:
     def sharded_batch(self) -> LiveBatch | None:
         """The live batch where it is really cut, i.e. P > 1."""
         return self.batch if self.mesh.sp_size > 1 else None
+
+    @property
+    def described_batch(self) -> LiveBatch | None:
+        """The live batch where attention has to know more than a model tells it: it is cut, or documents share a row."""
+        batch = self.batch
+        if batch is None or self.mesh.sp_size > 1 or batch.layout.documents is not None:
+            return batch
+        return None
 
     @contextmanager
     def live(self) -> Iterator[None]:

@@ -189,7 +189,7 @@ class UlyssesDeepSpeedStrategy(DeepSpeedStrategy):
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         assert self.lightning_module is not None and self.weights is not None and self._pipeline is not None
         trainer = self.lightning_module.trainer
-        whole = self._pipeline.read(batch, str(trainer.state.stage))
+        whole = self._pipeline.read(batch, training=trainer.training)
         move = super().batch_to_device
         result, self.state.pending = self._pipeline.cut(
             whole, trainer.training, lambda sharded: move(sharded, device, dataloader_idx)

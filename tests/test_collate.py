@@ -5,13 +5,14 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import VOCAB, HandWritten, LlamaModule, count_targets, llama
+from models import VOCAB, HandWritten, count_targets, llama
 from torch import Tensor
 
 import lightning_ulysses
@@ -290,11 +291,24 @@ def one_by_one(rows: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
     return batches
 
 
-def without_cache() -> LlamaModule:
-    """On whole rows transformers sees documents by itself, but only where it keeps no cache."""
-    module = LlamaModule()
-    module.model.config.use_cache = False
-    return module
+class KeywordGPT2(L.LightningModule):
+    """Absolute positions, and a module that passes on neither positions nor shifted labels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        torch.manual_seed(0)
+        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+        config = GPT2Config(vocab_size=VOCAB, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, **sizes)
+        self.model = GPT2LMHeadModel(config)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss: Tensor = self.model(input_ids=batch["input_ids"], labels=batch["labels"]).loss
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1.0)
 
 
 # A one-token document, and boundaries on both sides of every cut.
@@ -307,7 +321,7 @@ CASES: dict[str, tuple[Any, Any, list[list[list[int]]], SplitRun]] = {
     "sdpa, 4, mostly padding": (sdpa, 128, [[LENGTHS]], SplitRun(4, 4)),
     "sdpa, 2, two rows": (sdpa, 16, [[LENGTHS, [2, 20]]], SplitRun()),
     "sdpa, 2 x 2, two rows": (sdpa, None, [[LENGTHS, [2, 20]], [[1], [9, 9]]], SplitRun(4, 2)),
-    "sdpa, data parallel": (without_cache, None, [[LENGTHS], [[2, 20]]], SplitRun(2, 1)),
+    "sdpa, data parallel": (sdpa, None, [[LENGTHS], [[2, 20]]], SplitRun(2, 1)),
     "sdpa, zero 3, accumulated": (
         sdpa,
         "auto",
@@ -315,6 +329,9 @@ CASES: dict[str, tuple[Any, Any, list[list[list[int]]], SplitRun]] = {
         SplitRun(2, 2, {"stage": 3}, {"accumulate_grad_batches": 2}),
     ),
     "one document": (sdpa, 8, [[[19]]], SplitRun()),
+    "sdpa, data parallel, two rows": (sdpa, 16, [[LENGTHS, [2, 20]], [[2, 20]]], SplitRun(2, 1)),
+    "absolute positions": (KeywordGPT2, 16, [[LENGTHS]], SplitRun()),
+    "absolute positions, data parallel": (KeywordGPT2, 16, [[LENGTHS], [[2, 20]]], SplitRun(2, 1)),
     "keywords": (llama(call="keywords"), 16, [[LENGTHS]], SplitRun()),
     "padded by the strategy too": (sdpa, 8, [[LENGTHS]], SplitRun(strategy={"pad_to_multiple_of": 48})),
     "flash, 2, padded": (flash, 16, [[LENGTHS]], SplitRun()),

@@ -136,8 +136,8 @@ CASES: dict[str, tuple[Any, list[Any], SplitRun, tuple[str, ...]]] = {
     "sp_size": (llama(), TOKENS, run(4, 3), ("sp_size=3", "world of 4 processes", "[1, 2, 4]")),
     "product": (llama(), TOKENS, run(4, 2, {"dp_shard_size": 1}), ("= 2", "world size, 4", "dp_shard_size=2")),
     "replicas": (llama(), TOKENS, run(4, 2, {"dp_replicate_size": 2}), ("dp_replicate_size=2",)),
-    "heads": (hand_written(heads=3, kv_heads=3), PAIRS, run(4, 4), ("sp_size=4", "3 query heads", "at most 3")),
-    "heads of llama": (llama(heads=3, kv_heads=1), TOKENS, run(4, 4), ("sp_size=4", "3 query heads", "at most 3")),
+    "heads": (hand_written(heads=3, kv_heads=3), PAIRS, run(4, 4), ("sp_size=4", "3 query heads", "sp_size=2, the largest")),
+    "heads of llama": (llama(heads=3, kv_heads=1), TOKENS, run(4, 4), ("sp_size=4", "3 query heads", "sp_size=2, the largest")),
     "short": (llama(), [token_batch(1, 3)], run(4, 4), ("3 tokens per row for sp_size=4",)),
     "batch": (
         llama(),
@@ -226,6 +226,16 @@ def test_different_batches_in_one_group(pool: ProcessPool, lengths: tuple[int, i
     errors = pool.run(refused_apart, lengths, world_size=2)
     parts = ("different batches", f"sequence lengths {list(lengths)}", "use_distributed_sampler", "num_replicas")
     assert_refused(errors, parts)
+
+
+def refused_in_one_group(rank: int) -> UlyssesError:
+    """Ranks 0 and 1 agree, ranks 2 and 3 do not."""
+    batches = [token_batch(0, 33), token_batch(1 if rank < 3 else 2, 32)]
+    return refused(rank, LlamaModule, batches, run(4, 2))
+
+
+def test_different_batches_in_another_group(pool: ProcessPool) -> None:
+    assert_refused(pool.run(refused_in_one_group, world_size=4), ("different batches", "sequence lengths [32, 32]"))
 
 
 def refused_half_precision(rank: int) -> UlyssesError:

@@ -21,6 +21,7 @@ from lightning_ulysses.attention.model_inputs import supply_inputs
 from lightning_ulysses.attention.ulysses import sharded_attention
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.handle import Handle
+from lightning_ulysses.mesh import SequenceMesh
 from lightning_ulysses.state import LiveBatch, SequenceState
 
 if TYPE_CHECKING:
@@ -59,8 +60,9 @@ def _install_attention(state: SequenceState, handle: Handle) -> None:
             is_causal: bool | None = None,
             **kwargs: Any,
         ) -> tuple[Tensor, None]:
-            batch = state.sharded_batch
-            if batch is None:
+            batch = state.described_batch
+            whole = state.mesh.sp_size == 1
+            if batch is None or (whole and (attention_mask is None or find_mask(batch, attention_mask) is None)):
                 out: tuple[Tensor, None] = original(
                     module,
                     query,
@@ -94,13 +96,15 @@ def _install_attention(state: SequenceState, handle: Handle) -> None:
         handle.patch_item(registry, name, wrap(name, registry[name]))
 
 
-def check_model(model: PreTrainedModel) -> None:
+def check_model(model: PreTrainedModel, mesh: SequenceMesh) -> None:
     """Refuses, before the first step, what cannot be made exact.
 
     Raises:
         UlyssesError: Naming the model, the reason and the change.
     """
     name, config = type(model).__name__, model.config
+    if isinstance(num_heads := getattr(config, "num_attention_heads", None), int):
+        mesh.check_heads(num_heads)
     implementation = getattr(config, "_attn_implementation", None)
     if implementation not in IMPLEMENTATIONS:
         raise UlyssesError(
@@ -146,7 +150,7 @@ def install(state: SequenceState, root: nn.Module, *, sync_steps: bool = False) 
         for model in root.modules():
             if isinstance(model, PreTrainedModel):
                 if state.mesh.sp_size > 1:
-                    check_model(model)
+                    check_model(model, state.mesh)
                 hook = model.register_forward_pre_hook(supply_inputs(state, model), with_kwargs=True)
                 handle.add(hook.remove)
     except BaseException:

@@ -88,12 +88,14 @@ def install_masks(state: SequenceState, handle: Handle, names: tuple[str, ...]) 
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def describe_mask(*args: Any, **kwargs: Any) -> Any:
-            batch = state.sharded_batch
+            batch = state.described_batch
             if batch is None:
                 return original(*args, **kwargs)
             call = inspect.signature(original).bind(*args, **kwargs)
             call.apply_defaults()
             values = {**call.arguments, **call.arguments.get("kwargs", {})}
+            if state.mesh.sp_size == 1 and not _KNOWN_MASKS.issuperset(_mask_parts(values["mask_function"])):
+                return original(*args, **kwargs)
             padding = values.get("attention_mask")
             spec = _spec_from_mask_function(values["mask_function"], batch, padding is not None)
             seed = torch.ones(1, dtype=torch.bool, device=values.get("device", "cpu"))

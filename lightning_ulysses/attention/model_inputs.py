@@ -1,4 +1,4 @@
-"""Supplies transformers models with what they would get wrong on a slice: positions and shifted labels."""
+"""Supplies transformers models with what they get wrong on slices and packed rows: positions and shifted labels."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def supply_inputs(state: SequenceState, model: PreTrainedModel) -> Callable[...,
     shifts = (getattr(model, "loss_type", None) or "ForCausalLM").startswith("ForCausalLM")
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        batch = state.sharded_batch
+        batch = state.described_batch
         if batch is None:
             return None
         given = {**signature.bind_partial(*args, **kwargs).arguments, **kwargs}
@@ -34,15 +34,14 @@ def supply_inputs(state: SequenceState, model: PreTrainedModel) -> Callable[...,
             return None
         added: dict[str, Any] = {}
         if given.get("position_ids") is None:
-            if "position_ids" not in signature.parameters:
+            if "position_ids" in signature.parameters:
+                added["position_ids"] = _positions(state, batch, tokens)
+            elif state.mesh.sp_size > 1:
                 raise UlyssesError(
                     f"{name}, whose forward takes no position_ids",
                     "a model that can be told the positions of its tokens",
                     "train it without sequence parallelism (sp_size=1)",
                 )
-            begin = batch.layout.start(state.mesh.sp_rank)
-            # (S_r,) -> (1, S_r)
-            added["position_ids"] = torch.arange(begin, begin + tokens.shape[1], device=tokens.device).unsqueeze(0)
         if "use_cache" in signature.parameters and given.get("use_cache") is None:
             added["use_cache"] = False
         labels = given.get("labels")
@@ -51,6 +50,16 @@ def supply_inputs(state: SequenceState, model: PreTrainedModel) -> Callable[...,
         return (args, {**kwargs, **added}) if added else None
 
     return hook
+
+
+def _positions(state: SequenceState, batch: LiveBatch, tokens: Tensor) -> Tensor:
+    """(B, S_r) where packed documents number their own tokens, else (1, S_r)."""
+    own = batch.shards.get("position_ids")
+    if own is not None and own.dim() == 2 and batch.layout.documents is not None:
+        return own
+    begin = batch.layout.start(state.mesh.sp_rank)
+    # (S_r,) -> (1, S_r)
+    return torch.arange(begin, begin + tokens.shape[1], device=tokens.device).unsqueeze(0)
 
 
 def shifted_labels(

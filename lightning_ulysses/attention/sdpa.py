@@ -38,8 +38,9 @@ def install(state: SequenceState) -> Handle:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
-        batch = state.sharded_batch
-        if batch is None:
+        batch = state.described_batch
+        whole = state.mesh.sp_size == 1
+        if batch is None or (whole and (attn_mask is None or find_mask(batch, attn_mask) is None)):
             return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         spec = MaskSpec(is_causal, num_padding=batch.layout.num_padding)
         if attn_mask is not None:

@@ -8,8 +8,8 @@ from lightning_ulysses.all_to_all import heads_to_seq, seq_to_heads
 from lightning_ulysses.attention.attend import MaskSpec, attend
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.heads import head_layout
-from lightning_ulysses.layout import cu_seqlens_to_runs
-from lightning_ulysses.state import SequenceState, check_share, sharded_state
+from lightning_ulysses.layout import Runs, cu_seqlens_to_runs
+from lightning_ulysses.state import SequenceState, check_share, current_state, sharded_state
 
 
 def sharded_attention(
@@ -27,17 +27,34 @@ def sharded_attention(
     Raises:
         UlyssesError: If a length is not this rank's share, or P > H.
     """
-    batch, mesh = state.sharded_batch, state.mesh
-    assert batch is not None and mesh.sp_group is not None
+    batch, mesh = state.batch, state.mesh
+    assert batch is not None
     check_share(q.shape[2], batch.layout, mesh.sp_rank, "attention")
     check_share(k.shape[2], batch.layout, mesh.sp_rank, "attention with keys")
     state.attention_calls += 1
+    if mesh.sp_group is None:
+        return attend(q, k, v, spec, scale=scale, dropout_p=dropout_p)
+    mesh.check_heads(q.shape[1])
     heads = head_layout(q.shape[1], k.shape[1], mesh.sp_size)
     shares = batch.layout.shares
     q, k, v = seq_to_heads(q, k, v, heads, shares, mesh.sp_rank, mesh.sp_group)
     kv_index = None if heads.is_grouped(mesh.sp_rank) else heads.kv_index(mesh.sp_rank)
     out = attend(q, k, v, spec, scale=scale, dropout_p=dropout_p, kv_index=kv_index)
     return heads_to_seq(out, heads, shares, mesh.sp_rank, mesh.sp_group)
+
+
+def _document_runs(cu_seqlens: Tensor, seq_len: int) -> Runs:
+    """Reads ``cu_seqlens`` once for each batch: from a GPU this waits for everything that is queued there."""
+    state = current_state()
+    batch = state.batch if state is not None else None
+    key = (cu_seqlens.data_ptr(), cu_seqlens.numel(), cu_seqlens._version, seq_len)
+    if batch is not None and key in batch.runs:
+        return batch.runs[key]
+    runs = cu_seqlens_to_runs(cu_seqlens.tolist(), seq_len)
+    if batch is not None:
+        batch.keep.append(cu_seqlens)
+        batch.runs[key] = runs
+    return runs
 
 
 def ulysses_attention(
@@ -89,7 +106,7 @@ def ulysses_attention(
                 "one row",
                 "pack the documents into one row, (1, S), or pass the rows one by one",
             )
-        documents = (cu_seqlens_to_runs(cu_seqlens.tolist(), layout.seq_len if layout else q.shape[2]),)
+        documents = (_document_runs(cu_seqlens, layout.seq_len if layout else q.shape[2]),)
     spec = MaskSpec(is_causal, window, documents, num_padding=layout.num_padding if layout else 0)
     if state is None:
         return attend(q, k, v, spec, scale=scale, dropout_p=dropout_p)
