@@ -42,13 +42,14 @@ def one_process_loss(model: torch.nn.Module, batch: Batch) -> float:
 
     Args:
         model: A causal language model of transformers.
-        batch: ``input_ids`` and ``labels``, (B, S).
+        batch: A packed batch, (B, S) tensors.
 
     Returns:
         The mean over all targets.
     """
     device = next(model.parameters()).device
-    return float(model(**{key: value.to(device) for key, value in batch.items()}).loss)
+    # With a cache, transformers does not see that positions restart where a document begins.
+    return float(model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False).loss)
 
 
 class DemoSummary(pl.Callback):
@@ -68,6 +69,8 @@ class DemoSummary(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Copy the model while it is untrained and no strategy has touched it."""
+        if stage == "fit":
+            pl_module.configure_model()
         if stage == "fit" and trainer.is_global_zero:
             self.untrained = copy.deepcopy(pl_module.get_submodule("model"))
 

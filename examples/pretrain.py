@@ -1,6 +1,8 @@
-"""Pretrains a small Llama on long documents, each split over processes.
+"""Trains a causal language model on packed documents, each row split over processes.
 
-    python examples/pretrain.py fit --config configs/demo_cpu.yaml
+    python examples/pretrain.py fit --config configs/demo_cpu.yaml        # a small Llama on this machine's CPU
+    python examples/pretrain.py fit --config configs/pretrain_8gpu.yaml   # 8B parameters from random weights
+    python examples/pretrain.py fit --config configs/finetune_8gpu.yaml   # 8B parameters, chats
 
 The module below knows nothing of that split: the strategy in the configuration does it.
 """
@@ -11,8 +13,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
-from stdlib_text import Batch, StdlibText
+from stdlib_text import Batch
 from torch import Tensor
 from torch.optim import AdamW
 from transformers import (
@@ -22,6 +25,9 @@ from transformers import (
     PreTrainedModel,
     get_cosine_schedule_with_warmup,
 )
+from transformers.integrations import HfDeepSpeedConfig
+
+from lightning_ulysses.data import SequenceDataModule
 
 
 class CausalLM(pl.LightningModule):
@@ -30,6 +36,8 @@ class CausalLM(pl.LightningModule):
     Args:
         llama: Settings of ``transformers.LlamaConfig`` for a model that starts from random weights.
         from_pretrained: Name or path of a pretrained model to start from instead.
+        attn_implementation: Attention of transformers, ``"sdpa"`` or ``"flash_attention_2"``.
+        gradient_checkpointing: Computes activations again in the backward pass instead of keeping them.
         learning_rate: Peak learning rate, reached after the warmup.
         weight_decay: Weight decay of AdamW.
         warmup_steps: Optimizer steps of linear warmup; a cosine to zero follows.
@@ -39,28 +47,50 @@ class CausalLM(pl.LightningModule):
         self,
         llama: dict[str, Any] | None = None,
         from_pretrained: str | None = None,
+        attn_implementation: str = "sdpa",
+        gradient_checkpointing: bool = False,
         learning_rate: float = 1e-2,
         weight_decay: float = 0.1,
         warmup_steps: int = 10,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self.model: PreTrainedModel
-        if from_pretrained is not None:
-            self.model = AutoModelForCausalLM.from_pretrained(from_pretrained).train()
-        else:
-            self.model = LlamaForCausalLM(LlamaConfig(**(llama or {})))
+        self.llama = llama or {}
+        self.from_pretrained = from_pretrained
+        self.attn_implementation = attn_implementation
+        self.gradient_checkpointing = gradient_checkpointing
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
+        self.model: PreTrainedModel | None = None
+
+    def configure_model(self) -> None:
+        """Build the model, under ZeRO-3 in shares that no process ever holds all of."""
+        if self.model is not None:
+            return
+        attention: dict[str, Any] = {"attn_implementation": self.attn_implementation}
+        if self.from_pretrained is not None:
+            strategy = self.trainer.strategy
+            if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
+                # transformers loads into parameters that are sharded already only while this object lives.
+                self._zero3 = HfDeepSpeedConfig(strategy.config)
+            self.model = AutoModelForCausalLM.from_pretrained(self.from_pretrained, **attention).train()
+        else:
+            self.model = LlamaForCausalLM(LlamaConfig(**self.llama, **attention))
+        if self.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable()
+
+    def _loss(self, batch: Batch) -> Tensor:
+        assert self.model is not None
+        return self.model(**batch).loss
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the mean loss over the batch's targets."""
-        return self.model(**batch).loss
+        return self._loss(batch)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the mean loss over the batch's targets."""
-        return self.model(**batch).loss
+        return self._loss(batch)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with linear warmup and a cosine to zero."""
@@ -90,4 +120,4 @@ def hide_noise() -> None:
 
 if __name__ == "__main__":
     hide_noise()
-    LightningCLI(CausalLM, StdlibText, auto_configure_optimizers=False)
+    LightningCLI(CausalLM, SequenceDataModule, subclass_mode_data=True, auto_configure_optimizers=False)

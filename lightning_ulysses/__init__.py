@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_ulysses.attention import ulysses_attention
 from lightning_ulysses.callbacks import TokenCountMonitor
+from lightning_ulysses.data import CostModel, PackedStream, PackingCollator, SequenceDataModule, SequenceShardSampler
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.flavour import register_refusals
 from lightning_ulysses.state import gather_sequence, sequence_positions, unsharded
@@ -16,6 +17,11 @@ from lightning_ulysses.strategy import UlyssesDeepSpeedStrategy
 
 __version__ = "0.1.0"
 __all__ = [
+    "CostModel",
+    "PackedStream",
+    "PackingCollator",
+    "SequenceDataModule",
+    "SequenceShardSampler",
     "TokenCountMonitor",
     "UlyssesDeepSpeedStrategy",
     "UlyssesError",

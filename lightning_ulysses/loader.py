@@ -54,11 +54,16 @@ class SeededLoader:
     def __len__(self) -> int:
         return len(self._loader)
 
-    def _batches(self) -> Iterator[Any]:
+    def _batches(self, first: int = 0) -> Iterator[Any]:
+        """The loader's batches, of which the first one is number ``first`` of the epoch."""
         epoch = self._epoch()
+        # Lightning tells samplers the epoch, but not datasets.
+        set_epoch = getattr(getattr(self._loader, "dataset", None), "set_epoch", None)
+        if callable(set_epoch):
+            set_epoch(epoch)
         with _seeded(*self._key, epoch, "workers"):
             iterator = iter(self._loader)
-        index = 0
+        index = first
         while True:
             with _seeded(*self._key, epoch, index):
                 try:
@@ -103,22 +108,34 @@ class TrainLoader(SeededLoader):
         self._count = count
         self._dp_size = dp_size
         self._consumed = 0
-        self._skip = 0
+        # Batches of the epoch used before the current iteration, and before the next one.
+        self._began = self._began_next = 0
 
     def advance(self) -> None:
         """Called when a batch is really used; the loop may have fetched further."""
         self._consumed += 1
 
+    def _resumable(self) -> tuple[Any, int] | None:
+        """A sampler that continues in the middle of an epoch by itself, and its items per batch."""
+        for name, items in (("batch_sampler", 1), ("sampler", getattr(self._loader, "batch_size", None) or 1)):
+            sampler = getattr(self._loader, name, None)
+            if hasattr(sampler, "state_after"):
+                return sampler, items
+        return None
+
     def __iter__(self) -> Iterator[Any]:
-        skip, self._skip = self._skip, 0
+        self._began, self._began_next = self._began_next, 0
         self.plans.clear()
-        self._consumed = skip
-        return self._windows(skip)
+        self._consumed = self._began
+        return self._windows(self._began)
 
     def _windows(self, position: int) -> Iterator[Any]:
-        source = self._batches()
-        for _ in islice(source, position):
-            pass
+        if self._resumable():
+            source = self._batches(position)
+        else:
+            source = self._batches()
+            for _ in islice(source, position):
+                pass
         while True:
             # Windows are counted from the start of the epoch, also behind batches that a resumed run skips.
             size = int(min(self._window - position % self._window, max(1, self._limit() - position)))
@@ -136,21 +153,37 @@ class TrainLoader(SeededLoader):
 
     def state_dict(self) -> dict[str, Any]:
         """Batches used in this epoch; none once the epoch is over."""
-        over = self._consumed >= self._limit()
-        return {"batches": 0 if over else self._consumed, "dp_size": self._dp_size}
+        if self._consumed >= self._limit():
+            return {"batches": 0, "dp_size": self._dp_size}
+        state: dict[str, Any] = {"batches": self._consumed, "dp_size": self._dp_size}
+        if resumable := self._resumable():
+            sampler, items = resumable
+            state["sampler"] = sampler.state_after((self._consumed - self._began) * items, items)
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues behind the batches that were used, also on another number of data-parallel ranks.
 
         Raises:
-            UlyssesError: If the batches used do not divide evenly over the new ranks.
+            UlyssesError: If the batches used do not divide evenly over the new ranks, or the sampler refuses.
         """
         used = state["batches"] * state["dp_size"]
-        if used % self._dp_size:
+        resumable = self._resumable()
+        if resumable and used:
+            sampler, items = resumable
+            saved = state.get("sampler", {})
+            if saved.get("items") != items:
+                raise UlyssesError(
+                    f"a checkpoint in the middle of an epoch of {saved.get('items', 'no')} packs a batch",
+                    f"one of a run with a {type(sampler).__name__} and {items} packs a batch",
+                    "resume with the former dataloader, or from a checkpoint taken at the end of an epoch",
+                )
+            sampler.load_state_dict(saved)
+        elif used % self._dp_size:
             raise UlyssesError(
                 f"a checkpoint after {state['batches']} batches on {state['dp_size']} data-parallel ranks",
                 f"a number of batches that {self._dp_size} ranks share evenly",
                 "resume with the former sp_size, or from a checkpoint taken at another step",
             )
-        self._skip = used // self._dp_size
-        self._consumed = self._skip
+        self._began_next = used // self._dp_size
+        self._consumed = self._began = self._began_next

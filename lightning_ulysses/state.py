@@ -34,7 +34,7 @@ class LiveBatch:
         shards: This rank's slice of each sequence tensor, by key, on the device of the model.
         evidence: The losses computed on it so far, while it is open which tensor holds the targets.
         masks: Attention masks handed to the model, by storage address; see `attention.masks`.
-        runs: Documents that ``cu_seqlens`` tensors mark, by address and version, so that only the first layer reads them.
+        runs: Documents that ``cu_seqlens`` tensors mark, by address and version: only the first layer reads them.
         keep: Tensors kept alive so that those addresses stay theirs.
         counts: Valid targets in this rank's slice, for each tensor that may hold the targets.
         rows: B.
@@ -79,7 +79,7 @@ class SequenceState:
 
     @property
     def described_batch(self) -> LiveBatch | None:
-        """The live batch where attention has to know more than a model tells it: it is cut, or documents share a row."""
+        """The live batch where attention must know more than a model tells it: it is cut, or documents share a row."""
         batch = self.batch
         if batch is None or self.mesh.sp_size > 1 or batch.layout.documents is not None:
             return batch

@@ -169,13 +169,14 @@ class UlyssesDeepSpeedStrategy(DeepSpeedStrategy):
     def setup(self, trainer: pl.Trainer) -> None:
         assert self.lightning_module is not None
         check_trainer(trainer, self.lightning_module)
+        self._remove_interceptors()
+        # Schedulers ask for the number of steps in there, and so for the length of a sampler that asks for the mesh.
+        self._state = SequenceState(self.mesh)
+        activate(self._state)
         super().setup(trainer)
         upstream.set_device_mesh(self.lightning_module, self.mesh.device_mesh)
-        self._remove_interceptors()
-        self._state = SequenceState(self.mesh)
         self.weights = StepWeights(self.ulysses, self.mesh, self.root_device)
         self._handle = install_interceptors(self._state, self.lightning_module, self.zero_stage_3)
-        activate(self._state)
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
@@ -257,6 +258,8 @@ class UlyssesDeepSpeedStrategy(DeepSpeedStrategy):
             upstream.allow_weights_only_load(self.deepspeed_engine)
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
         upstream.rescale_progress(checkpoint, self.mesh.dp_size)
+        assert self.lightning_module is not None
+        upstream.forget_train_loader(self.lightning_module.trainer)
         return checkpoint
 
     def _remove_interceptors(self) -> None:

@@ -75,6 +75,15 @@ def used_batches(trainer: pl.Trainer) -> float:
     return float("inf") if limit is None else float(limit)
 
 
+def forget_train_loader(trainer: pl.Trainer) -> None:
+    """Has the loop set up the train dataloader again, once the checkpoint's loop state is there.
+
+    A scheduler that asks for ``trainer.estimated_stepping_batches`` makes Lightning set it up before that, and then a
+    resumed run would start the epoch from its first batch (``FitLoop.setup_data``).
+    """
+    trainer.fit_loop._combined_loader = None
+
+
 def rescale_progress(checkpoint: dict[str, Any], dp_size: int) -> None:
     """Counts the batches of a half-done epoch as this number of data-parallel ranks would have (``loops/progress.py``).
 
@@ -85,8 +94,11 @@ def rescale_progress(checkpoint: dict[str, Any], dp_size: int) -> None:
     former = states[0].get("dp_size", dp_size)
     if former != dp_size:
         current = fit_loop["epoch_loop.batch_progress"]["current"]
-        for name in ("ready", "started", "processed", "completed"):
+        # A checkpoint taken behind a batch misses it in "completed"; Lightning adds it when it resumes.
+        pending = current["processed"] - current["completed"]
+        for name in ("ready", "started", "processed"):
             current[name] = current[name] * former // dp_size
+        current["completed"] = current["processed"] - pending
 
 
 def set_device_mesh(module: pl.LightningModule, mesh: torch.distributed.device_mesh.DeviceMesh | None) -> None:

@@ -55,6 +55,10 @@ def test_lightning_keeps_its_progress_where_it_is_rescaled(trainer: L.Trainer) -
     state["state_dict"] = {"combined_loader": [{"batches": 6, "dp_size": 2}]}
     upstream.rescale_progress({"loops": {"fit_loop": state}}, 4)
     assert [current[name] for name in ("ready", "started", "processed", "completed")] == [3, 3, 3, 3]
+    # As saved behind a batch, before Lightning has counted it as completed.
+    current.update(ready=6, started=6, processed=6, completed=5)
+    upstream.rescale_progress({"loops": {"fit_loop": state}}, 4)
+    assert [current[name] for name in ("ready", "started", "processed", "completed")] == [3, 3, 3, 2]
     upstream.rescale_progress({}, 4)
 
 

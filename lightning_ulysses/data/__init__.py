@@ -1,7 +1,12 @@
-"""Data that fills every token: documents packed into rows."""
+"""Data that fills every token: documents packed into rows, from a dataset or from a stream."""
 
 from __future__ import annotations
 
+from lightning_ulysses.data.balance import CostModel
 from lightning_ulysses.data.collate import PackingCollator
+from lightning_ulysses.data.datamodule import SequenceDataModule
+from lightning_ulysses.data.packing import Piece
+from lightning_ulysses.data.sampler import SequenceShardSampler
+from lightning_ulysses.data.stream import PackedStream
 
-__all__ = ["PackingCollator"]
+__all__ = ["CostModel", "PackedStream", "PackingCollator", "Piece", "SequenceDataModule", "SequenceShardSampler"]

@@ -1,0 +1,181 @@
+"""Files to packed batches: the data of a LightningCLI configuration."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from lightning_ulysses.data.balance import CostModel
+from lightning_ulysses.data.collate import PackingCollator
+from lightning_ulysses.data.corpus import Corpus, TokenCache
+from lightning_ulysses.data.packing import Overlong
+from lightning_ulysses.data.sampler import SequenceShardSampler
+from lightning_ulysses.data.tokens import load_tokenizer
+from lightning_ulysses.errors import UlyssesError
+
+
+def _default_cache() -> Path:
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(root) / "lightning_ulysses"
+
+
+class SequenceDataModule(pl.LightningDataModule):
+    """Documents from files or a dataset, tokenized once, packed full, and dealt to data-parallel ranks.
+
+    Rows are told by their columns:
+
+    - ``text`` (or ``text_column``): trained on whole. A file of text is one row.
+    - ``prompt`` and ``completion``: the loss is on the completion. Texts, or lists of messages.
+    - ``messages``, a chat of ``{"role": ..., "content": ...}``: the loss is on what the assistant says.
+    - ``input_ids``, and ``labels`` if need be: tokenized already.
+
+    Tokens are kept on disk as Arrow files with their lengths; later runs with the same rows, tokenizer and settings
+    start at once. Needs the extra ``hf``.
+
+    Args:
+        train: Text, JSONL, Parquet or CSV files or globs, a folder written by ``Dataset.save_to_disk``, the name of a
+            dataset, or a ``datasets.Dataset``.
+        tokenizer: Name or path of a transformers tokenizer, or the tokenizer.
+        max_tokens: Most tokens of a pack, and S of a batch.
+        validation: The same as ``train``; or a fraction of its documents, between 0 and 1; or None.
+        config: The dataset's configuration, where ``train`` is a name.
+        split: The dataset's split, where ``train`` is a name.
+        validation_split: The same for ``validation``.
+        text_column: The column with the text.
+        append_eos: Ends every document with the end-of-sequence token.
+        overlong: What becomes of documents longer than ``max_tokens``; see `SequenceShardSampler`.
+        rows_per_batch: B, packs in a batch.
+        pad_to_multiple_of: See `PackingCollator`.
+        window: See `SequenceShardSampler`.
+        cost: What a pack costs; see `CostModel`.
+        seed: Of packing, order and the split.
+        drop_last: Leaves out the packs of an incomplete last step.
+        num_workers: Dataloader processes.
+        num_proc: Processes that tokenize.
+        cache_dir: Where tokens are kept; by default below the user's cache folder.
+
+    Raises:
+        UlyssesError: If a setting is out of range or a file is missing; in ``prepare_data``, if rows cannot be read.
+
+    Example:
+        >>> data = SequenceDataModule("corpus/*.jsonl", "my/tokenizer", max_tokens=65536, validation=0.01)
+    """
+
+    def __init__(
+        self,
+        train: Any,
+        tokenizer: Any,
+        max_tokens: int = 8192,
+        validation: Any = None,
+        config: str | None = None,
+        split: str = "train",
+        validation_split: str = "validation",
+        text_column: str = "text",
+        append_eos: bool = True,
+        overlong: Overlong = "split",
+        rows_per_batch: int = 1,
+        pad_to_multiple_of: int | Literal["auto"] | None = "auto",
+        window: int = 64,
+        cost: CostModel | None = None,
+        seed: int = 0,
+        drop_last: bool = False,
+        num_workers: int = 0,
+        num_proc: int | None = None,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.fraction = self._fraction(validation)
+        self.corpora = {"train": Corpus(train, config, split)}
+        if validation is not None and self.fraction is None:
+            self.corpora["validation"] = Corpus(validation, config, validation_split)
+        for corpus in self.corpora.values():
+            corpus.files()
+        if rows_per_batch < 1:
+            raise UlyssesError(f"rows_per_batch={rows_per_batch}", "at least 1", "change rows_per_batch")
+        self.max_tokens = max_tokens
+        self.rows_per_batch = rows_per_batch
+        self.num_workers = num_workers
+        self.seed = seed
+        self.collator = PackingCollator(max_tokens, pad_to_multiple_of)
+        self._packing: dict[str, Any] = {"overlong": overlong, "window": window, "cost": cost, "seed": seed}
+        self._drop_last = drop_last
+        self._tokenizer = tokenizer
+        self._cache: dict[str, Any] = {"text_column": text_column, "append_eos": append_eos, "num_proc": num_proc}
+        self._folder = Path(cache_dir).expanduser() if cache_dir else _default_cache()
+        self.documents: dict[str, Any] = {}
+
+    @staticmethod
+    def _fraction(validation: Any) -> float | None:
+        if not isinstance(validation, (int, float)) or isinstance(validation, bool):
+            return None
+        if not 0 < validation < 1:
+            raise UlyssesError(
+                f"validation={validation}",
+                "a fraction of the documents between 0 and 1, files, or None",
+                "set validation to a fraction such as 0.01",
+            )
+        return float(validation)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer; loaded when first asked for."""
+        self._tokenizer = load_tokenizer(self._tokenizer)
+        return self._tokenizer
+
+    @property
+    def cache(self) -> TokenCache:
+        """Where tokens are kept."""
+        return TokenCache(self._folder, self.tokenizer, **self._cache)
+
+    @override
+    def prepare_data(self) -> None:
+        for name, corpus in self.corpora.items():
+            rank_zero_info(f"{name} data: {self.cache.build(corpus)}")
+
+    @override
+    def setup(self, stage: str) -> None:
+        cache = self.cache
+        self.documents = {name: cache.load(corpus) for name, corpus in self.corpora.items()}
+        if self.fraction is not None:
+            whole = self.documents["train"]
+            if len(whole) < 2:
+                raise UlyssesError(
+                    f"validation={self.fraction} of {len(whole)} documents", "two documents or more", "give more data"
+                )
+            size = min(len(whole) - 1, max(1, round(self.fraction * len(whole))))
+            parts = whole.train_test_split(test_size=size, seed=self.seed, load_from_cache_file=False)
+            self.documents = {"train": parts["train"], "validation": parts["test"]}
+
+    def _loader(self, name: str) -> DataLoader[Any]:
+        documents = self.documents[name]
+        training = name == "train"
+        sampler = SequenceShardSampler(
+            documents.select_columns(["input_ids", "labels"]),
+            documents["length"][:],
+            self.max_tokens,
+            shuffle=training,
+            drop_last=self._drop_last and training,
+            **self._packing,
+        )
+        return DataLoader(
+            sampler.packed,  # type: ignore[arg-type]
+            sampler=sampler,  # type: ignore[arg-type]
+            batch_size=None if self.rows_per_batch == 1 else self.rows_per_batch,
+            collate_fn=self.collator,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )
+
+    @override
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self._loader("train")
+
+    @override
+    def val_dataloader(self) -> Any:
+        return self._loader("validation") if "validation" in self.documents else []

@@ -1,0 +1,271 @@
+"""Which documents share a pack: best-fit decreasing within shuffled windows, in numpy alone.
+
+Documents are cut to size first (`fit_to_packs`), the pieces are then packed (`best_fit`). A pack holds pieces of
+``max_tokens`` together at most. All functions are pure: the same arguments give the same packs on every rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_ulysses.errors import UlyssesError
+
+Ints = NDArray[np.int64]
+Overlong = Literal["split", "truncate", "drop", "error"]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tokens ``begin`` to ``end`` (exclusive) of document ``index``, where a pack does not hold all of it.
+
+    Neither a number nor a tuple, so that a dataset that is handed one by mistake fails instead of returning other rows.
+    """
+
+    index: int
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Documents after those longer than a pack have been dealt with; one entry per piece.
+
+    Attributes:
+        index: (pieces,) the document that each is from.
+        begin: (pieces,) its first token in that document.
+        end: (pieces,) behind its last one.
+        overlong: Documents longer than ``max_tokens``.
+        lost_tokens: Tokens that are in no piece.
+    """
+
+    index: Ints
+    begin: Ints
+    end: Ints
+    overlong: int = 0
+    lost_tokens: int = 0
+
+    @property
+    def lengths(self) -> Ints:
+        """(pieces,) tokens of each."""
+        return self.end - self.begin
+
+
+@dataclass(frozen=True)
+class Packs:
+    """Pieces by pack.
+
+    Attributes:
+        members: (pieces,) piece numbers, those of one pack next to each other, longest first.
+        offsets: (packs + 1,) where in ``members`` each pack begins.
+    """
+
+    members: Ints
+    offsets: Ints
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def sizes(self) -> Ints:
+        """(packs,) pieces in each."""
+        return np.diff(self.offsets)
+
+    def sums(self, values: Ints) -> Ints:
+        """(packs,) the sum over each pack of ``values``, which has one entry per piece."""
+        return np.add.reduceat(values[self.members], self.offsets[:-1])
+
+    def __getitem__(self, pack: int) -> Ints:
+        return self.members[self.offsets[pack] : self.offsets[pack + 1]]
+
+
+def check_lengths(lengths: Any, documents: int) -> Ints:
+    """Document lengths as an array, after a look at them.
+
+    Args:
+        lengths: Anything numpy makes a vector of.
+        documents: How many there should be.
+
+    Returns:
+        (documents,) tokens of each.
+
+    Raises:
+        UlyssesError: If they are not positive integers, one per document, or if there are none.
+    """
+    array = np.asarray(lengths)
+    if documents == 0:
+        raise UlyssesError("an empty dataset", "at least one document", "check the path or the filter of the dataset")
+    if array.ndim != 1 or len(array) != documents:
+        raise UlyssesError(
+            f"lengths of shape {array.shape} for a dataset of {documents} documents",
+            f"one length per document, shape ({documents},)",
+            "compute the lengths from the very dataset that is loaded, after any filter or selection",
+        )
+    if array.dtype.kind not in "iu":
+        raise UlyssesError(
+            f"lengths of type {array.dtype}, such as {array[0]!r}",
+            "integers: the number of tokens of each document",
+            "pass integers, such as lengths=[len(row['input_ids']) for row in dataset]",
+        )
+    wrong = np.flatnonzero(array <= 0)
+    if wrong.size:
+        raise UlyssesError(
+            f"a length of {array[wrong[0]]} for document {wrong[0]} ({wrong.size} documents are not positive)",
+            "at least one token in each document",
+            "filter such documents out of the dataset",
+        )
+    return array.astype(np.int64)
+
+
+def fit_to_packs(lengths: Ints, max_tokens: int, overlong: Overlong) -> Pieces:
+    """Deals with documents that no pack can hold.
+
+    Args:
+        lengths: (documents,) tokens.
+        max_tokens: Tokens that a pack holds.
+        overlong: ``"split"`` cuts them into pieces of ``max_tokens`` and a rest, ``"truncate"`` keeps their first
+            ``max_tokens``, ``"drop"`` leaves them out, ``"error"`` refuses them.
+
+    Raises:
+        UlyssesError: With ``"error"`` if there is one; if ``"drop"`` leaves nothing; for any other word.
+    """
+    if overlong not in get_args(Overlong):
+        raise UlyssesError(f"overlong={overlong!r}", f"one of {get_args(Overlong)}", "choose one of them")
+    index = np.arange(len(lengths))
+    longer = np.flatnonzero(lengths > max_tokens)
+    if longer.size and overlong == "error":
+        raise UlyssesError(
+            f"document {longer[0]} of {lengths[longer[0]]} tokens with max_tokens={max_tokens} "
+            f"({longer.size} of {len(lengths)} documents are longer)",
+            "no document longer than a pack, since overlong='error'",
+            f"set overlong='split', 'truncate' or 'drop', or max_tokens={lengths.max()}",
+        )
+    if overlong == "split":
+        counts = -(-lengths // max_tokens)
+        index = np.repeat(index, counts)
+        begin = (np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)) * max_tokens
+        return Pieces(index, begin, np.minimum(begin + max_tokens, lengths[index]), longer.size)
+    if overlong == "drop":
+        index = np.flatnonzero(lengths <= max_tokens)
+        if not index.size:
+            raise UlyssesError(
+                f"a dataset whose {len(lengths)} documents are all longer than max_tokens={max_tokens}",
+                "something left after overlong='drop'",
+                f"set overlong='split', or max_tokens={lengths.max()}",
+            )
+    end = np.minimum(lengths[index], max_tokens)
+    return Pieces(index, np.zeros_like(index), end, longer.size, int(lengths.sum() - end.sum()))
+
+
+def random_order(count: int, *key: int) -> Ints:
+    """A permutation of ``count`` numbers that depends on ``key`` alone, whatever the version of numpy.
+
+    A resumed run has to find the same packs again. Numpy keeps the raw stream of a bit generator as it is, but not what
+    ``Generator.permutation`` makes of it.
+    """
+    bits = np.uint64(count.bit_length())
+    # Sorting numbers that carry their own position takes half the time of an argsort.
+    drawn = np.random.PCG64(list(key)).random_raw(count) >> bits << bits
+    ordered = np.sort(drawn | np.arange(count, dtype=np.uint64))
+    return (ordered & np.uint64((1 << int(bits)) - 1)).astype(np.int64)
+
+
+def group(members: Ints, packs: Ints) -> Packs:
+    """Collects pieces by pack.
+
+    Args:
+        members: (pieces,) piece numbers.
+        packs: (pieces,) any number >= 0 for the pack that each belongs to; those of one pack keep their order.
+    """
+    ordered = np.sort((packs << 32) | np.arange(len(packs)))
+    starts = np.flatnonzero(np.diff(ordered >> 32)) + 1
+    offsets = np.concatenate([[0], starts, [len(members)]])
+    return Packs(members[ordered & 0xFFFFFFFF], offsets)
+
+
+def best_fit(lengths: Ints, order: Ints, max_tokens: int, window: int) -> Packs:
+    """Packs pieces within windows of ``order``: the longest first, each into the fullest pack that has room for it.
+
+    A window's emptiest pack is taken apart again, and what was in all of these goes through windows of its own.
+
+    Args:
+        lengths: (pieces,) tokens, none above ``max_tokens``.
+        order: Piece numbers, shuffled or not; only these are packed.
+        max_tokens: Tokens that a pack holds, below 2**31.
+        window: Packs' worth of tokens in a window. Larger ones fill packs better and leave less to chance.
+    """
+    members: list[Ints] = []
+    packs: list[Ints] = []
+    numbered = 0
+    while order.size:
+        rows = max(1, int(lengths[order].sum()) // (window * max_tokens))
+        pieces, needs = _windows(lengths, order, rows)
+        chosen, free = _fill(needs, max_tokens)
+        keep = pieces >= 0
+        if rows > 1:
+            used = free < max_tokens
+            emptiest = np.where(used, free, -1).argmax(axis=1)
+            # A row with a single pack keeps it, or the rounds would never end.
+            again = keep & (chosen == emptiest[:, None]) & (used.sum(axis=1) > 1)[:, None]
+            keep &= ~again
+            order = pieces[again]
+        else:
+            order = order[:0]
+        number = chosen + (numbered + np.arange(rows) * free.shape[1])[:, None]
+        members.append(pieces[keep])
+        packs.append(number[keep])
+        numbered += rows * free.shape[1]
+    return group(np.concatenate(members), np.concatenate(packs))
+
+
+def _windows(lengths: Ints, order: Ints, rows: int) -> tuple[Ints, Ints]:
+    """``order`` as (rows, width) piece numbers, longest first, filled up with -1, and how many tokens each needs."""
+    width = -(-len(order) // rows)
+    pieces = np.full(rows * width, -1)
+    needs = np.zeros(rows * width, dtype=np.int64)
+    # Rows differ by one piece at most: the gaps are spread over the last column instead of emptying the last row.
+    places = np.arange(rows * width).reshape(rows, width)
+    places = np.concatenate([places[:, :-1].ravel(), places[: len(order) - rows * (width - 1), -1]])
+    pieces[places] = order
+    needs[places] = lengths[order]
+    ranked = (needs.max() - needs).reshape(rows, width) << 32 | np.arange(width)
+    columns = np.sort(ranked, axis=1) & 0xFFFFFFFF
+    return (
+        np.take_along_axis(pieces.reshape(rows, width), columns, axis=1),
+        np.take_along_axis(needs.reshape(rows, width), columns, axis=1),
+    )
+
+
+def _fill(needs: Ints, capacity: int) -> tuple[Ints, Ints]:
+    """Best fit in all rows at once, one column after the other.
+
+    Args:
+        needs: (rows, width) tokens, falling along a row; zeros at its end stand for nothing.
+        capacity: Tokens that a pack holds, below 2**31.
+
+    Returns:
+        (rows, width) the pack of each within its row, and (rows, packs) the room left; untouched where it is all.
+    """
+    rows, width = needs.shape
+    small = capacity < 2**15
+    signed, unsigned = (np.int16, np.uint16) if small else (np.int32, np.uint32)
+    columns = np.ascontiguousarray(needs.T, dtype=signed)
+    free = np.full((rows, int(needs.sum(axis=1).max()) // capacity + 8), capacity, dtype=signed)
+    chosen = np.empty((width, rows), dtype=np.int64)
+    scratch = np.empty(free.size, dtype=signed)
+    every = np.arange(rows)
+    opened = 1
+    for need, best in zip(columns, chosen, strict=True):
+        if opened > free.shape[1]:
+            free = np.concatenate([free, np.full_like(free, capacity)], axis=1)
+            scratch = np.empty(free.size, dtype=signed)
+        slack = scratch[: rows * opened].reshape(rows, opened)
+        np.subtract(free[:, :opened], need[:, None], out=slack)
+        # Read without its sign, too little room is larger than any room, and a fresh pack comes last.
+        slack.view(unsigned).argmin(axis=1, out=best)
+        free[every, best] -= need
+        opened = max(opened, int(best.max()) + 2)
+    return chosen.T, free.astype(np.int64)

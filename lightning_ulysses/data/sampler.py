@@ -1,0 +1,258 @@
+"""Packs of documents for each data-parallel rank: full, of equal cost, and the same again after a restart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DistributedSampler, Sampler
+from typing_extensions import override
+
+from lightning_ulysses.data.balance import CostModel, Deal
+from lightning_ulysses.data.dataset import Lengths, PackedDataset, read_lengths
+from lightning_ulysses.data.packing import Overlong
+from lightning_ulysses.data.plan import Pack, PackingPlan, PackingReport, PackingSettings, Segments, begun
+from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.state import current_state
+
+
+def _whole(name: str, value: object, least: int) -> int:
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not least <= value < 2**31:
+        raise UlyssesError(f"{name}={value!r}", f"a whole number from {least} to 2**31 - 1", f"change {name}")
+    return int(value)
+
+
+class SequenceShardSampler(DistributedSampler[Pack]):
+    """Yields packs of documents, for ``DataLoader(sampler.packed, sampler=sampler, batch_size=None)``.
+
+    A pack is a list with a number for each whole document and a `Piece` for each part of one. All ranks of a
+    sequence-parallel group get the same packs, data-parallel ranks get different ones, and equally many. Within a step
+    the ranks' packs have like cost. No document is lost or repeated within an epoch, also if it is resumed on another
+    number of ranks.
+
+    It goes in as ``sampler``: Lightning leaves a ``DistributedSampler`` in that place alone and tells it the epoch,
+    while it takes batch samplers apart unless ``use_distributed_sampler=False``. A pack is then one item of a
+    DataLoader, of which there are these:
+
+    - ``DataLoader(sampler.packed, sampler=sampler, batch_size=None, collate_fn=PackingCollator())`` makes a row
+      (1, S) of each pack, ``batch_size=B`` makes (B, S) of B packs. ``sampler.packed`` wraps the dataset, which needs
+      no code for this, and cuts the documents that are in a pack in part.
+    - A dataset that takes a list of numbers itself can be given unwrapped, if no document is cut.
+    - ``DataLoader(dataset, batch_sampler=sampler)`` hands any dataset's documents to ``collate_fn``, outside of a
+      distributed Trainer and if no document is cut.
+
+    Args:
+        dataset: The documents: anything with ``len`` and ``[]``.
+        lengths: Tokens of each: an array; the name of a column with them, or with the tokens themselves; or a function
+            of the dataset.
+        max_tokens: Most tokens of a pack.
+        overlong: What becomes of longer documents: ``"split"`` into pieces that are documents of their own,
+            ``"truncate"``, ``"drop"``, or ``"error"``.
+        window: Packs' worth of documents that are packed together. Larger ones fill packs better and slow packing down;
+            smaller ones leave more of who shares a pack to chance.
+        cost: What a pack costs, such as ``CostModel.from_config(model.config)``.
+        num_replicas: Data-parallel ranks. By default the strategy's, else the process group's, else 1; asked for when
+            iterating or counting, since samplers are made before processes are connected.
+        rank: This process's data-parallel rank, together with ``num_replicas``.
+        shuffle: Packs and orders documents anew in each epoch.
+        seed: The same on all ranks. Packs depend on (seed, epoch) alone.
+        drop_last: Leaves out the packs of a last, incomplete step. Else some packs are divided to complete it.
+
+    Raises:
+        UlyssesError: For lengths that are not positive integers or not the dataset's, for a document that is too long
+            with ``"error"``, and for settings out of range; when iterating, for a rank without a pack.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        lengths: Lengths,
+        max_tokens: int,
+        *,
+        overlong: Overlong = "error",
+        window: int = 64,
+        cost: CostModel | None = None,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+        shuffle: bool = True,
+        seed: int = 0,
+        drop_last: bool = False,
+    ) -> None:
+        # Not DistributedSampler's own, which has to know the ranks here and now.
+        Sampler.__init__(self)
+        self.dataset = dataset
+        self.lengths = read_lengths(dataset, lengths)
+        self.max_tokens = _whole("max_tokens", max_tokens, 1)
+        self.shuffle = shuffle
+        self.seed = _whole("seed", seed, 0)
+        self.drop_last = drop_last
+        self.epoch = 0
+        self._given = self._check_place(num_replicas, rank)
+        settings = PackingSettings(
+            max_tokens=self.max_tokens,
+            overlong=overlong,
+            window=_whole("window", window, 2),
+            cost=cost or CostModel(),
+            shuffle=shuffle,
+            seed=self.seed,
+            drop_last=drop_last,
+        )
+        self._plan = PackingPlan(self.lengths, settings)
+        self._segments: Segments = ()
+        self._items = 1
+        self._yielded = 0
+        pieces = self._plan.pieces
+        if pieces.lost_tokens:
+            rank_zero_warn(
+                f"{pieces.overlong} of {len(self.lengths)} documents are longer than max_tokens={max_tokens}; "
+                f"overlong={overlong!r} loses {pieces.lost_tokens} of {self.lengths.sum()} tokens."
+            )
+
+    @staticmethod
+    def _check_place(num_replicas: int | None, rank: int | None) -> tuple[int, int] | None:
+        if num_replicas is None and rank is None:
+            return None
+        if num_replicas is None or rank is None or not 0 <= rank < num_replicas:
+            raise UlyssesError(
+                f"num_replicas={num_replicas} with rank={rank}",
+                "both or neither, and a rank below num_replicas",
+                "leave both out under the strategy, or take them from trainer.strategy.distributed_sampler_kwargs",
+            )
+        return num_replicas, rank
+
+    def _place(self) -> tuple[int, int]:
+        """Data-parallel ranks and this one's number."""
+        state = current_state()
+        if state is None:
+            live = (dist.get_world_size(), dist.get_rank()) if dist.is_available() and dist.is_initialized() else (1, 0)
+            return self._given or live
+        mesh = state.mesh
+        if self._given not in (None, (mesh.dp_size, mesh.dp_rank)):
+            raise UlyssesError(
+                f"num_replicas and rank {self._given} in a process that is data-parallel rank {mesh.dp_rank} of "
+                f"{mesh.dp_size} (sp_size={mesh.sp_size})",
+                "the data-parallel ranks, not all processes",
+                "leave num_replicas and rank out",
+            )
+        if self.max_tokens < mesh.sp_size:
+            raise UlyssesError(
+                f"max_tokens={self.max_tokens} with sp_size={mesh.sp_size}",
+                "at least one token for each rank that shares a pack",
+                "raise max_tokens",
+            )
+        return mesh.dp_size, mesh.dp_rank
+
+    @property
+    def num_replicas(self) -> int:  # type: ignore[override]
+        """Data-parallel ranks."""
+        return self._place()[0]
+
+    @property
+    def rank(self) -> int:  # type: ignore[override]
+        """This process's data-parallel rank."""
+        return self._place()[1]
+
+    @property
+    def num_samples(self) -> int:  # type: ignore[override]
+        """Packs of this rank in the epoch."""
+        return len(self)
+
+    @property
+    def total_size(self) -> int:  # type: ignore[override]
+        """Packs of all data-parallel ranks in the epoch."""
+        return len(self) * self.num_replicas
+
+    @property
+    def packed(self) -> PackedDataset:
+        """The dataset in the form that takes packs."""
+        return PackedDataset(self.dataset, self.lengths)
+
+    def _position(self, ranks: int) -> tuple[Segments, int]:
+        """What had been used before this number of ranks took over, and the steps that these have made since."""
+        if self._segments and self._segments[-1][0] == ranks:
+            return self._segments[:-1], self._segments[-1][1] // ranks
+        return self._segments, 0
+
+    def _deal(self) -> Deal:
+        ranks = self._place()[0]
+        return self._plan.deal(self.epoch, self._position(ranks)[0], ranks, self._items)
+
+    @override
+    def __iter__(self) -> Iterator[Pack]:
+        if self._segments and self._is_over(self._yielded):
+            self._segments = ()
+        self._yielded = 0
+        return self._iterate()
+
+    def _iterate(self) -> Iterator[Pack]:
+        # Reached with the first pack, when Lightning has set the epoch.
+        dealt = self._deal()
+        ranks, rank = self._place()
+        for step in dealt.steps[self._position(ranks)[1] :]:
+            self._yielded += 1
+            yield self._plan.pack(dealt.packs, int(step[rank]))
+
+    @override
+    def __len__(self) -> int:
+        """Packs of this rank in the whole epoch, the same in every epoch and also in one that is resumed."""
+        ranks = self._place()[0]
+        return begun(self._position(ranks)[0], ranks, self._items) + len(self._deal().steps)
+
+    @override
+    def set_epoch(self, epoch: int) -> None:
+        """Has the next iteration pack anew; the epoch that a state was loaded for is continued."""
+        if epoch != self.epoch:
+            self._segments = ()
+            self._yielded = 0
+        self.epoch = epoch
+
+    def report(self) -> PackingReport:
+        """Figures of the current epoch on the current number of ranks, or of the rest of it after resuming."""
+        return self._plan.report(self._deal())
+
+    def _is_over(self, used: int) -> bool:
+        dealt = self._deal()
+        return self._position(dealt.steps.shape[1])[1] + used >= len(dealt.steps)
+
+    def state_after(self, used: int, items: int = 1) -> dict[str, Any]:
+        """Where this epoch is; small, the same on all ranks, and good for any number of them.
+
+        Args:
+            used: Packs of this rank that have been trained on since the iteration began.
+            items: Packs in a batch of this rank.
+        """
+        self._items = items
+        state: dict[str, Any] = {"epoch": self.epoch, "fingerprint": self._plan.fingerprint, "segments": []}
+        state["items"] = items
+        if not used and not self._segments:
+            return state
+        if self._is_over(used):
+            return {**state, "epoch": self.epoch + 1}
+        ranks = self._place()[0]
+        former, steps = self._position(ranks)
+        state["segments"] = [list(segment) for segment in (*former, (ranks, (steps + used) * ranks)) if segment[1]]
+        return state
+
+    def state_dict(self) -> dict[str, Any]:
+        """`state_after` the packs handed out so far; a DataLoader with workers asks for some ahead of time."""
+        return self.state_after(self._yielded, self._items)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Has the next iteration continue behind the packs that were used, on any number of data-parallel ranks.
+
+        Raises:
+            UlyssesError: If the state is of another dataset, seed or setting.
+        """
+        if state.get("fingerprint") != self._plan.fingerprint:
+            raise UlyssesError(
+                f"a state of [{state.get('fingerprint')}]",
+                f"one of [{self._plan.fingerprint}]",
+                "resume with the dataset, the seed and the settings that it was saved with",
+            )
+        self.epoch = int(state["epoch"])
+        self._items = int(state["items"])
+        self._segments = tuple((int(ranks), int(used)) for ranks, used in state["segments"])
+        self._yielded = 0

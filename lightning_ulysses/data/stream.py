@@ -1,0 +1,268 @@
+"""Packs an iterable source on the fly, the same way on every rank, and deals the packs out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any, Literal, get_args
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import IterableDataset, get_worker_info
+from typing_extensions import override
+
+from lightning_ulysses.data.buffer import Pack, PackingPass, PackingRules, spread
+from lightning_ulysses.data.collate import PackingCollator
+from lightning_ulysses.data.packing import Overlong
+from lightning_ulysses.data.source import Source, check_source, read_whole
+from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.mesh import SequenceMesh
+from lightning_ulysses.state import current_state
+
+_BUFFERED_PACKS = 16
+
+
+@dataclass(frozen=True)
+class _Deal:
+    """How the rounds are shared out; ``workers`` is 0 in the main process."""
+
+    worker: int
+    workers: int
+    num_replicas: int
+    rows_per_batch: int
+
+
+def _check_least(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UlyssesError(f"{name}={value!r}", f"a whole number of at least {least}", f"change {name}")
+
+
+def _check_deal(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """A worker's share of the rounds makes sense only beside the others' of the same deal."""
+    if (saved["workers"] or now["workers"]) and dict(saved) != dict(now):
+        raise UlyssesError(
+            f"a state saved under {dict(saved)}, resumed under {dict(now)}",
+            "the same dataloader workers, ranks and rows, unless neither run has workers",
+            "resume with the former num_workers, through torchdata's StatefulDataLoader",
+        )
+
+
+class PackedStream(IterableDataset[Any]):
+    """Packs the documents of an iterable source into batches of at most ``max_tokens`` tokens per row.
+
+    Every rank and every dataloader worker reads the whole source and packs it in the same way; of each *round* of
+    consecutive batches it collates its own. Packing takes some 50 microseconds a document, and it makes three things
+    hold by construction, without a collective and without knowing the source's length: ranks of a sequence-parallel
+    group get the same batches and data-parallel ranks disjoint ones; all ranks end at the same step; and a state saved
+    without workers fits any number of data-parallel ranks, since it is a place in one common order. The price is that
+    every process reads the source, so workers speed up collating but not reading: where tokenising is slower than
+    training on all data-parallel ranks together, store the tokens first.
+
+    The source must give the same documents to everyone. Rows drawn or shuffled with the global random generators do,
+    since the stream seeds those while it reads. So do a Hugging Face streaming dataset and litdata's, which are kept
+    from splitting themselves over workers and ranks.
+
+    Documents wait in a buffer. A pack is the one that has waited longest and those that fill the rest best.
+
+    Args:
+        source: Rows as `PackingCollator` takes them: a generator function (not a generator), or anything that can be
+            iterated over from its start again and again.
+        max_tokens: Most tokens of a pack.
+        overlong: What becomes of longer documents: ``"split"`` into documents of their own, ``"truncate"``, ``"drop"``
+            (both are counted in `left_out` and reported at the end) or ``"error"``.
+        buffer_tokens: Tokens that wait before a pack is built; 16 packs by default. A larger buffer packs more tightly.
+        rows_per_batch: B, packs in a batch.
+        last_round: At the end there may be too few packs for a batch on every rank. ``"spread"`` splits packs between
+            documents until every rank has one; a rank for which there is no document left gets a batch without
+            targets. ``"drop"`` leaves the last packs out.
+        collate_fn: Makes a batch of B packs, each a list of documents; `PackingCollator` by default.
+        seed: Of the random numbers that the source draws, together with the epoch.
+        num_replicas: Data-parallel ranks; by default those of the strategy.
+        rank: The data-parallel rank; never the rank within a sequence-parallel group.
+
+    Raises:
+        UlyssesError: For a source that can be read once only, or a setting out of range.
+
+    Example:
+        >>> stream = PackedStream(lambda: map(tokenize, open("corpus.jsonl")), max_tokens=65536)
+        >>> loader = DataLoader(stream, batch_size=None, num_workers=2)
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        max_tokens: int,
+        *,
+        overlong: Overlong = "split",
+        buffer_tokens: int | None = None,
+        rows_per_batch: int = 1,
+        last_round: Literal["spread", "drop"] = "spread",
+        collate_fn: Callable[[list[Pack]], Any] | None = None,
+        seed: int = 0,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+    ) -> None:
+        super().__init__()
+        check_source(source)
+        _check_least("max_tokens", max_tokens, 1)
+        self.source = source
+        self.rules = PackingRules(
+            max_tokens, overlong, _BUFFERED_PACKS * max_tokens if buffer_tokens is None else buffer_tokens
+        )
+        self.rows_per_batch = rows_per_batch
+        self.last_round = last_round
+        self.collate_fn = PackingCollator() if collate_fn is None else collate_fn
+        self.seed = seed
+        self._given = None if num_replicas is None or rank is None else (num_replicas, rank)
+        self._check(num_replicas, rank)
+        self._inherited: tuple[int, int] | None = None
+        # Shared, so that `set_epoch` reaches workers that live for several epochs.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._loaded: dict[str, Any] | None = None
+        self._pass: PackingPass | None = None
+        self._deal = _Deal(0, 0, 1, rows_per_batch)
+        self._rounds = 0
+        self._is_over = False
+
+    def _check(self, num_replicas: int | None, rank: int | None) -> None:
+        _check_least("buffer_tokens", self.rules.buffer_tokens, self.rules.max_tokens)
+        _check_least("rows_per_batch", self.rows_per_batch, 1)
+        for name, value, choices in (
+            ("overlong", self.rules.overlong, get_args(Overlong)),
+            ("last_round", self.last_round, ("spread", "drop")),
+        ):
+            if value not in choices:
+                raise UlyssesError(f"{name}={value!r}", f"one of {list(choices)}", f"change {name}")
+        if (num_replicas is None) != (rank is None) or (self._given and not 0 <= self._given[1] < self._given[0]):
+            raise UlyssesError(
+                f"num_replicas={num_replicas} with rank={rank}",
+                "both or neither, and a rank below num_replicas",
+                "leave both out under the strategy, or take them from trainer.strategy.distributed_sampler_kwargs",
+            )
+
+    def _known_place(self) -> tuple[int, int] | None:
+        """Data-parallel ranks and this one's number, as far as this process knows."""
+        state = current_state()
+        if state is not None:
+            self._check_mesh(state.mesh)
+            return state.mesh.dp_size, state.mesh.dp_rank
+        if self._given is None and dist.is_available() and dist.is_initialized():
+            return dist.get_world_size(), dist.get_rank()
+        return self._given or self._inherited
+
+    def _check_mesh(self, mesh: SequenceMesh) -> None:
+        if self._given not in (None, (mesh.dp_size, mesh.dp_rank)):
+            raise UlyssesError(
+                f"num_replicas and rank {self._given} in a process that is data-parallel rank {mesh.dp_rank} of "
+                f"{mesh.dp_size} (sp_size={mesh.sp_size})",
+                "the data-parallel ranks, not all processes",
+                "leave num_replicas and rank out",
+            )
+        if self.rules.max_tokens < mesh.sp_size:
+            raise UlyssesError(
+                f"max_tokens={self.rules.max_tokens} with sp_size={mesh.sp_size}",
+                "at least one token for each rank that shares a row",
+                "raise max_tokens",
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A spawned worker knows neither the strategy nor the process group, but what is pickled for it here.
+        return {**self.__dict__, "_inherited": self._known_place(), "_pass": None}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Has the next iteration read the source as in ``epoch``; also in workers that are running already."""
+        if epoch != int(self._epoch):
+            self._loaded = None
+        self._epoch.fill_(epoch)
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """Documents truncated or dropped for their length, and the tokens lost, in this process's latest iteration."""
+        return dict(self._pass.left_out) if self._pass is not None else {"documents": 0, "tokens": 0}
+
+    @override
+    def __iter__(self) -> Iterator[Any]:
+        state, self._loaded = self._loaded, None
+        replicas, rank = self._known_place() or (1, 0)
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info is not None else (0, 0)
+        deal = _Deal(worker, workers, replicas, self.rows_per_batch)
+        if state is not None:
+            _check_deal(state["deal"], asdict(deal))
+        epoch = int(self._epoch)
+        self._pass = PackingPass(
+            self.rules, lambda: read_whole(self.source, epoch, self.seed), state["pass"] if state else None
+        )
+        self._deal = deal
+        self._rounds = state["rounds"] if state else 0
+        self._is_over = bool(state and state["is_over"])
+        return self._batches(self._pass, deal, rank)
+
+    def _batches(self, packing: PackingPass, deal: _Deal, rank: int) -> Iterator[Any]:
+        if self._is_over:
+            return
+        rows, packs = deal.rows_per_batch, packing.packs()
+        while group := list(islice(packs, deal.num_replicas * rows)):
+            if len(group) == deal.num_replicas * rows:
+                share = group[rank * rows : (rank + 1) * rows]
+            elif self.last_round == "spread":
+                share = spread(group, deal.num_replicas)[rank]
+            else:
+                break
+            self._rounds += 1
+            if (self._rounds - 1) % max(1, deal.workers) == deal.worker:
+                yield self.collate_fn(share)
+        self._is_over = True
+        if not self._rounds:
+            raise self._nothing(packing, len(group), deal)
+        if (rank, deal.worker) == (0, 0) and packing.left_out["documents"]:
+            rank_zero_warn(
+                f"{packing.left_out['documents']} of {packing.documents} documents were longer than "
+                f"max_tokens={self.rules.max_tokens}; overlong={self.rules.overlong!r} left out "
+                f"{packing.left_out['tokens']} of their tokens."
+            )
+
+    @staticmethod
+    def _nothing(packing: PackingPass, packs: int, deal: _Deal) -> UlyssesError:
+        return UlyssesError(
+            f"a source of {packing.documents} documents, {packing.left_out['documents']} of them overlong, that makes "
+            f"{packs} packs",
+            f"at least {deal.rows_per_batch} packs for each of {deal.num_replicas} data-parallel ranks",
+            "check that the source yields documents; set last_round='spread', overlong='split', or lower max_tokens",
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place behind the batch that was yielded last; small, since documents are stored by their numbers.
+
+        Without workers it fits any number of data-parallel ranks. With workers, each has a state of its own, which
+        torchdata's ``StatefulDataLoader`` saves and loads.
+        """
+        if self._pass is None or (self._is_over and not self._deal.workers):
+            # A pass that is over is followed by a new one, while a worker may have to wait for the others.
+            return self._loaded or {}
+        return {
+            "rules": asdict(self.rules) | {"seed": self.seed},
+            "deal": asdict(self._deal),
+            "epoch": int(self._epoch),
+            "rounds": self._rounds,
+            "is_over": self._is_over,
+            "pass": self._pass.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Has the next iteration continue where ``state`` was saved; the source is read again up to there.
+
+        Raises:
+            UlyssesError: If the state belongs to other settings; when iterating, if it belongs to another source.
+        """
+        rules = asdict(self.rules) | {"seed": self.seed}
+        if state and state["rules"] != rules:
+            raise UlyssesError(
+                f"a state saved with {state['rules']}", f"one saved with {rules}", "resume with the former settings"
+            )
+        self._loaded = dict(state) or None
+        self._pass = None
+        if state:
+            self._epoch.fill_(state["epoch"])
