@@ -122,7 +122,7 @@ def _builder(file: str) -> str:
 
 def _describe_tokenizer(tokenizer: Any) -> list[str]:
     """What its tokens depend on, as far as it can be told."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     rules = backend.to_str() if hasattr(backend, "to_str") else repr(sorted(map(str, tokenizer.get_vocab().items())))
     settings = [getattr(tokenizer, name, None) for name in ("eos_token_id", "bos_token_id", "chat_template")]
     return [type(tokenizer).__name__, rules, repr(settings)]

@@ -164,8 +164,8 @@ class SequenceDataModule(pl.LightningDataModule):
             **self._packing,
         )
         return DataLoader(
-            sampler.packed,  # type: ignore[arg-type]
-            sampler=sampler,  # type: ignore[arg-type]
+            sampler.packed,
+            sampler=sampler,
             batch_size=None if self.rows_per_batch == 1 else self.rows_per_batch,
             collate_fn=self.collator,
             num_workers=self.num_workers,
