@@ -1,8 +1,8 @@
 """Packing a million documents: time, fill and balance of ``SequenceShardSampler`` beside naive order and beside TRL.
 
 Two sets of lengths: log-normal, and the sizes in bytes of the standard library's ``.py`` files, drawn with replacement.
-replacement. A pack holds 16 times the mean. Longer documents are truncated, as TRL's ``"bfd"`` does. Times are seconds
-one core and hardly feel what else the machine is doing; both kinds are the best of three.
+A pack holds 16 times the mean. Longer documents are truncated, as TRL's ``"bfd"`` does. Times are of one core, the best
+of three; processor time hardly feels what else the machine is doing.
 
 - naive: documents in random order, each into the current pack or else into a new one; packs dealt in turn.
 - ours: from lengths to the first pack of epoch 0 on 8 data-parallel ranks.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import re
 import shlex
@@ -111,6 +112,32 @@ def given_heads(folder: str) -> Names:
     return {"q": q, "k": k, "v": v, "batch": {"cu_seqlens": torch.tensor([0, 2, 5])}}
 
 
+class Letters:
+    """A tokenizer with the vocabulary of the test model."""
+
+    eos_token_id = 0
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [1 + ord(letter) % 60 for letter in text]}
+
+    def get_vocab(self) -> dict[str, int]:
+        return {chr(code): 1 + code % 60 for code in range(128)}
+
+
+def given_files(folder: str) -> Names:
+    os.environ["XDG_CACHE_HOME"] = folder
+    Path("documents").mkdir(exist_ok=True)
+    if os.environ["RANK"] == "0":
+        rows = (json.dumps({"text": "word " * number}) + "\n" for number in range(1, 12))
+        Path("documents", "a.jsonl").write_text("".join(rows))
+    return {"module": LlamaModule(lr=0.1), "tokenizer": Letters()}
+
+
+def given_documents(folder: str) -> Names:
+    documents = [{"input_ids": [1 + number] * (3 + number)} for number in range(9)]
+    return {"module": LlamaModule(lr=0.1), "documents": documents, "source": lambda: iter(documents)}
+
+
 def save_checkpoint(rank: int, folder: str) -> None:
     """Stops after the first of four steps."""
     saver = ModelCheckpoint(dirpath=f"{folder}/checkpoints", filename="last", every_n_train_steps=1)
@@ -152,6 +179,26 @@ def check_documents(names: Names) -> None:
     whole = read_batch(names["batch"], UlyssesDeepSpeedStrategy().ulysses.rules, 2)
     assert whole.layout.documents == (((0, 3), (3, 5)),)
     assert whole.tensors["shift_labels"].tolist() == [[6, 7, -100, 9, -100]]
+
+
+def tokens_of(loader: Any) -> int:
+    return sum(int((batch["labels"] != -100).sum()) + len(batch["cu_seqlens"]) - 2 for batch in loader)
+
+
+def check_files(names: Names) -> None:
+    documents = names["data"].documents
+    assert (len(documents["train"]), len(documents["validation"])) == (10, 1)
+    assert sum(documents["train"]["length"][:]) + sum(documents["validation"]["length"][:]) == 5 * 66 + 11
+    assert names["trainer"].global_step == 1 and len(list(Path("lightning_ulysses").iterdir())) == 2
+
+
+def check_sampler(names: Names) -> None:
+    assert names["trainer"].global_step == 1
+    assert tokens_of(names["loader"]) == sum(range(3, 12))
+
+
+def check_stream(names: Names) -> None:
+    assert tokens_of(names["loader"]) == sum(range(3, 12))
 
 
 def check_tiny_gpt(names: Names) -> None:
@@ -272,6 +319,9 @@ USES: dict[str, Use] = {
     "README.md / Use it / 3": Use(check_strategy, world=1),
     "README.md / Batches / 1": Use(check_sequence_dims, world=1),
     "README.md / Batches / 2": Use(check_documents, world=1),
+    "README.md / Data / 1": Use(check_files, given_files),
+    "README.md / Data / 2": Use(check_sampler, given_documents),
+    "README.md / Data / 3": Use(check_stream, given_documents, world=1),
     "README.md / Models / 1": Use(check_tiny_gpt),
     "README.md / Models / 2": Use(check_explicit_attention, given_heads, world=1),
     "README.md / Models / 3": Use(check_unsharded),

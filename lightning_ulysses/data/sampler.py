@@ -91,6 +91,7 @@ class SequenceShardSampler(DistributedSampler[Pack]):
         self.drop_last = drop_last
         self.epoch = 0
         self._given = self._check_place(num_replicas, rank)
+        self._former: tuple[int, int] | None = None
         settings = PackingSettings(
             max_tokens=self.max_tokens,
             overlong=overlong,
@@ -128,7 +129,8 @@ class SequenceShardSampler(DistributedSampler[Pack]):
         state = current_state()
         if state is None:
             live = (dist.get_world_size(), dist.get_rank()) if dist.is_available() and dist.is_initialized() else (1, 0)
-            return self._given or live
+            # Lightning asks for the length once more after the strategy has been torn down.
+            return self._given or self._former or live
         mesh = state.mesh
         if self._given not in (None, (mesh.dp_size, mesh.dp_rank)):
             raise UlyssesError(
@@ -143,7 +145,8 @@ class SequenceShardSampler(DistributedSampler[Pack]):
                 "at least one token for each rank that shares a pack",
                 "raise max_tokens",
             )
-        return mesh.dp_size, mesh.dp_rank
+        self._former = mesh.dp_size, mesh.dp_rank
+        return self._former
 
     @property
     def num_replicas(self) -> int:  # type: ignore[override]
