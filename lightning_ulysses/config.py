@@ -28,6 +28,7 @@ class UlyssesConfig:
     dp_shard_size: int | None = None
     dp_replicate_size: int = 1
     loss_weighting: Literal["tokens", "none"] = "tokens"
+    check_model: bool = True
     targets: str | None = None
     rules: BatchRules = field(default_factory=BatchRules)
 

@@ -13,10 +13,12 @@ every data-parallel rank; a rank's own mean never enters it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 
 @dataclass(frozen=True)
@@ -60,18 +62,43 @@ class LossWindow:
         self.loss = part if self.loss is None else self.loss + part
 
 
-@dataclass
-class WeightedMean:
-    """A mean over targets that are spread over batches and ranks, kept as a sum and a count in float64."""
+class TokenMean(Metric):
+    """A mean over targets that are spread over batches and ranks, kept as a sum and a count in float64.
 
-    total: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
-    count: float = 0.0
+    Each rank adds the means over its own targets, and `compute` adds up the ranks. Both states are saved with the
+    metric; a sum over ranks is saved from within `sync_context`.
 
-    def add(self, mean: Tensor, count: float) -> None:
-        """Adds a mean over ``count`` targets; one over no target adds nothing, whatever its value."""
-        if count:
-            self.total = self.total.to(mean.device) + mean.detach().double() * count
-            self.count += count
+    Args:
+        **kwargs: Arguments of ``torchmetrics.Metric``. ``process_group`` holds the ranks to add up, all by default.
+    """
+
+    full_state_update = False
+    total: Tensor
+    count: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for name in ("total", "count"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
+
+    def update(self, mean: Tensor, targets: float | Tensor) -> None:
+        """Adds a mean over ``targets`` targets; one over no target adds nothing, whatever its value.
+
+        Args:
+            mean: One element; on the device of the metric.
+            targets: A number, or one element where it is known on the device only.
+        """
+        part = mean.detach().double().squeeze() * targets
+        if isinstance(targets, Tensor):
+            part = torch.where(targets > 0, part, torch.zeros_like(part))
+        elif not targets:
+            return
+        self.total += part
+        self.count += targets
+
+    def compute(self) -> Tensor:
+        """The mean, () float32; NaN without a target."""
+        return (self.total / self.count).float()
 
 
 def token_weight(count: float, total: float, world_size: int) -> float:

@@ -65,6 +65,7 @@ class SequenceState:
         self.attention_calls = 0
         self.suspensions = 0
         self.collect_evidence = False
+        self.probing = False
         self._depth = 0
 
     @property
@@ -93,6 +94,15 @@ class SequenceState:
             yield
         finally:
             self._depth -= 1
+
+    @contextmanager
+    def probed(self) -> Iterator[None]:
+        """Hides the live batch, and has every intercepted attention call keep tokens apart."""
+        depth, self._depth, self.probing = self._depth, 0, True
+        try:
+            yield
+        finally:
+            self._depth, self.probing = depth, False
 
     @contextmanager
     def suspended(self) -> Iterator[None]:

@@ -25,6 +25,7 @@ from lightning_ulysses.mesh import SequenceMesh, resolve_sizes
 from lightning_ulysses.outputs import join_outputs
 from lightning_ulysses.pipeline import BatchPipeline
 from lightning_ulysses.preflight import check_intercepted, check_output, check_trainer
+from lightning_ulysses.probing import ModelProbe
 from lightning_ulysses.state import SequenceState, activate
 from lightning_ulysses.weighting import StepWeights
 
@@ -52,6 +53,8 @@ class UlyssesDeepSpeedStrategy(DeepSpeedStrategy):
         targets: The key of the tensor that the loss is a mean over, where that cannot be seen from the loss computed.
         ignore_index: The label that counts as no target.
         pad_to_multiple_of: Pads every batch's S up to a multiple; no multiple is required.
+        check_model: Runs the model on a few tokens in the first step, and refuses it if they mix outside of attention or
+            restart their positions; see `probing`.
         config: A DeepSpeed config or the path of one; replaces all arguments of DeepSpeedStrategy.
         **kwargs: Every other argument of Lightning's ``DeepSpeedStrategy``.
 
@@ -75,6 +78,7 @@ class UlyssesDeepSpeedStrategy(DeepSpeedStrategy):
         targets: str | None = None,
         ignore_index: int = -100,
         pad_to_multiple_of: int | None = None,
+        check_model: bool = True,
         config: str | Path | dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -86,6 +90,7 @@ class UlyssesDeepSpeedStrategy(DeepSpeedStrategy):
             dp_replicate_size=dp_replicate_size,
             loss_weighting=loss_weighting,
             targets=targets,
+            check_model=check_model,
             rules=BatchRules(dims, pad_to_multiple_of, ignore_index),
         )
         super().__init__(stage=stage, config=config, **kwargs)
@@ -101,6 +106,7 @@ class UlyssesDeepSpeedStrategy(DeepSpeedStrategy):
         self._state: SequenceState | None = None
         self._handle: Handle | None = None
         self._pipeline: BatchPipeline | None = None
+        self._probe: ModelProbe | None = None
         self._base_seed = 0
         self.weights: StepWeights | None = None
 
@@ -177,6 +183,10 @@ class UlyssesDeepSpeedStrategy(DeepSpeedStrategy):
         upstream.set_device_mesh(self.lightning_module, self.mesh.device_mesh)
         self.weights = StepWeights(self.ulysses, self.mesh, self.root_device)
         self._handle = install_interceptors(self._state, self.lightning_module, self.zero_stage_3)
+        if self.ulysses.check_model:
+            self._probe = ModelProbe(
+                self._state, self.lightning_module, lambda: upstream.forget_trace(self.deepspeed_engine)
+            )
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
@@ -202,7 +212,7 @@ class UlyssesDeepSpeedStrategy(DeepSpeedStrategy):
 
     def _step(self, name: str, *args: Any, **kwargs: Any) -> Any:
         suspensions = self.state.suspensions
-        with self.state.live():
+        with self.state.live(), self._probe.watch() if self._probe is not None else nullcontext():
             output = getattr(super(), name)(*args, **kwargs)
         check_intercepted(self.state, name, type(self.lightning_module).__name__, suspensions)
         return output
@@ -271,7 +281,7 @@ class UlyssesDeepSpeedStrategy(DeepSpeedStrategy):
     @override
     def teardown(self) -> None:
         self._remove_interceptors()
-        self._state = None
+        self._state = self._probe = None
         upstream.restore_linear()
         super().teardown()
 

@@ -53,6 +53,21 @@ def allow_weights_only_load(engine: Any) -> None:
         engine.optimizer._restore_from_bit16_weights = lambda: None
 
 
+def forget_trace(engine: Any) -> None:
+    """Has ZeRO-3 record anew in which order modules run, after a forward that no training step has.
+
+    Else it goes by an order that mixes both (DeepSpeed ``zero/partitioned_param_coordinator.py``).
+    """
+    # Without an optimizer, the offload object itself takes its place.
+    offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+    coordinator = offload.get_param_coordinator() if hasattr(offload, "get_param_coordinator") else None
+    if coordinator is None:
+        return
+    if not coordinator.is_invalid_trace():
+        coordinator._invalidate_trace()
+    coordinator._clear_trace_structures()
+
+
 def restore_linear() -> None:
     """Takes back the ``torch.nn.functional.linear`` that ZeRO-3 sets and leaves behind.
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_ulysses.config import UlyssesConfig
 from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.loss import LossWindow, WeightedMean, WindowPlan, token_weight
+from lightning_ulysses.loss import LossWindow, TokenMean, WindowPlan, token_weight
 from lightning_ulysses.mesh import SequenceMesh
 from lightning_ulysses.state import LiveBatch
 from lightning_ulysses.targets import TargetResolver
@@ -27,6 +27,7 @@ class StepWeights:
 
     Attributes:
         steps: Optimizer steps taken so far.
+        target_name: The tensor that the last loss is a mean over; None before the first, or where that is not asked.
     """
 
     def __init__(self, config: UlyssesConfig, mesh: SequenceMesh, device: torch.device) -> None:
@@ -39,6 +40,7 @@ class StepWeights:
         self._finished: Tensor | None = None
         self._global: Tensor | None = None
         self.steps = 0
+        self.target_name: str | None = None
         self._backwards = 0
         self._unstepped = 0
 
@@ -125,7 +127,7 @@ class StepWeights:
             self._window.add(loss.detach().float() / (self._mesh.world_size * micro_batches))
             return loss / micro_batches
         assert self._window is not None
-        name = self._resolver.resolve(live)
+        name = self.target_name = self._resolver.resolve(live)
         weight = token_weight(live.counts[name], self._window.totals[name], self._mesh.world_size)
         if not self._window.totals[name]:
             loss = torch.nan_to_num(loss)
@@ -141,30 +143,35 @@ class StepWeights:
             self._global = None
             self.steps += 1
 
-    def global_loss(self) -> Tensor:
-        """The exact loss of the last optimizer step, the same on every rank; a collective the first time it is asked.
+    @property
+    def own_loss(self) -> Tensor:
+        """This rank's part of the exact loss of the last optimizer step, () float32; the parts add up to it.
 
         Raises:
             RuntimeError: Before the first step; see `steps`.
         """
         if self._finished is None:
             raise RuntimeError("No optimizer step has been taken yet.")
+        return self._finished
+
+    def settle(self, loss: Tensor) -> None:
+        """Takes note of the sum of `own_loss` over all ranks, where another collective has carried it."""
+        self._global = loss
+
+    def global_loss(self) -> Tensor:
+        """The exact loss of the last optimizer step, the same on every rank; a collective the first time it is asked.
+
+        Raises:
+            RuntimeError: Before the first step; see `steps`.
+        """
         if self._global is None:
-            self._global = self._finished.clone()
+            self._global = self.own_loss.clone()
             dist.all_reduce(self._global)
         return self._global
 
-    def evaluate(self, mean: WeightedMean, loss: Tensor, live: LiveBatch) -> None:
+    def evaluate(self, mean: TokenMean, loss: Tensor, live: LiveBatch) -> None:
         """Adds the loss of an evaluation step to a mean over targets; collective until the targets are known."""
         if self._config.loss_weighting == "none":
-            mean.add(loss, 1.0)
+            mean.update(loss, 1.0)
         else:
-            mean.add(loss, live.counts[self._resolver.resolve(live)])
-
-    def reduce_mean(self, mean: WeightedMean) -> Tensor:
-        """The mean over all ranks; a collective."""
-        shared = torch.stack(
-            [mean.total.to(self._device), torch.tensor(mean.count, dtype=torch.float64, device=self._device)]
-        )
-        dist.all_reduce(shared)
-        return (shared[0] / shared[1]).float()
+            mean.update(loss, live.counts[self._resolver.resolve(live)])

@@ -166,6 +166,12 @@ CASES: dict[str, tuple[Any, list[Any], SplitRun, tuple[str, ...]]] = {
         ByHand,
         PAIRS,
         run(),
+        ("outside of the attention calls", "'blocks.0.out' (Linear)", "scaled_dot_product_attention", "sp_size=1"),
+    ),
+    "by hand, not checked": (
+        ByHand,
+        PAIRS,
+        run(strategy={"check_model": False}),
         ("training_step of ByHand", "without a single attention call", "scaled_dot_product_attention", "sp_size=1"),
     ),
     "value clipping": (

@@ -18,6 +18,7 @@ from lightning_ulysses.attention.attend import MaskSpec
 from lightning_ulysses.attention.generation import install_generate
 from lightning_ulysses.attention.masks import find_mask, install_masks, local_mask_error
 from lightning_ulysses.attention.model_inputs import supply_inputs
+from lightning_ulysses.attention.stand_in import keep_apart
 from lightning_ulysses.attention.ulysses import sharded_attention
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.handle import Handle
@@ -60,6 +61,9 @@ def _install_attention(state: SequenceState, handle: Handle) -> None:
             is_causal: bool | None = None,
             **kwargs: Any,
         ) -> tuple[Tensor, None]:
+            if state.probing:
+                # (B, H, S, D_v) -> (B, S, H, D_v)
+                return keep_apart(query, key, value).transpose(1, 2).contiguous(), None
             batch = state.described_batch
             whole = state.mesh.sp_size == 1
             if batch is None or (whole and (attention_mask is None or find_mask(batch, attention_mask) is None)):

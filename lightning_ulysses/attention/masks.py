@@ -88,6 +88,8 @@ def install_masks(state: SequenceState, handle: Handle, names: tuple[str, ...]) 
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def describe_mask(*args: Any, **kwargs: Any) -> Any:
+            if state.probing:
+                return None
             batch = state.described_batch
             if batch is None:
                 return original(*args, **kwargs)

@@ -45,7 +45,7 @@ def supply_inputs(state: SequenceState, model: PreTrainedModel) -> Callable[...,
         if "use_cache" in signature.parameters and given.get("use_cache") is None:
             added["use_cache"] = False
         labels = given.get("labels")
-        if isinstance(labels, Tensor):
+        if isinstance(labels, Tensor) and not state.probing:
             added |= shifted_labels(batch, labels, given, shifts, takes_any, name)
         return (args, {**kwargs, **added}) if added else None
 

@@ -1,7 +1,8 @@
 """Keeps ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` on the path that is intercepted.
 
 Both reach ``scaled_dot_product_attention`` except in two cases: PyTorch's fused inference path, which is switched off
-while a strategy is set up, and attention weights (``need_weights=True``, the default), which are refused.
+while a strategy is set up, and attention weights (``need_weights=True``, the default), which nobody gets: None comes back
+in their place, and the output is the same.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from typing import Any
 
 import torch
 
-from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.handle import Handle
 from lightning_ulysses.state import SequenceState
 
@@ -32,16 +32,11 @@ def install(state: SequenceState) -> Handle:
 
     @functools.wraps(original)
     def multi_head_attention_forward(*args: Any, **kwargs: Any) -> Any:
-        if state.sharded_batch is not None:
-            call = signature.bind(*args, **kwargs)
-            call.apply_defaults()
-            if call.arguments["need_weights"]:
-                raise UlyssesError(
-                    "nn.MultiheadAttention with need_weights=True, its default",
-                    "attention whose weights are not asked for, since they would be those of this rank's slice",
-                    "call it with need_weights=False",
-                )
-        return original(*args, **kwargs)
+        if state.sharded_batch is None and not state.probing:
+            return original(*args, **kwargs)
+        call = signature.bind(*args, **kwargs)
+        call.arguments["need_weights"] = False
+        return original(*call.args, **call.kwargs)
 
     handle = Handle()
     handle.patch(functional, "multi_head_attention_forward", multi_head_attention_forward)

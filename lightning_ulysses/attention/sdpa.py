@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_ulysses.attention.attend import MaskSpec
 from lightning_ulysses.attention.masks import find_mask, local_mask_error
+from lightning_ulysses.attention.stand_in import keep_apart
 from lightning_ulysses.attention.ulysses import sharded_attention
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.handle import Handle
@@ -38,6 +39,8 @@ def install(state: SequenceState) -> Handle:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Tensor:
+        if state.probing:
+            return keep_apart(query, key, value)
         batch = state.described_batch
         whole = state.mesh.sp_size == 1
         if batch is None or (whole and (attn_mask is None or find_mask(batch, attn_mask) is None)):

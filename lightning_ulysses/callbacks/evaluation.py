@@ -1,0 +1,112 @@
+"""Logs the exact loss of an evaluation."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.loss import TokenMean
+from lightning_ulysses.strategy import UlyssesDeepSpeedStrategy
+
+if TYPE_CHECKING:
+    from lightning_ulysses.weighting import StepWeights
+
+
+def strategy_of(trainer: pl.Trainer) -> UlyssesDeepSpeedStrategy:
+    """The Trainer's strategy; raises `UlyssesError` if it is another one."""
+    strategy = trainer.strategy
+    if not isinstance(strategy, UlyssesDeepSpeedStrategy):
+        raise UlyssesError(
+            f"TokenCountMonitor with {type(strategy).__name__}",
+            "a Trainer with UlyssesDeepSpeedStrategy",
+            "set Trainer(strategy='ulysses_deepspeed'), or drop the callback",
+        )
+    return strategy
+
+
+def weights_of(trainer: pl.Trainer) -> StepWeights:
+    """The weights of the losses; available while a Trainer runs."""
+    weights = strategy_of(trainer).weights
+    assert weights is not None
+    return weights
+
+
+def _loss_of(outputs: Any) -> Tensor | None:
+    loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+    return loss if isinstance(loss, Tensor) and loss.numel() == 1 else None
+
+
+class EvaluationMonitor(pl.Callback):
+    """Logs loss and perplexity of validation and test; see `TokenCountMonitor`.
+
+    Args:
+        prog_bar: Whether the loss appears in the progress bar.
+    """
+
+    def __init__(self, prog_bar: bool = True) -> None:
+        self.prog_bar = prog_bar
+        self._evaluated: dict[int, TokenMean] = {}
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        strategy_of(trainer)
+
+    def _add(self, trainer: pl.Trainer, outputs: Any, dataloader_idx: int) -> None:
+        loss, live = _loss_of(outputs), strategy_of(trainer).state.pending
+        if loss is not None and live is not None:
+            if dataloader_idx not in self._evaluated:
+                self._evaluated[dataloader_idx] = TokenMean().to(strategy_of(trainer).root_device)
+            weights_of(trainer).evaluate(self._evaluated[dataloader_idx], loss, live)
+
+    def _log_evaluation(self, pl_module: pl.LightningModule, stage: str) -> None:
+        for index, mean in sorted(self._evaluated.items()):
+            suffix = "" if len(self._evaluated) == 1 else f"/dataloader_{index}"
+            loss = mean.compute()
+            # The same on all ranks already; Lightning would ask for sync_dist at every evaluation.
+            pl_module.log(f"{stage}/loss{suffix}", loss, prog_bar=self.prog_bar, sync_dist=True)
+            pl_module.log(f"{stage}/perplexity{suffix}", loss.exp(), sync_dist=True)
+        self._evaluated = {}
+
+    @override
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._evaluated = {}
+
+    @override
+    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._evaluated = {}
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._add(trainer, outputs, dataloader_idx)
+
+    @override
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._add(trainer, outputs, dataloader_idx)
+
+    @override
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._log_evaluation(pl_module, "validate")
+
+    @override
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._log_evaluation(pl_module, "test")

@@ -1,0 +1,207 @@
+"""What each rank's slices of an optimizer step hold, and how it reaches every rank in one small collective."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_ulysses.callbacks.flops import ModelOperations
+from lightning_ulysses.heads import even_shares
+from lightning_ulysses.layout import Runs, SequenceLayout
+from lightning_ulysses.mesh import SequenceMesh
+from lightning_ulysses.recognition import MASK_KEYS
+from lightning_ulysses.state import LiveBatch
+
+FIELDS = ("loss", "targets", "tokens", "padding", "documents", "pairs", "work", "peak_bytes")
+LOSS, TARGETS, TOKENS, PADDING, DOCUMENTS, PAIRS, WORK, PEAK = range(len(FIELDS))
+
+_Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class SliceCounts:
+    """What a layout alone says about one rank's slice of a batch.
+
+    Attributes:
+        tokens: Tokens of the slice, B * S_r, whatever they are.
+        real: Those that the layout does not call padding.
+        documents: Documents whose first token is in the slice.
+        pairs: For each real token in the slice the length of its document, added up.
+        squares: The squared document lengths of the whole batch as attention computes them, padding included.
+        tails: (B, 4) for each row's last document of several: where it begins in the slice, and what it adds to
+            ``real``, ``documents`` and ``pairs``; empty if no row has several.
+    """
+
+    tokens: float
+    real: float
+    documents: float
+    pairs: float
+    squares: float
+    tails: _Floats
+
+
+def _tokens_before(valid: Runs | None, end: int, positions: _Floats) -> _Floats:
+    """How many real tokens of a row lie before each position."""
+    if valid is None:
+        return np.minimum(positions, end)
+    runs = np.array(valid, dtype=np.float64).reshape(-1, 2)
+    if not len(runs):
+        return np.zeros_like(positions)
+    kept = np.cumsum(runs[:, 1] - runs[:, 0])
+    # Grows by one per token within a run, and stays as it is between runs.
+    return np.interp(positions, runs.ravel(), np.stack([np.append(0, kept[:-1]), kept], axis=1).ravel())
+
+
+def count_slice(layout: SequenceLayout, rows: int, rank: int) -> SliceCounts:
+    """Counts a rank's slice, on the host.
+
+    Args:
+        layout: The geometry of the batch.
+        rows: B.
+        rank: Rank in the sequence-parallel group.
+    """
+    span, end = layout.span(rank), layout.seq_len - layout.num_padding
+    sums, squares, tails = np.zeros(3), 0.0, []
+    for row in range(rows):
+        runs = np.array(
+            layout.documents[row] if layout.documents is not None else ((0, layout.seq_len),), dtype=np.float64
+        )
+        squares += float(np.square(runs[:, 1] - runs[:, 0]).sum())
+        runs = runs[runs[:, 0] < end]
+        valid = layout.valid[row] if layout.valid is not None else None
+        first, last = (_tokens_before(valid, end, edges) for edges in runs.T)
+        here, there = (_tokens_before(valid, end, np.clip(edges, span.start, span.stop)) for edges in runs.T)
+        own, lengths = there - here, last - first
+        # (documents, 3)
+        each = np.stack([own, (own > 0) & (here == first), own * lengths], axis=1)
+        sums += each.sum(axis=0)
+        several = len(runs) > 1 and layout.valid is None
+        begin = max(runs[-1, 0] - span.start, 0.0) if several else layout.shares[rank]
+        tails.append([begin, *(each[-1] if several else np.zeros(3))])
+    table = np.array(tails, dtype=np.float64).reshape(-1, 4)
+    tokens, (real, documents, pairs) = float(rows * (span.stop - span.start)), sums.tolist()
+    return SliceCounts(tokens, real, documents, pairs, squares, table if table[:, 1].any() else table[:0])
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """Copies from the host without waiting for what the device is doing."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
+
+
+def find_padding(tails: _Floats, live: LiveBatch, name: str | None, end: int, ignore_index: int) -> Tensor | None:
+    """What of the slice is padding that a collate function put into a document of its own at the end of a row.
+
+    That is told by the tokens: one repeated token without a single target. Each rank judges its own slice of the
+    document, which needs no word from the others.
+
+    Args:
+        tails: See `SliceCounts`.
+        live: The batch.
+        name: The tensor with the targets.
+        end: Tokens of the slice that the strategy did not add.
+        ignore_index: The label of no target.
+
+    Returns:
+        (3,) on the device: padding, documents and pairs that `count_slice` took for real; None if there is none.
+    """
+    tokens, targets = live.shards.get("input_ids"), live.shards.get(name or "")
+    if not len(tails) or tokens is None or targets is None or tokens.dim() != 2 or targets.shape != tokens.shape:
+        return None
+    begin = int(tails[:, 0].min())
+    # (B, S_r) -> (B, T), where T spans the last document of every row
+    tokens, targets = tokens[:, begin:end], targets[:, begin:end]
+    other = tokens != tokens[:, -1:]
+    # A slice without any target shows the module one that does not count.
+    if live.counts.get(name or ""):
+        other = other | (targets != (0 if name in MASK_KEYS else ignore_index))
+    table = to_device(torch.from_numpy(tails), tokens.device)
+    inside = torch.arange(begin, end, device=tokens.device) >= table[:, :1]
+    padded = ~(other & inside).any(dim=1, keepdim=True)
+    return (table[:, 1:] * padded).sum(dim=0)
+
+
+def peak_bytes(device: torch.device) -> float:
+    """The most memory this process has had so far: allocated by torch on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return float(torch.cuda.max_memory_allocated(device))
+    # Kilobytes on Linux, bytes on macOS.
+    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
+
+
+class StepLedger:
+    """Adds up the micro-batches of an optimizer step and exchanges the sums.
+
+    Args:
+        mesh: Sizes and groups.
+        device: Where collectives take place.
+        ignore_index: The label of no target.
+        operations: What the model computes.
+        by_targets: Whether ranks weigh in the loss by their targets; otherwise all weigh the same.
+    """
+
+    def __init__(
+        self,
+        mesh: SequenceMesh,
+        device: torch.device,
+        ignore_index: int,
+        operations: ModelOperations,
+        by_targets: bool = True,
+    ) -> None:
+        self.operations = operations
+        self.by_targets = by_targets
+        self._mesh = mesh
+        self._device = device
+        self._ignore_index = ignore_index
+        shares = even_shares(operations.heads, mesh.sp_size) if operations.heads else ()
+        # Attention is split by heads, everything else by tokens.
+        self._head_share = shares[mesh.sp_rank] / operations.heads if operations.heads else 1 / mesh.sp_size
+        self._sums = np.zeros(len(FIELDS))
+        self._padding: Tensor | None = None
+
+    def add(self, live: LiveBatch, name: str | None) -> None:
+        """Adds a micro-batch; ``name`` is the tensor that holds its targets."""
+        layout, rank = live.layout, self._mesh.sp_rank
+        counts = count_slice(layout, live.rows, rank)
+        name = name if name is not None else next((key for key in ("shift_labels", "labels") if key in live.counts), "")
+        work = self.operations.of(counts.tokens, counts.squares * self._head_share)
+        self._sums += (
+            0.0,
+            live.counts.get(name, 0.0),
+            counts.tokens,
+            counts.tokens - counts.real,
+            counts.documents,
+            counts.pairs,
+            work,
+            0.0,
+        )
+        end = min(layout.shares[rank], layout.seq_len - layout.num_padding - layout.start(rank))
+        found = find_padding(counts.tails, live, name, end, self._ignore_index)
+        if found is not None:
+            self._padding = found if self._padding is None else self._padding + found
+
+    def close(self, own_loss: Tensor) -> Tensor:
+        """Ends the step; a collective.
+
+        Args:
+            own_loss: This rank's part of the loss, one element.
+
+        Returns:
+            (W, fields) float64 on the device, the same on every rank; see `FIELDS`.
+        """
+        self._sums[PEAK] = peak_bytes(self._device)
+        mine = to_device(torch.from_numpy(self._sums), self._device).clone()
+        if self._padding is not None:
+            mine[PADDING] += self._padding[0]
+            mine[DOCUMENTS : PAIRS + 1] -= self._padding[1:]
+        mine[LOSS] = own_loss
+        everyone = [torch.empty_like(mine) for _ in range(self._mesh.world_size)]
+        dist.all_gather(everyone, mine)
+        self._sums, self._padding = np.zeros(len(FIELDS)), None
+        return torch.stack(everyone)

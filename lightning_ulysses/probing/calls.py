@@ -1,0 +1,139 @@
+"""A call of a model cut down to a few tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Changing these would not change what a token is.
+_NOT_CONTENT = {
+    "labels",
+    "shift_labels",
+    "attention_mask",
+    "loss_mask",
+    "shift_loss_mask",
+    "token_type_ids",
+    "cu_seqlens",
+}
+_LENGTHS = (13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 11, 7, 5)
+
+
+def rebuild(value: Any, change: Callable[[str, Tensor], Tensor], name: str = "") -> Any:
+    """``value`` with every tensor in its nested tuples, lists and dicts replaced."""
+    if isinstance(value, Tensor):
+        return change(name, value)
+    if isinstance(value, Mapping):
+        items = {key: rebuild(part, change, str(key)) for key, part in value.items()}
+        return items if type(value) is dict else type(value)(items)  # type: ignore[call-arg]
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(rebuild(part, change, name) for part in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(rebuild(part, change, name) for part in value)
+    return value
+
+
+def choose_length(module: nn.Module, share: int, sp_size: int, rows: int) -> int | None:
+    """How many tokens to run on: few, and a number that no size of the model or the batch has."""
+    sizes = {size for parameter in module.parameters() for size in getattr(parameter, "ds_shape", parameter.shape)}
+    sizes |= {rows, *(getattr(sub, "num_heads", 0) for sub in module.modules() if isinstance(sub, nn.Module))}
+    fitting = (n for n in _LENGTHS if sp_size <= n <= share and n not in sizes and n * rows not in sizes)
+    return next(fitting, None)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of ``module`` with tensors that carry ``share`` tokens each.
+
+    Args:
+        module: What was called.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        share: S_r.
+    """
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    share: int
+
+    def _dim(self, tensor: Tensor) -> int | None:
+        dims = [dim for dim, size in enumerate(tensor.shape) if size == self.share]
+        return (1 if 1 in dims else dims[0]) if dims else None
+
+    @property
+    def rows(self) -> int:
+        """B, as far as the arguments tell."""
+        found: list[int] = []
+
+        def look(name: str, tensor: Tensor) -> Tensor:
+            if self._dim(tensor) == 1:
+                found.append(tensor.shape[0])
+            return tensor
+
+        rebuild((self.args, self.kwargs), look)
+        return max(found, default=1)
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether an argument carries the sequence."""
+        found: list[bool] = []
+
+        def look(name: str, tensor: Tensor) -> Tensor:
+            found.append(self._dim(tensor) is not None)
+            return tensor
+
+        rebuild((self.args, self.kwargs), look)
+        return any(found)
+
+    def counts_from_zero(self, known: set[int]) -> bool:
+        """Whether an argument is 0, 1, 2, ... S_r - 1 and no tensor of the batch, whose storages are ``known``."""
+        found: list[bool] = []
+
+        def look(name: str, tensor: Tensor) -> Tensor:
+            dim = self._dim(tensor)
+            if dim is not None and not tensor.is_floating_point() and tensor.dtype != torch.bool:
+                counted = torch.arange(self.share, device=tensor.device)
+                mine = tensor.untyped_storage().data_ptr() in known
+                found.append(not mine and bool((tensor.movedim(dim, -1) == counted).all()))
+            return tensor
+
+        rebuild((self.args, self.kwargs), look)
+        return any(found)
+
+    def cut(self, span: slice) -> Call:
+        """The same call on the tokens ``span``."""
+
+        def narrow(name: str, tensor: Tensor) -> Tensor:
+            dim = self._dim(tensor)
+            return tensor if dim is None else tensor.narrow(dim, span.start, span.stop - span.start).clone()
+
+        args, kwargs = rebuild((self.args, self.kwargs), narrow)
+        return Call(self.module, args, kwargs, span.stop - span.start)
+
+    def with_token(self, changed: int) -> Call | None:
+        """The same call with the content of another token in place of token ``changed``; None if all are alike."""
+        moved: list[bool] = []
+
+        def replace(name: str, tensor: Tensor) -> Tensor:
+            dim = self._dim(tensor)
+            if dim is None or name in _NOT_CONTENT or tensor.dtype == torch.bool:
+                return tensor
+            by_token = tensor.clone().movedim(dim, 0)
+            old = by_token[changed].clone()
+            other = next((t for t in range(self.share) if not torch.equal(by_token[t], old)), None)
+            if other is None:
+                return tensor
+            by_token[changed] = by_token[other].clone()
+            moved.append(True)
+            return by_token.movedim(0, dim)
+
+        args, kwargs = rebuild((self.args, self.kwargs), replace)
+        return Call(self.module, args, kwargs, self.share) if moved else None
+
+    def run(self) -> Any:
+        """Calls the module."""
+        return self.module(*self.args, **self.kwargs)

@@ -1,0 +1,206 @@
+"""Refuses a model by what it does: a token may reach another one only through an attention call that is intercepted.
+
+In the first step, the model runs on a few tokens with every intercepted attention replaced by a stand-in that keeps
+tokens apart. One token is changed, and nothing may move in another one. Then tokens with their true positions alone
+must come out as they do among the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import nn
+
+from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.layout import SequenceLayout
+from lightning_ulysses.probing.calls import Call, choose_length
+from lightning_ulysses.probing.recording import Recording, first_to_depend_on_place, first_to_move, record
+from lightning_ulysses.state import LiveBatch, SequenceState
+
+_MOST_CALLS = 8
+
+
+class ModelProbe:
+    """Looks at the outermost module calls of the first step of each kind.
+
+    Args:
+        state: The strategy's state.
+        root: The user's LightningModule.
+        forget: Called behind each look, for whoever keeps count of the module calls of a step.
+    """
+
+    def __init__(self, state: SequenceState, root: nn.Module, forget: Callable[[], None]) -> None:
+        self._forget = forget
+        self._state = state
+        self._root = root
+        self._names = {id(module): name for name, module in root.named_modules()}
+        self._done: set[bool] = set()
+        self._depth = 0
+        self._calls = 0
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Probes the calls made inside, unless that has been done for this mode, training or evaluation."""
+        training = self._root.training
+        compiled = any(getattr(m, "_compiled_call_impl", None) or hasattr(m, "_orig_mod") for m in self._root.modules())
+        if self._state.sharded_batch is None or training in self._done or compiled:
+            yield
+            return
+        self._done.add(training)
+        self._depth, self._calls = 0, 0
+        # The strategy calls a step by way of the root's own forward.
+        handles: list[Any] = [self._root.register_forward_pre_hook(self._enter_root, with_kwargs=True)]
+        self._root_calls = 0
+        for module in self._root.modules():
+            if module is not self._root:
+                handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True))
+                handles.append(module.register_forward_hook(self._leave, always_call=True))
+        handles.append(self._root.register_forward_hook(self._leave_root, always_call=True))
+        self._handles = handles
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter_root(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._root_calls += 1
+        if self._root_calls > 1:
+            self._enter(module, args, kwargs)
+
+    def _leave_root(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._depth:
+            self._depth -= 1
+
+    def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._depth += 1
+        if self._depth > 1 or self._calls >= _MOST_CALLS or self._state.sharded_batch is None:
+            return
+        self._calls += 1
+        # Calls made by the probe itself go deeper and are not looked at.
+        self._probe(module, args, kwargs)
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._depth -= 1
+
+    def _probe(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        batch, mesh = self._state.sharded_batch, self._state.mesh
+        assert batch is not None
+        call = Call(module, args, kwargs, batch.layout.shares[mesh.sp_rank])
+        error: UlyssesError | None = None
+        depth = self._depth
+        try:
+            error = self._verdict(call, batch)
+        except UlyssesError as refusal:
+            error = refusal
+        except Exception as failure:
+            rank_zero_warn(
+                f"{type(module).__name__} could not be checked for layers that mix tokens outside of attention: "
+                f"{failure!r}"
+            )
+        self._depth = depth
+        self._forget()
+        errors: list[Any] = [None] * mesh.world_size
+        dist.all_gather_object(errors, error)
+        for found in errors:
+            if found is not None:
+                raise found
+
+    def _verdict(self, call: Call, batch: LiveBatch) -> UlyssesError | None:
+        """What is wrong with the call's module, if anything."""
+        mesh, name = self._state.mesh, self._names.get(id(call.module), "")
+        if not call.has_tokens:
+            return None
+        known = {shard.untyped_storage().data_ptr() for shard in batch.shards.values()}
+        if mesh.sp_rank and call.counts_from_zero(known):
+            return _restarts(name, ("", type(call.module).__name__))
+        rows = call.rows
+        tokens = choose_length(call.module, min(batch.layout.shares), mesh.sp_size, rows)
+        if tokens is None:
+            return None
+        small = call.cut(slice(0, tokens))
+        changed = small.with_token(tokens // 2)
+        if changed is None:
+            return None
+        tolerance = 1e-4 if _precise(call.module) else 2e-2
+        with _unchanged(call.module), torch.no_grad():
+            before, after = self._record(small, None), self._record(changed, None)
+            found = first_to_move(before, after, tokens // 2, tokens, rows, tolerance)
+            if found is not None:
+                return _mixes(name, found)
+            layout = SequenceLayout(tokens, mesh.sp_size)
+            span = layout.span(mesh.sp_rank)
+            training = {module: module.training for module in call.module.modules()}
+            try:
+                call.module.eval()
+                whole, part = self._record(small, None), self._record(small.cut(span), layout)
+            finally:
+                for module, mode in training.items():
+                    module.training = mode
+            found = first_to_depend_on_place(whole, part, span, tokens, rows, 10 * tolerance)
+        return _restarts(name, found) if found is not None else None
+
+    def _record(self, call: Call, layout: SequenceLayout | None) -> Recording:
+        """One run; with ``layout`` as this rank's share of it, else whole."""
+        state = self._state
+        pending, state.pending = state.pending, LiveBatch(layout) if layout is not None else None
+        live = state.live() if layout is not None else nullcontext()
+        try:
+            with isolate_rng(), state.probed(), live, record(call.module) as recording:
+                torch.manual_seed(0)
+                call.run()
+        finally:
+            state.pending = pending
+        return recording
+
+
+def _precise(module: nn.Module) -> bool:
+    """Whether it computes in float32 or better."""
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        return False
+    return all(p.dtype in (torch.float32, torch.float64) for p in module.parameters() if p.is_floating_point())
+
+
+@contextmanager
+def _unchanged(module: nn.Module) -> Iterator[None]:
+    """Puts buffers back, such as the statistics of a batch norm, and lets no cast weight be kept for the real step."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                if buffer.shape == value.shape:
+                    buffer.copy_(value)
+
+
+def _name(outer: str, found: tuple[str, str]) -> str:
+    name = ".".join(part for part in (outer, found[0]) if part)
+    return f"{name!r} ({found[1]})" if name else found[1]
+
+
+def _restarts(outer: str, found: tuple[str, str]) -> UlyssesError:
+    return UlyssesError(
+        f"positions that start at 0 again on every rank, first seen in {_name(outer, found)}",
+        "a token's position in the whole sequence",
+        "use lightning_ulysses.sequence_positions(x) in place of torch.arange(x.shape[1])",
+    )
+
+
+def _mixes(outer: str, found: tuple[str, str]) -> UlyssesError:
+    return UlyssesError(
+        "a token that changes what comes out for others outside of the attention calls that are intercepted, first in "
+        f"{_name(outer, found)} or in what is computed right before it",
+        "a model whose tokens meet in attention only, since every rank holds one slice of the sequence",
+        "call torch.nn.functional.scaled_dot_product_attention where attention is written out by hand; else train "
+        "without sequence parallelism (sp_size=1). check_model=False in the strategy switches this check off",
+    )

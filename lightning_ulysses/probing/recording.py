@@ -1,0 +1,139 @@
+"""What every submodule returned on a few tokens, and where two such runs first disagree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass
+class Recording:
+    """Outputs in the order in which submodules finished, inner ones before outer ones.
+
+    Attributes:
+        outputs: (name, class, tensors) of each call.
+    """
+
+    outputs: list[tuple[str, str, list[Tensor]]] = field(default_factory=list)
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All floating-point tensors in nested tuples, lists and mappings."""
+    if isinstance(value, Tensor):
+        return [value] if value.is_floating_point() else []
+    if isinstance(value, Mapping):
+        return [tensor for part in value.values() for tensor in tensors_in(part)]
+    if isinstance(value, (tuple, list)):
+        return [tensor for part in value for tensor in tensors_in(part)]
+    return []
+
+
+@contextmanager
+def record(root: nn.Module) -> Iterator[Recording]:
+    """Records every submodule of ``root``, ``root`` included."""
+    recording = Recording()
+    handles = []
+    for name, module in root.named_modules():
+
+        def hook(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
+            tensors = [tensor.detach().float().clone() for tensor in tensors_in(output)]
+            recording.outputs.append((name, type(module).__name__, tensors))
+
+        handles.append(module.register_forward_hook(hook))
+    try:
+        yield recording
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def token_dim(tensor: Tensor, tokens: int, rows: int) -> int | None:
+    """The dimension of ``tensor`` that carries ``tokens``; None if there is not exactly one.
+
+    (rows * tokens, ...) counts as (rows, tokens, ...), see `by_token`.
+    """
+    dims = [dim for dim, size in enumerate(tensor.shape) if size == tokens]
+    if not dims and tensor.dim() and rows > 1 and tensor.shape[0] == rows * tokens:
+        return 1
+    return dims[0] if len(dims) == 1 else None
+
+
+def by_token(tensor: Tensor, tokens: int, rows: int) -> Tensor | None:
+    """(tokens, ...) with the dimension that carries them first; None if there is none."""
+    dim = token_dim(tensor, tokens, rows)
+    if dim is None:
+        return None
+    if tensor.shape[dim : dim + 1] != (tokens,):
+        # (rows * tokens, ...) -> (rows, tokens, ...)
+        tensor = tensor.unflatten(0, (rows, tokens))
+    return tensor.movedim(dim, 0)
+
+
+def _differs(left: Tensor, right: Tensor, tolerance: float) -> bool:
+    scale = max(float(left.abs().max()), float(right.abs().max()), 1e-30) if left.numel() else 1.0
+    return left.shape != right.shape or not torch.allclose(
+        left, right, rtol=0.0, atol=tolerance * scale, equal_nan=True
+    )
+
+
+def first_to_move(
+    before: Recording, after: Recording, changed: int, tokens: int, rows: int, tolerance: float
+) -> tuple[str, str] | None:
+    """The first submodule in which another token than the changed one came out differently.
+
+    Args:
+        before: A run.
+        after: The same after token number ``changed`` was changed.
+        changed: The token.
+        tokens: Tokens in both runs.
+        rows: B.
+        tolerance: Largest difference that is none, relative to the largest entry.
+
+    Returns:
+        Its name and class.
+    """
+    others = [token for token in range(tokens) if token != changed]
+    for (name, kind, left), (_, _, right) in zip(before.outputs, after.outputs, strict=False):
+        for one, other in zip(left, right, strict=False):
+            a, b = by_token(one, tokens, rows), by_token(other, tokens, rows)
+            if a is not None and b is not None and _differs(a[others], b[others], tolerance):
+                return name, kind
+    return None
+
+
+def first_to_depend_on_place(
+    whole: Recording, part: Recording, span: slice, tokens: int, rows: int, tolerance: float
+) -> tuple[str, str] | None:
+    """The first submodule that gives other values for tokens ``span`` alone than for them inside of all tokens.
+
+    Args:
+        whole: A run on all tokens.
+        part: A run on some of them, with their true positions.
+        span: Which.
+        tokens: Tokens in the first run.
+        rows: B.
+        tolerance: Largest difference that is none, relative to the largest entry.
+
+    Returns:
+        Its name and class.
+    """
+    for (name, kind, left), (_, _, right) in zip(whole.outputs, part.outputs, strict=False):
+        for one, other in zip(left, right, strict=False):
+            a, dim = by_token(one, tokens, rows), token_dim(one, tokens, rows)
+            if a is None or dim is None:
+                continue
+            if other.dim() == one.dim() - 0 and other.shape[dim : dim + 1] == (span.stop - span.start,):
+                b = other.movedim(dim, 0)
+            elif other.dim() and other.shape[0] == rows * (span.stop - span.start):
+                # (rows * S_r, ...) -> (S_r, rows, ...)
+                b = other.unflatten(0, (rows, span.stop - span.start)).movedim(1, 0)
+            else:
+                continue
+            if _differs(a[span], b, tolerance):
+                return name, kind
+    return None

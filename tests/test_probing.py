@@ -1,0 +1,208 @@
+"""Models that mix tokens outside of attention, or restart their positions, are refused by the module's name."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import VOCAB, HandWritten, LlamaModule, count_targets, hand_written, llama, pair_batch, token_batch
+from torch import Tensor, nn
+
+from lightning_ulysses import UlyssesError, sequence_positions
+from lightning_ulysses.attention.stand_in import keep_apart
+from lightning_ulysses.processes import ProcessPool
+from lightning_ulysses.testing import SplitRun, compare, fit_rank, fit_single, fit_split
+
+PAIRS = [pair_batch(seed, 40) for seed in range(2)]
+TOKENS = [token_batch(seed, 40) for seed in range(2)]
+
+
+class Between(HandWritten):
+    """A hand-written model with one more layer behind its embedding."""
+
+    def __init__(self, make: Any) -> None:
+        super().__init__()
+        self.between = make(self.embed.embedding_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.between(self.embed(x) + self.place(sequence_positions(x)))
+        for block in self.blocks:
+            h = block(h)
+        return self.head(h)
+
+
+class Conv(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(width, width, 3, padding=1)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.conv(h.transpose(1, 2)).transpose(1, 2)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gru = nn.GRU(width, width, batch_first=True)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.gru(h)[0]
+
+
+class Norm(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(width)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.norm(h.transpose(1, 2)).transpose(1, 2)
+
+
+class Scan(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + h.cumsum(dim=1) / h.shape[1]
+
+
+class ByHand(nn.Module):
+    """Attention that nothing intercepts, beside attention that is."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width)
+
+    def forward(self, h: Tensor) -> Tensor:
+        q, k, v = self.qkv(h).chunk(3, dim=-1)
+        return h + (q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])).softmax(-1) @ v
+
+
+class Arange(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(64, width)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.table(torch.arange(h.shape[1], device=h.device))
+
+
+class Rotary(nn.Module):
+    """Positions that only queries and keys see."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width)
+
+    def forward(self, h: Tensor) -> Tensor:
+        q, k, v = self.qkv(h)[:, None].chunk(3, dim=-1)
+        angle = torch.arange(h.shape[1], device=h.device)[:, None] / 7
+        q, k = (torch.cat([t * angle.cos(), t * angle.sin()], dim=-1) for t in (q, k))
+        return h + F.scaled_dot_product_attention(q, k, v, is_causal=True)[:, 0]
+
+
+class Outside(HandWritten):
+    """Positions counted in the step itself, and submodules called one by one."""
+
+    def _loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        h = self.embed(x) + self.place(torch.arange(x.shape[1]))
+        for block in self.blocks:
+            h = block(h)
+        return F.cross_entropy(self.head(h).flatten(0, 1), y.flatten())
+
+
+def between(layer: Any) -> Any:
+    return partial(Between, layer)
+
+
+REFUSED: dict[str, tuple[Any, tuple[str, ...]]] = {
+    "convolution": (between(Conv), ("'between.conv' (Conv1d)", "sp_size=1")),
+    "recurrence": (between(Recurrent), ("'between.gru' (GRU)",)),
+    "batch norm": (between(Norm), ("'between.norm' (BatchNorm1d)",)),
+    "scan": (between(Scan), ("'between' (Scan)",)),
+    "attention by hand": (between(ByHand), ("'between' (ByHand)", "scaled_dot_product_attention")),
+    "arange": (between(Arange), ("positions that start at 0", "'between", "sequence_positions(x)")),
+    "rotary arange": (between(Rotary), ("positions that start at 0", "'between' (Rotary)")),
+    "arange in the step": (Outside, ("positions that start at 0", "'place' (Embedding)")),
+}
+
+
+def refused(rank: int, make: Any, run: SplitRun) -> UlyssesError:
+    with pytest.raises(UlyssesError) as caught:
+        fit_rank(rank, make, PAIRS, run)
+    return caught.value
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_every_rank_refuses_what_cannot_be_split(pool: ProcessPool, case: str) -> None:
+    make, parts = REFUSED[case]
+    for error in pool.run(refused, make, SplitRun(), world_size=2):
+        assert [part for part in parts if part not in str(error)] == [], error
+
+
+def test_the_same_without_the_check_trains_wrongly(pool: ProcessPool) -> None:
+    make = between(Conv)
+    reference = fit_single(make, [[batch] for batch in PAIRS], count_targets)
+    run = SplitRun(strategy={"check_model": False})
+    assert compare(fit_split(pool, make, PAIRS, run)[0], reference).step > 1e-3
+
+
+def test_zero_3_and_four_ranks(pool: ProcessPool) -> None:
+    for error in pool.run(refused, between(Conv), SplitRun(4, 4, {"stage": 3}), world_size=4):
+        assert "'between.conv' (Conv1d)" in str(error)
+
+
+def layer(width: int) -> nn.Module:
+    return nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, batch_first=True)
+
+
+EXACT: dict[str, tuple[Any, list[Any], SplitRun]] = {
+    "nothing between": (between(nn.LayerNorm), PAIRS, SplitRun()),
+    "an encoder layer": (between(layer), PAIRS, SplitRun(4, 4)),
+    "bf16 weights": (llama(), TOKENS, SplitRun(trainer={"precision": "bf16-true"})),
+    "manual": (hand_written(manual=True), PAIRS, SplitRun(strategy={"stage": 3})),
+}
+
+
+@pytest.mark.parametrize("case", EXACT)
+def test_the_check_leaves_the_step_alone(pool: ProcessPool, case: str) -> None:
+    """Bitwise: parameters, buffers and random numbers are as without it."""
+    make, batches, run = EXACT[case]
+    with_check = fit_split(pool, make, batches, run)[0]
+    off = SplitRun(run.world_size, run.sp_size, {**run.strategy, "check_model": False}, run.trainer)
+    without = fit_split(pool, make, batches, off)[0]
+    assert with_check.losses == without.losses
+    assert torch.equal(with_check.step(), without.step()) and with_check.step().norm() > 0
+
+
+class Dropping(LlamaModule):
+    """Draws random numbers in every step."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss * (1 + torch.rand(()))
+
+
+def test_random_numbers_are_left_alone(pool: ProcessPool) -> None:
+    losses = [
+        fit_split(pool, Dropping, TOKENS, SplitRun(strategy={"check_model": on}))[0].losses for on in (True, False)
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_the_stand_in_keeps_tokens_apart() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 5)
+    before = keep_apart(q, k, v)
+    for tensor in (q, k, v):
+        changed = tensor.clone()
+        changed[:, :, 3] += 1
+        after = keep_apart(*(changed if t is tensor else t for t in (q, k, v)))
+        moved = (after != before).any(dim=-1).any(dim=1)[0]
+        assert moved.tolist() == [False, False, False, True, False, False]
+    assert before.shape == (1, 4, 6, 5) and VOCAB > 2
