@@ -53,8 +53,8 @@ class UlyssesDeepSpeedStrategy(DeepSpeedStrategy):
         targets: The key of the tensor that the loss is a mean over, where that cannot be seen from the loss computed.
         ignore_index: The label that counts as no target.
         pad_to_multiple_of: Pads every batch's S up to a multiple; no multiple is required.
-        check_model: Runs the model on a few tokens in the first step, and refuses it if they mix outside of attention or
-            restart their positions; see `probing`.
+        check_model: Runs the model on a few tokens in the first step, and refuses it if they mix outside of attention
+            or restart their positions; see `probing`.
         config: A DeepSpeed config or the path of one; replaces all arguments of DeepSpeedStrategy.
         **kwargs: Every other argument of Lightning's ``DeepSpeedStrategy``.
 

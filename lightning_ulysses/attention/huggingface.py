@@ -109,6 +109,12 @@ def check_model(model: PreTrainedModel, mesh: SequenceMesh) -> None:
     name, config = type(model).__name__, model.config
     if isinstance(num_heads := getattr(config, "num_attention_heads", None), int):
         mesh.check_heads(num_heads)
+    if not getattr(model, "_supports_sdpa", True):
+        raise UlyssesError(
+            f"{name}, which transformers cannot run on torch.nn.functional.scaled_dot_product_attention",
+            "a model whose attention can be intercepted there",
+            "train it without sequence parallelism (sp_size=1)",
+        )
     implementation = getattr(config, "_attn_implementation", None)
     if implementation not in IMPLEMENTATIONS:
         raise UlyssesError(

@@ -1,8 +1,8 @@
 """Keeps ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` on the path that is intercepted.
 
 Both reach ``scaled_dot_product_attention`` except in two cases: PyTorch's fused inference path, which is switched off
-while a strategy is set up, and attention weights (``need_weights=True``, the default), which nobody gets: None comes back
-in their place, and the output is the same.
+while a strategy is set up, and attention weights (``need_weights=True``, the default). Nobody gets those: None comes
+back in their place, and the output is the same.
 """
 
 from __future__ import annotations

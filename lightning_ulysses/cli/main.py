@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning_ulysses.cli import verify
 from lightning_ulysses.errors import UlyssesError
 
 
@@ -45,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("report", help=text, description=text)
     command.add_argument("folder", metavar="DIR", type=Path, help="the run's log directory")
     command.set_defaults(run=report)
+    verify.add_command(commands)
     return parser
 
 

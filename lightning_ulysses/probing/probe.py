@@ -192,7 +192,8 @@ def _restarts(outer: str, found: tuple[str, str]) -> UlyssesError:
     return UlyssesError(
         f"positions that start at 0 again on every rank, first seen in {_name(outer, found)}",
         "a token's position in the whole sequence",
-        "use lightning_ulysses.sequence_positions(x) in place of torch.arange(x.shape[1])",
+        "use lightning_ulysses.sequence_positions(x) in place of torch.arange(x.shape[1]); for a transformers model "
+        "that numbers tokens in its own way, put position_ids into the batch",
     )
 
 

@@ -1,0 +1,216 @@
+"""Tiny random models of many architectures, and what one step on split sequences does to each.
+
+python tests/zoo.py    # writes docs/models.md
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from models import VOCAB, token_batch
+from torch import Tensor
+
+from lightning_ulysses.processes import ProcessPool, RemoteError
+from lightning_ulysses.testing import SplitRun, compare, fit_single, fit_split
+
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+GROUPED = {**SIZES, "num_key_value_heads": 2}
+HEADS = {**GROUPED, "head_dim": 8}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+NO_SDPA = "cannot run on torch.nn.functional.scaled_dot_product_attention"
+PAGE = Path(__file__).parent.parent / "docs" / "models.md"
+SEQ_LEN, BOUND = 33, 1e-5
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One architecture of transformers.
+
+    Args:
+        family: The prefix of its configuration class.
+        head: The suffix of its model class.
+        sizes: Settings of the configuration.
+        exact: Whether it is; else it is refused.
+        why: A part of the refusal; else what the row is about.
+        config: Its configuration class, where it has another name.
+    """
+
+    family: str
+    head: str = "ForCausalLM"
+    sizes: dict[str, Any] = field(default_factory=lambda: GROUPED)
+    exact: bool = True
+    why: str = ""
+    config: str = ""
+
+    @property
+    def name(self) -> str:
+        """The model class."""
+        return self.family + self.head
+
+
+ENTRIES = [
+    Entry("Llama"),
+    Entry("Qwen2"),
+    Entry("Qwen3", sizes=HEADS),
+    Entry("Mistral", sizes={**GROUPED, "sliding_window": 7}, why="sliding window"),
+    Entry("Mixtral", sizes={**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}, why="experts"),
+    Entry("Qwen3Moe", sizes={**HEADS, **EXPERTS, "num_experts": 4}, why="experts"),
+    Entry("Gemma", sizes=HEADS),
+    Entry("Gemma2", sizes={**HEADS, "sliding_window": 7}, exact=False, why=NO_SDPA),
+    Entry("Gemma3", sizes={**HEADS, "sliding_window": 7}, why="local and global layers", config="Gemma3TextConfig"),
+    Entry("Phi", sizes=SIZES),
+    Entry("Phi3"),
+    Entry("Olmo2"),
+    Entry("GPT2", "LMHeadModel", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+    Entry("GPTNeoX", sizes=SIZES),
+    Entry("GptOss", sizes={**HEADS, **EXPERTS, "num_local_experts": 4}, exact=False, why=NO_SDPA),
+    Entry("Falcon", sizes={"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}),
+    Entry("Starcoder2"),
+    Entry("Cohere"),
+    Entry("Granite"),
+    Entry(
+        "DeepseekV3",
+        sizes={
+            **SIZES,
+            "num_key_value_heads": 4,
+            "n_routed_experts": 4,
+            "n_group": 2,
+            "topk_group": 1,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 8,
+            "first_k_dense_replace": 1,
+            **EXPERTS,
+        },
+        why="latent attention, experts",
+    ),
+    Entry("SmolLM3"),
+    Entry("StableLm"),
+    Entry("Glm", sizes=HEADS),
+    Entry("Bert", "ForMaskedLM", SIZES),
+    Entry("Roberta", "ForMaskedLM", SIZES, exact=False, why="positions that start at 0 again on every rank"),
+    Entry(
+        "ModernBert",
+        "ForMaskedLM",
+        {**SIZES, "local_attention": 8},
+        exact=False,
+        why="an attention mask made of ['sliding_window_bidirectional_overlay']",
+    ),
+    Entry("Esm", "ForMaskedLM", {**SIZES, "position_embedding_type": "rotary"}),
+    Entry("Electra", "ForMaskedLM", {**SIZES, "embedding_size": 32}),
+    Entry(
+        "T5",
+        "ForConditionalGeneration",
+        {"d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 4},
+        exact=False,
+        why="an encoder-decoder model",
+    ),
+    Entry("Mamba", sizes={"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}, exact=False, why=NO_SDPA),
+    Entry(
+        "Jamba",
+        sizes={
+            **GROUPED,
+            "num_experts": 2,
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "use_mamba_kernels": False,
+            "mamba_d_state": 4,
+        },
+        exact=False,
+        why="first in 'model.model.layers.0.mamba.x_proj'",
+    ),
+    Entry(
+        "Qwen3Next",
+        sizes={
+            **HEADS,
+            **EXPERTS,
+            "num_experts": 4,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+        exact=False,
+        why="first in 'model.model.layers.0.linear_attn",
+    ),
+]
+ZOO = {entry.name: entry for entry in ENTRIES}
+
+
+class Specimen(L.LightningModule):
+    """A user's module around a transformers model."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        import transformers
+
+        torch.manual_seed(0)
+        entry = ZOO[name]
+        config = getattr(transformers, entry.config or f"{entry.family}Config")(
+            vocab_size=VOCAB, pad_token_id=0, **entry.sizes
+        )
+        for key in [k for k, v in vars(config).items() if isinstance(v, float) and ("dropout" in k or "pdrop" in k)]:
+            setattr(config, key, 0.0)
+        kind = getattr(transformers, name)
+        config._attn_implementation = "sdpa" if kind._supports_sdpa else "eager"
+        self.model = kind(config)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss: Tensor = self.model(**batch).loss
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def targets_of(name: str, batch: dict[str, Tensor]) -> float:
+    """Targets of a batch; causal models shift the labels."""
+    labels = batch["labels"] if "Masked" in name else batch["labels"][:, 1:]
+    return float((labels != -100).sum())
+
+
+def run_one(pool: ProcessPool, name: str) -> tuple[str, str]:
+    """One step on two ranks against one process.
+
+    Returns:
+        ``"exact"``, ``"wrong"`` with the difference, or ``"refused"`` with the message.
+    """
+    make = partial(Specimen, name)
+    batches = [token_batch(seed, SEQ_LEN, 2, "uneven") for seed in range(2)]
+    run = SplitRun(trainer={"accumulate_grad_batches": 2})
+    try:
+        results = fit_split(pool, make, batches, run)
+    except RemoteError as error:
+        return "refused", str(error.cause or error)
+    reference = fit_single(make, [batches], partial(targets_of, name))
+    largest = max(compare(result, reference).largest for result in results)
+    return ("exact" if largest <= BOUND else "wrong"), f"{largest:.1e}"
+
+
+def table() -> str:
+    """The text of docs/models.md."""
+    head = (
+        "# Models of transformers\n\n"
+        "Tiny random models, one optimizer step on two processes against one, in float32: uneven labels, two rows,\n"
+        "two micro-batches. Exact means a relative difference of the step, the loss and the gradient norm of at most\n"
+        "1e-5. "
+        "`tests/test_zoo.py` runs every row; `python tests/zoo.py` writes this file.\n\n"
+        "| Model | Result | |\n| --- | --- | --- |\n"
+    )
+    rows = (f"| {entry.name} | {'exact' if entry.exact else 'refused'} | {entry.why} |\n" for entry in ENTRIES)
+    return head + "".join(rows)
+
+
+if __name__ == "__main__":
+    PAGE.parent.mkdir(exist_ok=True)
+    PAGE.write_text(table())
