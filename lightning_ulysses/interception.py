@@ -25,7 +25,7 @@ def install_interceptors(state: SequenceState, module: nn.Module, zero_stage_3: 
     """
     handle = Handle()
     handle.add(targets.install(state).remove)
-    handle.add(sdpa.install(state).remove)
+    handle.add(sdpa.install(state, module).remove)
     handle.add(multihead.install(state).remove)
     # A module that holds a transformers model has imported it; nobody else pays for the import.
     if "transformers.modeling_utils" in sys.modules:

@@ -144,6 +144,31 @@ def _row_runs(spec: MaskSpec, row: int, length: int) -> tuple[Runs, Runs | None]
     return documents, valid
 
 
+def _with_bias(bias: Tensor, spec: MaskSpec, rows: list[tuple[Runs, Runs | None]], length: int) -> Tensor:
+    """(B | 1, H_r | 1, S, S) with everything hidden that ``spec`` hides."""
+    padding = length - bias.shape[-1]
+    if padding:
+        bias = torch.nn.functional.pad(bias, (0, padding, 0, padding), value=bias.dtype == torch.bool)
+    place = torch.arange(length, device=bias.device)
+    kept = []
+    for documents, valid in rows:
+        number = torch.zeros(length, dtype=torch.int64, device=bias.device)
+        seen = torch.full((length,), valid is None, device=bias.device)
+        for index, (begin, end) in enumerate(documents):
+            number[begin:end] = index
+        for begin, end in valid or ():
+            seen[begin:end] = True
+        kept.append((number[:, None] == number) & seen & (place < length - spec.num_padding))
+    keep = torch.stack(kept).unsqueeze(1)
+    if spec.causal:
+        keep = keep & (place <= place[:, None])
+    if spec.causal and spec.window is not None:
+        keep = keep & (place > place[:, None] - spec.window)
+    # Nobody asks for what padding gets, but a row without a key would be NaN.
+    keep = keep | ~keep.any(dim=-1, keepdim=True)
+    return bias & keep if bias.dtype == torch.bool else bias.masked_fill(~keep, float("-inf"))
+
+
 def attend(
     q: Tensor,
     k: Tensor,
@@ -153,6 +178,7 @@ def attend(
     scale: float | None = None,
     dropout_p: float = 0.0,
     kv_index: tuple[int, ...] | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Softmax attention over whole sequences.
 
@@ -164,6 +190,7 @@ def attend(
         scale: Of the scores; 1 / sqrt(D) if None.
         dropout_p: Dropout probability of the attention weights.
         kv_index: For each query head its key/value head, where groups are uneven.
+        bias: (B | 1, H_r | 1, S, S) added to the scores, or True where a query sees a key; on top of ``spec``.
 
     Returns:
         (B, H_r, S, D_v).
@@ -173,6 +200,8 @@ def attend(
         k, v = k.index_select(1, index), v.index_select(1, index)
     kernel = _Kernel(scale, dropout_p)
     rows = [_row_runs(spec, row, q.shape[2]) for row in range(q.shape[0])]
+    if bias is not None:
+        return kernel(q, k, v, mask=_with_bias(bias, spec, rows, q.shape[2]))
     if all(row == rows[0] for row in rows):
         rows = rows[:1]
     outputs = []

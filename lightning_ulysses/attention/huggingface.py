@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from lightning_ulysses.attention.attend import MaskSpec
 from lightning_ulysses.attention.generation import install_generate
-from lightning_ulysses.attention.masks import find_mask, install_masks, local_mask_error
+from lightning_ulysses.attention.masks import find_mask, install_masks
 from lightning_ulysses.attention.model_inputs import supply_inputs
 from lightning_ulysses.attention.stand_in import keep_apart
-from lightning_ulysses.attention.ulysses import sharded_attention
+from lightning_ulysses.attention.ulysses import local_mask_error, sharded_attention
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.handle import Handle
 from lightning_ulysses.mesh import SequenceMesh
@@ -42,7 +42,7 @@ def _call_spec(batch: LiveBatch, attention_mask: Tensor | None, is_causal: bool,
     shard = batch.shards.get("attention_mask")
     if shard is not None and attention_mask.dim() == 2 and attention_mask.shape == shard.shape:
         return MaskSpec(is_causal, window, layout.documents, layout.valid, layout.num_padding)
-    raise local_mask_error(attention_mask)
+    raise local_mask_error(attention_mask, layout)
 
 
 def _install_attention(state: SequenceState, handle: Handle) -> None:

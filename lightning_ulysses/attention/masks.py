@@ -36,15 +36,6 @@ def find_mask(batch: LiveBatch, attn_mask: Tensor) -> MaskSpec | None:
     return spec if isinstance(spec, MaskSpec) else None
 
 
-def local_mask_error(attn_mask: Tensor) -> UlyssesError:
-    """For a mask tensor made from one rank's slice."""
-    return UlyssesError(
-        f"an attention mask of shape {tuple(attn_mask.shape)} inside a step",
-        "no mask tensor, since one made from this rank's slice makes sense only locally",
-        "use is_causal=True, or call lightning_ulysses.ulysses_attention(..., is_causal=, window=, cu_seqlens=)",
-    )
-
-
 def _mask_parts(mask_function: Callable[..., Any]) -> dict[str, Any]:
     """The factory functions that a transformers mask function is composed of, with the values they close over."""
     name = getattr(mask_function, "__qualname__", type(mask_function).__name__).split(".")[0]

@@ -6,22 +6,24 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_ulysses.attention.attend import MaskSpec
-from lightning_ulysses.attention.masks import find_mask, local_mask_error
+from lightning_ulysses.attention.early_bound import rebind
+from lightning_ulysses.attention.masks import find_mask
 from lightning_ulysses.attention.stand_in import keep_apart
-from lightning_ulysses.attention.ulysses import sharded_attention
+from lightning_ulysses.attention.ulysses import covers_sequence, local_mask_error, sharded_attention
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.handle import Handle
 from lightning_ulysses.state import SequenceState
 
 
-def install(state: SequenceState) -> Handle:
+def install(state: SequenceState, root: nn.Module | None = None) -> Handle:
     """Routes calls made on a live batch through the exchange; every other call goes to the original.
 
     Args:
         state: The strategy's state.
+        root: The user's LightningModule, in which references to the function are looked for.
 
     Returns:
         A handle whose ``remove()`` restores the original function.
@@ -46,11 +48,15 @@ def install(state: SequenceState) -> Handle:
         if batch is None or (whole and (attn_mask is None or find_mask(batch, attn_mask) is None)):
             return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         spec = MaskSpec(is_causal, num_padding=batch.layout.num_padding)
+        bias = None
         if attn_mask is not None:
             known = find_mask(batch, attn_mask)
-            if known is None:
-                raise local_mask_error(attn_mask)
-            spec = known
+            if known is not None:
+                spec = known
+            elif covers_sequence(attn_mask, batch.layout):
+                bias = attn_mask
+            else:
+                raise local_mask_error(attn_mask, batch.layout)
         if query.dim() not in (3, 4):
             raise UlyssesError(
                 f"scaled_dot_product_attention on a query of shape {tuple(query.shape)}",
@@ -58,10 +64,12 @@ def install(state: SequenceState) -> Handle:
                 "reshape to four dimensions, or put attention along another dimension into unsharded()",
             )
         q, k, v = (t if t.dim() == 4 else t.unsqueeze(0) for t in (query, key, value))
-        out = sharded_attention(state, q, k, v, spec, scale=scale, dropout_p=dropout_p)
+        out = sharded_attention(state, q, k, v, spec, scale=scale, dropout_p=dropout_p, bias=bias)
         return out if query.dim() == 4 else out.squeeze(0)
 
     handle = Handle()
     functional: Any = torch.nn.functional
     handle.patch(functional, "scaled_dot_product_attention", scaled_dot_product_attention)
+    if root is not None and state.mesh.sp_size > 1:
+        rebind(handle, root, original, scaled_dot_product_attention)
     return handle

@@ -9,7 +9,7 @@ from lightning_ulysses.attention.attend import MaskSpec, attend
 from lightning_ulysses.attention.stand_in import keep_apart
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.heads import head_layout
-from lightning_ulysses.layout import Runs, cu_seqlens_to_runs
+from lightning_ulysses.layout import Runs, SequenceLayout, cu_seqlens_to_runs
 from lightning_ulysses.state import SequenceState, check_share, current_state, sharded_state
 
 
@@ -22,8 +22,11 @@ def sharded_attention(
     *,
     scale: float | None = None,
     dropout_p: float = 0.0,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Attention of the live batch: q (B, H, S_r, D), k (B, H_kv, S_r, D), v (B, H_kv, S_r, D_v) -> (B, H, S_r, D_v).
+
+    ``bias`` is that of the whole sequence, see `covers_sequence`.
 
     Raises:
         UlyssesError: If a length is not this rank's share, or P > H.
@@ -34,14 +37,35 @@ def sharded_attention(
     check_share(k.shape[2], batch.layout, mesh.sp_rank, "attention with keys")
     state.attention_calls += 1
     if mesh.sp_group is None:
-        return attend(q, k, v, spec, scale=scale, dropout_p=dropout_p)
+        return attend(q, k, v, spec, scale=scale, dropout_p=dropout_p, bias=bias)
     mesh.check_heads(q.shape[1])
     heads = head_layout(q.shape[1], k.shape[1], mesh.sp_size)
     shares = batch.layout.shares
     q, k, v = seq_to_heads(q, k, v, heads, shares, mesh.sp_rank, mesh.sp_group)
     kv_index = None if heads.is_grouped(mesh.sp_rank) else heads.kv_index(mesh.sp_rank)
-    out = attend(q, k, v, spec, scale=scale, dropout_p=dropout_p, kv_index=kv_index)
+    if bias is not None:
+        # (S, S) or (H, S, S) or (B | 1, H | 1, S, S) -> (B | 1, H_r | 1, S, S)
+        bias = bias[(None,) * (4 - bias.dim())]
+        bias = bias if bias.shape[1] == 1 else bias[:, slice(*heads.query_range(mesh.sp_rank))]
+    out = attend(q, k, v, spec, scale=scale, dropout_p=dropout_p, kv_index=kv_index, bias=bias)
     return heads_to_seq(out, heads, shares, mesh.sp_rank, mesh.sp_group)
+
+
+def covers_sequence(attn_mask: Tensor, layout: SequenceLayout) -> bool:
+    """Whether a mask is one of the whole sequence, (..., S, S), and not of one rank's slice."""
+    real = layout.seq_len - layout.num_padding
+    return 2 <= attn_mask.dim() <= 4 and attn_mask.shape[-2:] == (real, real)
+
+
+def local_mask_error(attn_mask: Tensor, layout: SequenceLayout) -> UlyssesError:
+    """For a mask tensor made from one rank's slice."""
+    real = layout.seq_len - layout.num_padding
+    return UlyssesError(
+        f"an attention mask of shape {tuple(attn_mask.shape)} inside a step",
+        f"no mask tensor, or that of the whole sequence, (..., {real}, {real}), the same on every rank; one made from "
+        "this rank's slice makes sense only locally",
+        "use is_causal=True, or call lightning_ulysses.ulysses_attention(..., is_causal=, window=, cu_seqlens=)",
+    )
 
 
 def _document_runs(cu_seqlens: Tensor, seq_len: int) -> Runs:
@@ -68,6 +92,7 @@ def ulysses_attention(
     dropout_p: float = 0.0,
     window: int | None = None,
     cu_seqlens: Tensor | None = None,
+    attn_mask: Tensor | None = None,
 ) -> Tensor:
     """Attention for hand-written models; plain when nothing is sharded.
 
@@ -81,6 +106,8 @@ def ulysses_attention(
         window: With ``is_causal``, the number of keys that a query sees, itself included.
         cu_seqlens: (documents + 1,) cumulative document lengths of the whole sequence, with B = 1; documents do not
             see each other.
+        attn_mask: (S, S), (H, S, S) or (B | 1, H | 1, S, S) of the whole sequence, the same on every rank: added to the
+            scores, or True where a query sees a key. Each rank uses what belongs to its heads.
 
     Returns:
         (B, H, S_r, D_v).
@@ -112,6 +139,9 @@ def ulysses_attention(
             )
         documents = (_document_runs(cu_seqlens, layout.seq_len if layout else q.shape[2]),)
     spec = MaskSpec(is_causal, window, documents, num_padding=layout.num_padding if layout else 0)
+    if attn_mask is not None and layout is not None and not covers_sequence(attn_mask, layout):
+        raise local_mask_error(attn_mask, layout)
     if state is None:
-        return attend(q, k, v, spec, scale=scale, dropout_p=dropout_p)
-    return sharded_attention(state, q, k, v, spec, scale=scale, dropout_p=dropout_p)
+        bias = attn_mask[(None,) * (4 - attn_mask.dim())] if attn_mask is not None else None
+        return attend(q, k, v, spec, scale=scale, dropout_p=dropout_p, bias=bias)
+    return sharded_attention(state, q, k, v, spec, scale=scale, dropout_p=dropout_p, bias=attn_mask)

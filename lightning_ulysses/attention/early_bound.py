@@ -1,0 +1,60 @@
+"""Finds attention functions that were bound before the strategy existed.
+
+``from torch.nn.functional import scaled_dot_product_attention`` and ``self.attend = F.scaled_dot_product_attention``
+keep the function itself, which a patch of ``torch.nn.functional`` does not reach.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from lightning_ulysses.handle import Handle
+
+_LEAVE_ALONE = ("torch", "lightning_ulysses")
+
+
+def _replaced(value: Any, original: Callable[..., Any], replacement: Callable[..., Any]) -> Any:
+    """What stands for ``value``; ``value`` itself where it is another function."""
+    if value is original:
+        return replacement
+    if isinstance(value, staticmethod) and value.__func__ is original:
+        return staticmethod(replacement)
+    if isinstance(value, functools.partial) and value.func is original:
+        return functools.partial(replacement, *value.args, **value.keywords)
+    return value
+
+
+def rebind(handle: Handle, root: nn.Module, original: Callable[..., Any], replacement: Callable[..., Any]) -> None:
+    """Puts ``replacement`` wherever ``original`` is held, and has ``handle`` undo it.
+
+    Looks at the globals of every imported module but torch's, and at the attributes of every submodule of ``root`` and
+    of its class, partial applications among them. Closures and default arguments are out of reach.
+    """
+    owners: list[Any] = [
+        module
+        for name, module in list(sys.modules.items())
+        if name.split(".")[0] not in _LEAVE_ALONE and isinstance(getattr(module, "__dict__", None), dict)
+    ]
+    submodules = list(root.modules())
+    owners += submodules
+    owners += {kind for module in submodules for kind in type(module).__mro__ if kind.__module__ != "builtins"}
+    for owner in owners:
+        for name, value in list(vars(owner).items()):
+            new = _replaced(value, original, replacement)
+            if new is not value:
+                _put(handle, owner, name, value, new)
+
+
+def _put(handle: Handle, owner: Any, name: str, old: Any, new: Any) -> None:
+    setattr(owner, name, new)
+
+    def undo() -> None:
+        if vars(owner).get(name) is new:
+            setattr(owner, name, old)
+
+    handle.add(undo)
