@@ -71,17 +71,17 @@ def fit(
         batch_size=None,
         collate_fn=collate,
         num_workers=workers,
-        multiprocessing_context="fork" if workers else None,
+        multiprocessing_context="spawn" if workers else None,
     )
     run = UlyssesDeepSpeedStrategy(sp_size=sp_size, sequence_dims={"real": 1}) if strategy == "ulysses" else strategy
-    devices = 1 if strategy == "auto" else 4 if strategy == "ulysses" else 2
+    devices = 1 if strategy == "auto" else 4 if strategy == "ulysses" and not workers else 2
     settings = {**QUIET, "max_epochs": 2, **trainer}
     fresh = L.Trainer(accelerator="cpu", devices=devices, strategy=run, callbacks=list(callbacks), **settings)
     fresh.fit(module, loader, ckpt_path=path)
     return module.seen, module.steps
 
 
-@pytest.mark.parametrize(("strategy", "world", "workers"), [("ulysses", 4, 0), ("ulysses", 4, 1), ("ddp", 2, 0)])
+@pytest.mark.parametrize(("strategy", "world", "workers"), [("ulysses", 4, 0), ("ulysses", 2, 1), ("ddp", 2, 0)])
 def test_every_document_once_per_epoch(pool: ProcessPool, strategy: str, world: int, workers: int) -> None:
     results = [seen for seen, _ in pool.run(fit, strategy, workers, {}, world_size=world)]
     shares = []

@@ -117,7 +117,9 @@ def _instantiate(config: dict[str, Any], args: argparse.Namespace) -> tuple[pl.L
             wanted[key] = _with_class(key, config.get(key), name, args.config)
             parser.add_lightning_class_args(base, key, subclass_mode=True)
     try:
-        made = parser.instantiate_classes(parser.parse_object(wanted))
+        # jsonargparse renamed it in 4.49.
+        instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+        made = instantiate(parser.parse_object(wanted))
     except (ArgumentError, argparse.ArgumentError) as error:
         raise UlyssesError(
             f"{args.config}, from which module or data cannot be made: {error}",

@@ -1,0 +1,144 @@
+"""Makes transformers models, and batches, small enough to be compared."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_ulysses.batch import BatchRules, read_batch
+from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.handle import Handle
+
+_LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_EDGES = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k")
+
+
+def shrink_config(config: Any, layers: int) -> bool:
+    """Leaves at most ``layers`` layers in a config of transformers; whether it had more."""
+    names = [name for name in _LAYER_KEYS if isinstance(vars(config).get(name), int) and vars(config)[name] > layers]
+    for name in names:
+        setattr(config, name, layers)
+    kinds = getattr(config, "layer_types", None)
+    if kinds and len(kinds) > layers:
+        config.layer_types = list(kinds[:layers])
+    return bool(names)
+
+
+@contextmanager
+def fewer_layers(layers: int | None) -> Iterator[None]:
+    """Builds every transformers model inside with at most ``layers`` layers; the whole one never exists."""
+    if layers is None:
+        yield
+        return
+    from transformers import PreTrainedModel
+
+    original = PreTrainedModel.__init__
+
+    # Every model calls it before it makes its layers.
+    @functools.wraps(original)
+    def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        shrink_config(config, layers)
+        original(self, config, *args, **kwargs)
+
+    handle = Handle()
+    handle.patch(PreTrainedModel, "__init__", init)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def shrink_module(module: nn.Module, layers: int) -> list[str]:
+    """Replaces each transformers model below ``module`` by a new one of at most ``layers`` layers.
+
+    Returns:
+        Notes on what was replaced.
+
+    Raises:
+        UlyssesError: If there is none to replace.
+    """
+    if "transformers.modeling_utils" not in sys.modules:
+        raise _nothing_to_shrink(module)
+    from transformers import PreTrainedModel
+
+    notes: list[str] = []
+    found = False
+    for name, child in list(module.named_modules()):
+        if not isinstance(child, PreTrainedModel) or any(name.startswith(f"{note}.") for note in notes):
+            continue
+        found = True
+        config = copy.deepcopy(child.config)
+        if shrink_config(config, layers):
+            parent, _, attribute = name.rpartition(".")
+            setattr(module.get_submodule(parent), attribute, type(child)(config).train(child.training))
+            notes.append(name)
+    if not found:
+        raise _nothing_to_shrink(module)
+    return [f"{name} built anew with {layers} layers and random weights" for name in notes]
+
+
+def without_checkpointing(module: nn.Module) -> tuple[nn.Module, list[str]]:
+    """A copy whose transformers models keep their activations, if any of them computes them again.
+
+    The hook that transformers sets for that cannot be sent to other processes.
+
+    Returns:
+        The copy, or ``module`` itself; and a note.
+    """
+    if "transformers.modeling_utils" not in sys.modules:
+        return module, []
+    from transformers import PreTrainedModel
+
+    # transformers has given both another name.
+    names = ("is_activation_checkpointing", "is_gradient_checkpointing")
+    flag = next(name for name in names if hasattr(PreTrainedModel, name))
+
+    def models(root: nn.Module) -> list[Any]:
+        return [each for each in root.modules() if isinstance(each, PreTrainedModel) and getattr(each, flag)]
+
+    if not models(module):
+        return module, []
+    module = copy.deepcopy(module)
+    for model in models(module):
+        getattr(model, "activation_checkpointing_disable", model.gradient_checkpointing_disable)()
+        model.disable_input_require_grads()
+    return module, ["gradient checkpointing, which changes no result, switched off for the comparison"]
+
+
+def _nothing_to_shrink(module: nn.Module) -> UlyssesError:
+    return UlyssesError(
+        f"layers for {type(module).__name__}, which holds no transformers model",
+        "a model of transformers, whose config says how many layers it has",
+        "leave layers out, and build the module itself with fewer",
+    )
+
+
+def cut_batch(batch: Any, rules: BatchRules, most: int) -> tuple[Any, int, int]:
+    """The first ``most`` tokens of a batch.
+
+    Returns:
+        The batch, S as it came, and S as it is now.
+    """
+    whole = read_batch(batch, rules, 1)
+    seq_len = whole.layout.seq_len
+    if seq_len <= most:
+        return batch, seq_len, seq_len
+
+    def cut(key: str, value: Any) -> Any:
+        if key in _EDGES and isinstance(value, Tensor):
+            return value.clamp(max=most).unique()
+        dim = whole.dims.get(key)
+        return value if dim is None else value.narrow(dim, 0, most).contiguous()
+
+    if isinstance(batch, Tensor):
+        return cut("batch", batch), seq_len, most
+    if hasattr(batch, "items"):
+        return {key: cut(key, value) for key, value in batch.items()}, seq_len, most
+    values = [cut(str(index), value) for index, value in enumerate(batch)]
+    return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values), seq_len, most

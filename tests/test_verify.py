@@ -1,0 +1,534 @@
+"""``verify_parity`` and ``lightning-ulysses verify``, on modules that are right and wrong in the usual ways."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import HandWritten, LlamaModule, pair_batch, token_batch
+from test_exactness import no_weight
+from torch import Tensor, nn
+
+from lightning_ulysses import UlyssesError
+from lightning_ulysses.cli.main import _parser as parser
+from lightning_ulysses.cli.main import main
+from lightning_ulysses.cli.verify import load_config
+from lightning_ulysses.processes import ProcessPool
+from lightning_ulysses.verification import ParityReport, verify_parity
+
+
+class Convolves(HandWritten):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(32, 32, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # (B, S, width) -> (B, width, S) -> (B, S, width)
+        hidden = self.embed(x)
+        hidden = hidden + self.conv(hidden.transpose(1, 2)).transpose(1, 2)
+        for block in self.blocks:
+            hidden = block(hidden)
+        return self.head(hidden)
+
+
+class SelfAttention(nn.Module):
+    """Attention as it is written out in tutorials."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.qkv, self.out, self.heads = nn.Linear(width, 3 * width), nn.Linear(width, width), heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, S, W = x.shape
+        # (B, S, 3 W) -> 3 of (B, H, S, D)
+        q, k, v = self.qkv(x).view(B, S, 3, self.heads, W // self.heads).permute(2, 0, 3, 1, 4)
+        scores = q @ k.transpose(-2, -1) / math.sqrt(W // self.heads)
+        place = torch.arange(S)
+        scores = scores.masked_fill(place[:, None] < place, -math.inf)
+        return self.out((scores.softmax(-1) @ v).transpose(1, 2).reshape(B, S, W))
+
+
+class ByHand(HandWritten):
+    """One layer of attention by hand, and two that are intercepted, unless they are left out."""
+
+    def __init__(self, alone: bool = False) -> None:
+        super().__init__()
+        self.attention = SelfAttention(32, 4)
+        if alone:
+            self.blocks = nn.ModuleList()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.embed(x)
+        hidden = hidden + self.attention(hidden)
+        for block in self.blocks:
+            hidden = block(hidden)
+        return self.head(hidden)
+
+
+class ShiftsInside(HandWritten):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        logits = self(batch["input_ids"])[:, :-1]
+        return F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+
+
+def check(pool: ProcessPool, module: Any, batch: Any, **kwargs: Any) -> ParityReport:
+    report = verify_parity(module, batch, pool=pool, **kwargs)
+    print(report)
+    return report
+
+
+@pytest.mark.parametrize("sp_size", [2, 4])
+def test_correct_modules_are_exact(pool: ProcessPool, sp_size: int) -> None:
+    report = check(pool, HandWritten(), [pair_batch(1, 33, 2), pair_batch(2, 33, 2, "uneven")], sp_size=sp_size)
+    assert report.exact and report.finding is None and len(report.losses) == 2
+    assert report.loss_error < 1e-5 and report.gradient_error < 1e-5
+    assert len(report.parameter_errors) == len(list(HandWritten().parameters()))
+    assert "EXACT" in str(report) and "NOT" not in str(report)
+
+
+def test_a_transformers_model_is_exact(pool: ProcessPool) -> None:
+    """With dropout on and more layers than wanted: both are changed and said, and the caller's module is not."""
+    module = LlamaModule(layers=3)
+    module.model.config.attention_dropout = 0.1
+    for layer in module.model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+    report = check(pool, module, token_batch(1, 200, 2, "uneven"), layers=1, max_tokens=33)
+    assert report.exact and report.seq_len == 33
+    notes = "\n".join(report.notes)
+    for part in ("S = 200 to 33 tokens", "model built anew with 1 layers", "dropout on", "attention_dropout=0.1"):
+        assert part in notes and part in str(report)
+    assert len(module.model.model.layers) == 3 and module.model.config.attention_dropout == 0.1
+    assert not any("layers.1." in name for name in report.parameter_errors)
+
+
+def packed_batch(edges: bool) -> dict[str, Tensor]:
+    """Three documents in one row, told apart by ``cu_seqlens`` alone or by their positions."""
+    batch = token_batch(1, 33)
+    if edges:
+        return {**batch, "cu_seqlens": torch.tensor([0, 12, 21, 33])}
+    return {**batch, "position_ids": torch.cat([torch.arange(n) for n in (12, 9, 12)])[None]}
+
+
+@pytest.mark.parametrize("edges", [False, True])
+def test_packed_documents_and_checkpointing(pool: ProcessPool, edges: bool) -> None:
+    """One process keeps documents apart as well, which transformers does not do with a cache."""
+    module = LlamaModule()
+    module.model.gradient_checkpointing_enable()
+    report = check(pool, module, packed_batch(edges), max_tokens=30)
+    assert report.exact and module.model.is_gradient_checkpointing
+    assert any("gradient checkpointing" in note for note in report.notes)
+    assert any("cu_seqlens" in note for note in report.notes) == edges
+
+
+WRONG: dict[str, tuple[Any, Any, str, str | None, str, str]] = {
+    # module, batch, kind, first module, part of the line, part of the change
+    "arange": (
+        lambda: HandWritten(positions="arange"),
+        pair_batch(1, 33, 2),
+        "positions",
+        "place",
+        "place = torch.arange(x.shape[1], device=x.device)",
+        "lightning_ulysses.sequence_positions(x)",
+    ),
+    "labels shifted inside": (
+        ShiftsInside,
+        token_batch(1, 33, 2),
+        "labels",
+        None,
+        "self(batch[",
+        "batch['shift_labels']",
+    ),
+    "convolution": (
+        Convolves,
+        pair_batch(1, 33, 2),
+        "mixing",
+        "conv",
+        "hidden = hidden + self.conv(hidden.transpose(1, 2))",
+        "sp_size=1",
+    ),
+    "softmax of q @ k": (
+        ByHand,
+        pair_batch(1, 33, 2),
+        "attention",
+        "attention",
+        "scores = q @ k.transpose(-2, -1)",
+        "torch.nn.functional.scaled_dot_product_attention",
+    ),
+    "nothing but that": (
+        lambda: ByHand(alone=True),
+        pair_batch(1, 33, 2),
+        "attention",
+        "attention",
+        "scores = q @ k.transpose(-2, -1)",
+        "torch.nn.functional.scaled_dot_product_attention",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_modules_and_why(pool: ProcessPool, case: str) -> None:
+    make, batch, kind, module, line, change = WRONG[case]
+    report = check(pool, make(), batch)
+    finding = report.finding
+    assert not report.exact and finding is not None
+    assert (finding.kind, finding.module) == (kind, module)
+    assert finding.line is not None and line in finding.line and ".py:" in finding.line
+    assert change in finding.fix
+    for part in ("NOT EXACT", finding.reason, finding.fix, finding.line):
+        assert part in str(report)
+
+
+class Rotary(nn.Module):
+    """Turns q and k by their positions, as models with a rotary embedding of their own do."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.qkv, self.heads = nn.Linear(width, 3 * width), heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        angle = torch.arange(x.shape[1])[:, None] / 7.0
+        q, k = q * angle.cos(), k * angle.cos()
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+
+
+class Table(nn.Module):
+    """A learned table of positions, sliced from 0."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(1, 64, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.table[:, : x.shape[1]]
+
+
+class Recurrent(nn.LSTM):
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x)[0]
+
+
+class Pools(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x.mean(dim=1, keepdim=True)
+
+
+class Reverses(nn.Module):
+    """Looks along the sequence in a way that no list of functions has."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.stack(list(reversed(x.unbind(1))), 1)
+
+
+class DropsOut(nn.Module):
+    def __init__(self, attention: bool) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.attention:
+            # (B, S, width) -> (B, H, S, D) -> (B, S, width)
+            q = x.unflatten(-1, (4, -1)).transpose(1, 2)
+            return F.scaled_dot_product_attention(q, q, q, dropout_p=0.5).transpose(1, 2).flatten(2)
+        return x * torch.rand_like(x)
+
+
+class With(HandWritten):
+    """A module in front of a right model."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.part(self.embed(x))
+        for block in self.blocks:
+            hidden = block(hidden)
+        return self.head(hidden)
+
+
+@pytest.mark.parametrize(
+    ("part", "kind", "line"),
+    [
+        (Rotary(32, 4), "positions", "angle = torch.arange(x.shape[1])"),
+        (Table(32), "positions", "self.table[:, : x.shape[1]]"),
+        (Reverses(), "unknown", None),
+        (Recurrent(32), "mixing", "super().forward(x)[0]"),
+        (Pools(), "mixing", "x.mean(dim=1, keepdim=True)"),
+        (DropsOut(attention=False), "random", "torch.rand_like(x)"),
+        (DropsOut(attention=True), "random", "F.scaled_dot_product_attention("),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_other_reasons(pool: ProcessPool, part: nn.Module, kind: str, line: str | None) -> None:
+    finding = check(pool, With(part), pair_batch(1, 33, 2)).finding
+    assert finding is not None and finding.module == "part" and finding.class_name == type(part).__name__
+    assert finding.kind == kind
+    assert line is None or (finding.line is not None and line in finding.line)
+
+
+class Spare(HandWritten):
+    """A frozen parameter, one that is not used, dropout without a module, a log, a hook and an optimizer wrapper."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Linear(4, 4)
+        self.embed.weight.requires_grad_(False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        loss = F.cross_entropy(F.dropout(self(x), 0.3, self.training).flatten(0, 1), y.flatten())
+        self.log("loss", loss)
+        return {"loss": loss, "batch": x}
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters())
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1)}}
+
+
+def test_what_a_module_may_bring_along(pool: ProcessPool) -> None:
+    report = check(pool, Spare(), pair_batch(1, 33, 2))
+    assert report.exact and report.parameter_errors["unused.weight"] == 0
+    assert "embed.weight" not in report.parameter_errors
+    assert any("torch.nn.functional.dropout(p=0.3)" in note for note in report.notes)
+
+
+class BrokenPool(ProcessPool):
+    """Replaces something in the workers."""
+
+    def __init__(self, pool: ProcessPool, target: str, replacement: Any) -> None:
+        super().__init__(pool.size)
+        self.pool, self.target, self.replacement = pool, target, replacement
+
+    def run(self, function: Any, *args: Any, world_size: int) -> list[Any]:
+        return self.pool.run(broken, function, args, self.target, self.replacement, world_size=world_size)
+
+
+def broken(rank: int, function: Any, args: Any, target: str, replacement: Any) -> Any:
+    with mock.patch(target, replacement):
+        return function(rank, *args)
+
+
+def test_negative_control(pool: ProcessPool) -> None:
+    """A weight that is wrong by the share of targets is found, and no module is blamed."""
+    patched = BrokenPool(pool, "lightning_ulysses.weighting.token_weight", no_weight)
+    batch = pair_batch(2, 33, 2, "uneven")
+    assert check(pool, HandWritten(), batch).exact
+    report = check(patched, HandWritten(), batch)
+    assert not report.exact and report.loss_error > 1e-3 and report.gradient_error > 1e-3
+    assert report.finding is not None and report.finding.kind == "targets" and report.finding.module == ""
+
+
+class FailsOnOneRank(HandWritten):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.global_rank == 1:
+            raise ValueError("no such slice")
+        return super().training_step(batch, batch_idx)
+
+
+class Fails(HandWritten):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        raise ValueError("never works")
+
+
+def test_failures(pool: ProcessPool) -> None:
+    report = check(pool, FailsOnOneRank(), pair_batch(1, 33))
+    assert report.finding is not None and report.finding.kind == "failed" and not report.exact
+    assert "ValueError: no such slice" in report.finding.reason and not report.split_losses
+    heads = check(pool, HandWritten(heads=3, kv_heads=3), pair_batch(1, 33), sp_size=4)
+    assert heads.finding is not None and heads.finding.kind == "refused" and "3 query heads" in heads.finding.reason
+    with pytest.raises(UlyssesError, match="ValueError: never works"):
+        verify_parity(Fails(), pair_batch(1, 33), pool=pool)
+    with pytest.raises(UlyssesError, match="batches with at least one valid label"):
+        verify_parity(LlamaModule(), token_batch(1, 33, 1, "none"), pool=pool)
+
+
+def test_messages(pool: ProcessPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def says(text: str, module: Any, batch: Any = None, **kwargs: Any) -> None:
+        with pytest.raises(UlyssesError, match=text):
+            verify_parity(module, pair_batch(1, 33) if batch is None else batch, pool=pool, **kwargs)
+
+    says("automatic_optimization=False", HandWritten(manual=True))
+    says("holds no transformers model", HandWritten(), layers=1)
+    says("sp_size=1", HandWritten(), sp_size=1)
+    says("2 batches for steps=3", HandWritten(), [pair_batch(1, 33)] * 2, steps=3)
+    says(r"strategy with \['stage'\]", HandWritten(), strategy={"stage": 3})
+    says("3 tokens per row", HandWritten(), pair_batch(1, 3), sp_size=4)
+
+    class Inside(HandWritten):
+        pass
+
+    says("Inside, which cannot be sent to other processes", Inside())
+    lambdas = HandWritten()
+    lambdas.activation = lambda x: x  # type: ignore[assignment]
+    says("HandWritten, which cannot be sent", lambdas)
+    monkeypatch.setattr(HandWritten, "__module__", "__main__")
+    monkeypatch.delattr(sys.modules["__main__"], "__file__")
+    says("HandWritten, defined in a notebook or at a prompt", HandWritten())
+
+
+class Lazy(LlamaModule):
+    """Builds its model late, and more of it than would fit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        del self.model
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "model"):
+            self.model = LlamaModule(layers=3).model
+            # Other weights in every process, unless they get the same ones.
+            generator = torch.Generator()
+            generator.seed()
+            nn.init.normal_(self.model.lm_head.weight, std=0.1, generator=generator)
+
+
+def test_a_model_that_is_built_late(pool: ProcessPool) -> None:
+    report = check(pool, Lazy(), token_batch(1, 33, 2), layers=2)
+    assert report.exact and report.grad_norms[0] > 0.1
+    assert any("layers.1." in name for name in report.parameter_errors)
+    assert not any("layers.2." in name for name in report.parameter_errors)
+
+
+PROGRAM = """
+import lightning as L
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_ulysses import sequence_positions
+from lightning_ulysses.verification import verify_parity
+
+
+class GPT(L.LightningModule):
+    def __init__(self, width: int = 32, lr: float = 0.1, arange: bool = False):
+        super().__init__()
+        self.embed, self.place = nn.Embedding(61, width), nn.Embedding(256, width)
+        self.qkv, self.head = nn.Linear(width, 3 * width), nn.Linear(width, 61)
+        self.arange, self.lr = arange, lr
+
+    def forward(self, x):
+        h = self.embed(x) + self.place(torch.arange(x.shape[1]) if self.arange else sequence_positions(x))
+        q, k, v = self.qkv(h).unflatten(-1, (3, 4, -1)).permute(2, 0, 3, 1, 4)
+        return self.head(h + F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+    def training_step(self, batch, batch_idx):
+        print("user code prints")
+        return F.cross_entropy(self(batch["tokens"]).flatten(0, 1), batch["labels"].flatten())
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=self.lr)
+
+
+class Data(L.LightningDataModule):
+    def setup(self, stage):
+        tokens = torch.randint(0, 61, (8, 33), generator=torch.Generator().manual_seed(0))
+        self.rows = [{"tokens": row, "labels": row.roll(-1)} for row in tokens]
+
+    def train_dataloader(self):
+        return DataLoader(self.rows, batch_size=2)
+
+
+def main():
+    data = Data()
+    data.setup("fit")
+    print(verify_parity(GPT(), next(iter(data.train_dataloader())), strategy={"sequence_dims": {"tokens": 1}}))
+"""
+CONFIG = """
+seed_everything: 1
+trainer:
+  accelerator: cuda
+  devices: 8
+  strategy:
+    class_path: lightning_ulysses.UlyssesDeepSpeedStrategy
+    init_args: {sp_size: 8, stage: 3, targets: labels, sequence_dims: {tokens: 1}}
+  callbacks:
+    - class_path: lightning_ulysses.TokenCountMonitor
+model:
+  class_path: users_program.GPT
+  init_args: {lr: 1e-3, arange: false}
+data:
+  class_path: users_program.Data
+"""
+
+
+@pytest.fixture
+def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "users_program.py").write_text(PROGRAM)
+    (tmp_path / "my.yaml").write_text(CONFIG)
+    (tmp_path / "wrong.yaml").write_text(CONFIG.replace("arange: false", "arange: true"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return tmp_path
+
+
+def call(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=240)
+
+
+VERIFY = ("-m", "lightning_ulysses.cli.main", "verify", "--config")
+
+
+def test_command_on_a_right_module(program: Path) -> None:
+    found = call(program, *VERIFY, "my.yaml", "--steps", "2")
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.splitlines()[-1] == "EXACT: every difference is at most 0.0001"
+    assert "loss, batch 2" in found.stdout and "user code prints" not in found.stdout
+
+
+def test_command_on_a_wrong_module(program: Path) -> None:
+    found = call(program, *VERIFY, "wrong.yaml", "--json")
+    assert found.returncode == 1, found.stderr
+    values = json.loads(found.stdout)
+    assert values["exact"] is False and values["loss"]["relative_error"] > 1e-3
+    assert values["finding"]["kind"] == "positions" and values["finding"]["module"] == "place"
+    assert "users_program.py:20: h = self.embed(x) + self.place(torch.arange(" in values["finding"]["line"]
+    assert values["parameters"]["place.weight"] > 0.1
+
+
+def test_a_script_that_is_its_own_module(program: Path) -> None:
+    (program / "guarded.py").write_text(f"{PROGRAM}\n\nif __name__ == '__main__':\n    main()\n")
+    assert call(program, "guarded.py").stdout.splitlines()[-1].startswith("EXACT")
+    (program / "unguarded.py").write_text(f"{PROGRAM}\n\nmain()\n")
+    assert "put what your script runs under `if __name__ == '__main__':`" in call(program, "unguarded.py").stderr
+
+
+def test_config(program: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def load(name: str = "my.yaml", *options: str) -> Any:
+        return load_config(parser().parse_args(["verify", "--config", str(program / name), *options]))
+
+    def says(text: str, name: str, *options: str) -> None:
+        with pytest.raises(SystemExit) as ended:
+            main(["verify", "--config", str(program / name), *options])
+        printed = capsys.readouterr()
+        assert ended.value.code == 2 and text in printed.err and not printed.out
+
+    module, batches, settings = load("my.yaml", "--steps", "2")
+    assert type(module).__name__ == "GPT" and module.lr == 1e-3
+    assert len(batches) == 2 and batches[0]["tokens"].shape == (2, 33)
+    assert settings == {"targets": "labels", "sequence_dims": {"tokens": 1}}
+    again = load()[0]
+    assert torch.equal(module.embed.weight, again.embed.weight)
+
+    (program / "bare.yaml").write_text("model: {lr: 0.5}\ndata: {}\n")
+    assert load("bare.yaml", "--model", "users_program.GPT", "--data", "users_program.Data")[0].lr == 0.5
+    says("add --model your_file.YourClass", "bare.yaml")
+    says("nowhere.yaml, which is no file", "nowhere.yaml")
+    says("from which module or data cannot be made", "bare.yaml", "--model", "users_program.Nothing", "--data", "x.Y")
+    says("4 batches from the train dataloader for steps=5", "my.yaml", "--steps", "5")
+    (program / "empty.yaml").write_text("trainer: {}\n")
+    says("empty.yaml without model", "empty.yaml")
+    (program / "list.yaml").write_text("model: [\n")
+    says("Expected a YAML file", "list.yaml")
