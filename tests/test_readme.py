@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 import lightning_ulysses
 from lightning_ulysses import UlyssesDeepSpeedStrategy
 from lightning_ulysses.batch import read_batch
+from lightning_ulysses.cli.main import _parser as command_line
 from lightning_ulysses.layout import SequenceLayout
 from lightning_ulysses.mesh import MeshSizes, SequenceMesh
 from lightning_ulysses.processes import ProcessPool
@@ -104,6 +105,10 @@ WHOLE = [{key: tensor[None] for key, tensor in row.items()} for row in ROWS]
 
 def given(folder: str) -> Names:
     return {"module": LlamaModule(lr=0.1), "data": DataLoader(ROWS, batch_size=1)}
+
+
+def given_whole(folder: str) -> Names:
+    return {"module": LlamaModule(lr=0.1), "batch": WHOLE[0]}
 
 
 def given_heads(folder: str) -> Names:
@@ -329,6 +334,7 @@ USES: dict[str, Use] = {
     "README.md / Loss and logging / 2": Use(check_monitor),
     "README.md / Checkpoints / 1": Use(check_resumed, checkpoint=True),
     "README.md / Checkpoints / 2": Use(check_export, world=1, checkpoint=True),
+    "README.md / Check your own module / 2": Use(lambda names: None, given_whole, world=0),
     "CONTRIBUTING.md / A parity test, with its negative control / 1": Use(lambda names: None, world=0),
     "CONTRIBUTING.md / An attention interceptor / 1": Use(check_interceptor, given_ops),
 }
@@ -364,10 +370,10 @@ def test_python(pool: ProcessPool, tmp_path: Path, block: Block) -> None:
     if use.world:
         pool.run(run_snippet, block.name, block.source, str(tmp_path), world_size=use.world)
         return
-    names: Names = {"__name__": "snippet"}
+    names: Names = {"__name__": "snippet", **use.names(str(tmp_path))}
     exec(compile(block.source, block.name, "exec"), names)
     tests = [names[name] for name in names if name.startswith("test_") and isinstance(names[name], FunctionType)]
-    assert tests
+    assert tests or "\nassert " in block.source
     for test in tests:
         test(pool)
 
@@ -404,6 +410,8 @@ def test_commands(block: Block) -> None:
             extra = re.fullmatch(r"\.(?:\[(\w+)\])?", arguments[1])
             assert arguments[0] == "install" and len(arguments) == 2 and extra, line
             assert extra[1] is None or re.search(rf"^{extra[1]} = \[", project, re.MULTILINE), line
+        elif program == "lightning-ulysses":
+            assert command_line().parse_args(arguments)
         else:
             assert program in (".venv/bin/pytest", ".venv/bin/python"), line
             assert (ROOT / arguments[0]).is_file(), line
