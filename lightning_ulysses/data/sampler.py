@@ -14,6 +14,7 @@ from typing_extensions import override
 from lightning_ulysses.data.balance import CostModel, Deal
 from lightning_ulysses.data.dataset import Lengths, PackedDataset, read_lengths
 from lightning_ulysses.data.packing import Overlong
+from lightning_ulysses.data.place import Place, given_place, place_in
 from lightning_ulysses.data.plan import Pack, PackingPlan, PackingReport, PackingSettings, Segments, begun
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.state import current_state
@@ -90,8 +91,8 @@ class SequenceShardSampler(DistributedSampler[Pack]):
         self.seed = _whole("seed", seed, 0)
         self.drop_last = drop_last
         self.epoch = 0
-        self._given = self._check_place(num_replicas, rank)
-        self._former: tuple[int, int] | None = None
+        self._given = given_place(num_replicas, rank)
+        self._former: Place | None = None
         settings = PackingSettings(
             max_tokens=self.max_tokens,
             overlong=overlong,
@@ -112,40 +113,14 @@ class SequenceShardSampler(DistributedSampler[Pack]):
                 f"overlong={overlong!r} loses {pieces.lost_tokens} of {self.lengths.sum()} tokens."
             )
 
-    @staticmethod
-    def _check_place(num_replicas: int | None, rank: int | None) -> tuple[int, int] | None:
-        if num_replicas is None and rank is None:
-            return None
-        if num_replicas is None or rank is None or not 0 <= rank < num_replicas:
-            raise UlyssesError(
-                f"num_replicas={num_replicas} with rank={rank}",
-                "both or neither, and a rank below num_replicas",
-                "leave both out under the strategy, or take them from trainer.strategy.distributed_sampler_kwargs",
-            )
-        return num_replicas, rank
-
-    def _place(self) -> tuple[int, int]:
+    def _place(self) -> Place:
         """Data-parallel ranks and this one's number."""
         state = current_state()
         if state is None:
             live = (dist.get_world_size(), dist.get_rank()) if dist.is_available() and dist.is_initialized() else (1, 0)
             # Lightning asks for the length once more after the strategy has been torn down.
             return self._given or self._former or live
-        mesh = state.mesh
-        if self._given not in (None, (mesh.dp_size, mesh.dp_rank)):
-            raise UlyssesError(
-                f"num_replicas and rank {self._given} in a process that is data-parallel rank {mesh.dp_rank} of "
-                f"{mesh.dp_size} (sp_size={mesh.sp_size})",
-                "the data-parallel ranks, not all processes",
-                "leave num_replicas and rank out",
-            )
-        if self.max_tokens < mesh.sp_size:
-            raise UlyssesError(
-                f"max_tokens={self.max_tokens} with sp_size={mesh.sp_size}",
-                "at least one token for each rank that shares a pack",
-                "raise max_tokens",
-            )
-        self._former = mesh.dp_size, mesh.dp_rank
+        self._former = place_in(state.mesh, self._given, self.max_tokens)
         return self._former
 
     @property

@@ -16,9 +16,9 @@ from typing_extensions import override
 from lightning_ulysses.data.buffer import Pack, PackingPass, PackingRules, spread
 from lightning_ulysses.data.collate import PackingCollator
 from lightning_ulysses.data.packing import Overlong
+from lightning_ulysses.data.place import Place, given_place, place_in
 from lightning_ulysses.data.source import Source, check_source, read_whole
 from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.mesh import SequenceMesh
 from lightning_ulysses.state import current_state
 
 _BUFFERED_PACKS = 16
@@ -115,9 +115,9 @@ class PackedStream(IterableDataset[Any]):
         self.last_round = last_round
         self.collate_fn = PackingCollator() if collate_fn is None else collate_fn
         self.seed = seed
-        self._given = None if num_replicas is None or rank is None else (num_replicas, rank)
-        self._check(num_replicas, rank)
-        self._inherited: tuple[int, int] | None = None
+        self._given = given_place(num_replicas, rank)
+        self._check()
+        self._inherited: Place | None = None
         # Shared, so that `set_epoch` reaches workers that live for several epochs.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._loaded: dict[str, Any] | None = None
@@ -126,7 +126,7 @@ class PackedStream(IterableDataset[Any]):
         self._rounds = 0
         self._is_over = False
 
-    def _check(self, num_replicas: int | None, rank: int | None) -> None:
+    def _check(self) -> None:
         _check_least("buffer_tokens", self.rules.buffer_tokens, self.rules.max_tokens)
         _check_least("rows_per_batch", self.rows_per_batch, 1)
         for name, value, choices in (
@@ -135,37 +135,15 @@ class PackedStream(IterableDataset[Any]):
         ):
             if value not in choices:
                 raise UlyssesError(f"{name}={value!r}", f"one of {list(choices)}", f"change {name}")
-        if (num_replicas is None) != (rank is None) or (self._given and not 0 <= self._given[1] < self._given[0]):
-            raise UlyssesError(
-                f"num_replicas={num_replicas} with rank={rank}",
-                "both or neither, and a rank below num_replicas",
-                "leave both out under the strategy, or take them from trainer.strategy.distributed_sampler_kwargs",
-            )
 
-    def _known_place(self) -> tuple[int, int] | None:
+    def _known_place(self) -> Place | None:
         """Data-parallel ranks and this one's number, as far as this process knows."""
         state = current_state()
         if state is not None:
-            self._check_mesh(state.mesh)
-            return state.mesh.dp_size, state.mesh.dp_rank
+            return place_in(state.mesh, self._given, self.rules.max_tokens)
         if self._given is None and dist.is_available() and dist.is_initialized():
             return dist.get_world_size(), dist.get_rank()
         return self._given or self._inherited
-
-    def _check_mesh(self, mesh: SequenceMesh) -> None:
-        if self._given not in (None, (mesh.dp_size, mesh.dp_rank)):
-            raise UlyssesError(
-                f"num_replicas and rank {self._given} in a process that is data-parallel rank {mesh.dp_rank} of "
-                f"{mesh.dp_size} (sp_size={mesh.sp_size})",
-                "the data-parallel ranks, not all processes",
-                "leave num_replicas and rank out",
-            )
-        if self.rules.max_tokens < mesh.sp_size:
-            raise UlyssesError(
-                f"max_tokens={self.rules.max_tokens} with sp_size={mesh.sp_size}",
-                "at least one token for each rank that shares a row",
-                "raise max_tokens",
-            )
 
     def __getstate__(self) -> dict[str, Any]:
         # A spawned worker knows neither the strategy nor the process group, but what is pickled for it here.
