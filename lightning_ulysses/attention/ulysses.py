@@ -68,7 +68,7 @@ def local_mask_error(attn_mask: Tensor, layout: SequenceLayout) -> UlyssesError:
     )
 
 
-def _document_runs(cu_seqlens: Tensor, seq_len: int) -> Runs:
+def document_runs(cu_seqlens: Tensor, seq_len: int) -> Runs:
     """Reads ``cu_seqlens`` once for each batch: from a GPU this waits for everything that is queued there."""
     state = current_state()
     batch = state.batch if state is not None else None
@@ -137,7 +137,7 @@ def ulysses_attention(
                 "one row",
                 "pack the documents into one row, (1, S), or pass the rows one by one",
             )
-        documents = (_document_runs(cu_seqlens, layout.seq_len if layout else q.shape[2]),)
+        documents = (document_runs(cu_seqlens, layout.seq_len if layout else q.shape[2]),)
     spec = MaskSpec(is_causal, window, documents, num_padding=layout.num_padding if layout else 0)
     if attn_mask is not None and layout is not None and not covers_sequence(attn_mask, layout):
         raise local_mask_error(attn_mask, layout)

@@ -23,7 +23,7 @@ from lightning_ulysses.probing.calls import Call, choose_length
 from lightning_ulysses.probing.recording import Recording, first_to_depend_on_place, first_to_move, record
 from lightning_ulysses.state import LiveBatch, SequenceState
 
-_MOST_CALLS = 8
+_MOST_CALLS = 64
 
 
 class ModelProbe:

@@ -1,0 +1,165 @@
+"""flash-attn's and xformers' functions, stood in for by reference kernels of the same signatures."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import Block, HandWritten, count_targets, pair_batch
+from torch import Tensor
+
+from lightning_ulysses import UlyssesError
+from lightning_ulysses.attention.attend import MaskSpec, attend
+from lightning_ulysses.layout import cu_seqlens_to_runs
+from lightning_ulysses.processes import ProcessPool
+from lightning_ulysses.testing import SplitRun, compare, fit_rank, fit_single
+
+S = 33
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: tuple[int, int], scale: Any, runs: Any) -> Tensor:
+    """(B, S, H, D); what lies outside of the package computes this."""
+    spec = MaskSpec(causal, window[0] + 1 if window[0] >= 0 else None, runs)
+    return attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), spec, scale=scale).transpose(1, 2)
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Tensor:
+    return reference(q, k, v, causal, window_size, softmax_scale, None)
+
+
+def flash_attn_qkvpacked_func(qkv: Tensor, dropout_p: float = 0.0, causal: bool = False) -> Tensor:
+    return reference(*qkv.unbind(2), causal, (-1, -1), None, None)
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    causal: bool = False,
+) -> Tensor:
+    runs = (cu_seqlens_to_runs(cu_seqlens_q.tolist(), len(q)),)
+    return reference(q[None], k[None], v[None], causal, (-1, -1), None, runs)[0]
+
+
+class LowerTriangularMask:
+    pass
+
+
+def memory_efficient_attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_bias: Any = None, p: float = 0.0, scale: float | None = None
+) -> Tensor:
+    mask = attn_bias if isinstance(attn_bias, Tensor) else None
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=attn_bias is not None and mask is None).transpose(
+        1, 2
+    )
+
+
+def install_fakes() -> None:
+    flash, xformers, ops = ModuleType("flash_attn"), ModuleType("xformers"), ModuleType("xformers.ops")
+    for function in (flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func):
+        setattr(flash, function.__name__, function)
+    ops.memory_efficient_attention = memory_efficient_attention  # type: ignore[attr-defined]
+    sys.modules.update({"flash_attn": flash, "xformers": xformers, "xformers.ops": ops})
+
+
+EDGES = torch.tensor([0, 9, 20, S], dtype=torch.int32)
+
+
+class Flash(HandWritten):
+    """Attention by one of the functions, taken from its module or held under another name."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        install_fakes()
+        self.kind, self.held = kind, sys.modules["flash_attn"].flash_attn_func
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            block.attend = self.attend  # type: ignore[method-assign]
+
+    def attend(self, *heads: Tensor) -> Tensor:
+        flash: Any = sys.modules["flash_attn"]
+        # (B, H, S_r, D) -> (B, S_r, H, D)
+        q, k, v = (t.transpose(1, 2) for t in heads)
+        if self.kind == "causal":
+            out = flash.flash_attn_func(q, k, v, 0.0, None, True)
+        elif self.kind == "held":
+            out = self.held(q, k, v, causal=True, softmax_scale=0.2)
+        elif self.kind == "window":
+            out = flash.flash_attn_func(q, k, v, causal=True, window_size=(6, 0))
+        elif self.kind == "qkvpacked":
+            out = flash.flash_attn_qkvpacked_func(torch.stack([q, k, v], dim=2), causal=True)
+        elif self.kind == "varlen":
+            rest = (EDGES, EDGES, 13, 13)
+            out = flash.flash_attn_varlen_func(q[0], k[0], v[0], *rest, causal=True)[None]
+        elif self.kind in ("softcap", "both sides"):
+            settings: Any = {"softcap": 3.0} if self.kind == "softcap" else {"window_size": (3, 3)}
+            out = flash.flash_attn_func(q, k, v, **settings)
+        elif self.kind == "local edges":
+            edges = torch.tensor([0, q.shape[1]], dtype=torch.int32)
+            out = flash.flash_attn_varlen_func(q[0], k[0], v[0], edges, edges, 9, 9)[None]
+        else:
+            bias = LowerTriangularMask() if self.kind == "xformers" else torch.ones(S, S).tril().log()
+            out = sys.modules["xformers.ops"].memory_efficient_attention(q, k, v, attn_bias=bias)
+        return out.transpose(1, 2)
+
+
+def fit(rank: int, kind: str, run: SplitRun) -> Any:
+    made: list[Flash] = []
+
+    def make() -> Flash:
+        made.append(Flash(kind))
+        return made[0]
+
+    result = fit_rank(rank, make, [pair_batch(seed, S) for seed in range(run.world_size // run.sp_size)], run)
+    assert made[0].held is flash_attn_func is sys.modules["flash_attn"].flash_attn_func
+    assert sys.modules["xformers.ops"].memory_efficient_attention is memory_efficient_attention
+    return result
+
+
+@pytest.mark.parametrize("kind", ["causal", "held", "window", "qkvpacked", "varlen", "xformers", "xformers bias"])
+@pytest.mark.parametrize("run", [SplitRun(), SplitRun(4, 4)], ids=["2", "4"])
+def test_one_step(pool: ProcessPool, kind: str, run: SplitRun) -> None:
+    single = fit_single(partial(Flash, kind), [[pair_batch(0, S)]], count_targets)
+    for result in pool.run(fit, kind, run, world_size=run.world_size):
+        assert compare(result, single).largest <= 1e-5
+
+
+REFUSED = {
+    "softcap": ("flash_attn_func with softcap", "plain softmax"),
+    "both sides": ("window_size=(3, 3)", "a causal window"),
+    "local edges": ("flash_attn_varlen_func on", "the cu_seqlens of the whole row"),
+}
+
+
+def refused(rank: int, kind: str) -> UlyssesError:
+    with pytest.raises(UlyssesError) as caught:
+        fit_rank(rank, partial(Flash, kind), [pair_batch(0, S)], SplitRun())
+    return caught.value
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_be_kept_is_refused(pool: ProcessPool, kind: str) -> None:
+    for error in pool.run(refused, kind, world_size=2):
+        assert [part for part in REFUSED[kind] if part not in str(error)] == [], error
