@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing
 import os
 import pickle
@@ -29,6 +30,10 @@ class RemoteError(RuntimeError):
         self.cause = cause
 
 
+# Trainers are cycles; as they pile up, so do the threads of their process groups.
+_COLLECT_EVERY = 6
+
+
 def free_port() -> int:
     """A TCP port that nobody listens on."""
     with socket.socket() as probe:
@@ -37,13 +42,18 @@ def free_port() -> int:
         return port
 
 
-def _clean_up() -> None:
+def _clean_up(runs: int) -> None:
     import torch.distributed as dist
 
+    # While the group is there: ZeRO-3 asks for the rank.
+    if "deepspeed" in sys.modules:
+        upstream.release_engines()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
     if "deepspeed" in sys.modules:
         upstream.forget_world()
+    if runs % _COLLECT_EVERY == 0:
+        gc.collect()
 
 
 def _serve(connection: Connection) -> None:
@@ -51,6 +61,7 @@ def _serve(connection: Connection) -> None:
     import torch
 
     torch.set_num_threads(1)
+    runs = 0
     while True:
         try:
             message = connection.recv()
@@ -70,7 +81,8 @@ def _serve(connection: Connection) -> None:
                 cause = None
             reply = (False, (traceback.format_exc(), cause))
         finally:
-            _clean_up()
+            runs += 1
+            _clean_up(runs)
         try:
             connection.send(reply)
         except BrokenPipeError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -119,6 +120,20 @@ def rescale_progress(checkpoint: dict[str, Any], dp_size: int) -> None:
 def set_device_mesh(module: pl.LightningModule, mesh: torch.distributed.device_mesh.DeviceMesh | None) -> None:
     """Makes ``LightningModule.device_mesh`` answer, as Lightning's ModelParallelStrategy does."""
     module._device_mesh = mesh
+
+
+def release_engines() -> None:
+    """Lets go of the engines of this process, which hold their process groups and with them threads that poll.
+
+    Their hooks on autograd's nodes form cycles that Python's collector does not see; without them it does.
+    """
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    found = [thing for thing in gc.get_objects() if type(thing) is DeepSpeedEngine]
+    # Some are still held elsewhere, and met again.
+    for engine in (engine for engine in found if not hasattr(engine, "_released")):
+        engine._released = True
+        engine.destroy()
 
 
 def forget_world() -> None:
