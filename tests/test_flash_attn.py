@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -84,6 +85,19 @@ def install_fakes() -> None:
     sys.modules.update({"flash_attn": flash, "xformers": xformers, "xformers.ops": ops})
 
 
+def remove_fakes() -> None:
+    """Other tests ask whether flash-attn is there."""
+    for name in ("flash_attn", "xformers.ops", "xformers"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(autouse=True)
+def fakes() -> Iterator[None]:
+    install_fakes()
+    yield
+    remove_fakes()
+
+
 EDGES = torch.tensor([0, 9, 20, S], dtype=torch.int32)
 
 
@@ -135,6 +149,7 @@ def fit(rank: int, kind: str, run: SplitRun) -> Any:
     result = fit_rank(rank, make, [pair_batch(seed, S) for seed in range(run.world_size // run.sp_size)], run)
     assert made[0].held is flash_attn_func is sys.modules["flash_attn"].flash_attn_func
     assert sys.modules["xformers.ops"].memory_efficient_attention is memory_efficient_attention
+    remove_fakes()
     return result
 
 
@@ -156,6 +171,7 @@ REFUSED = {
 def refused(rank: int, kind: str) -> UlyssesError:
     with pytest.raises(UlyssesError) as caught:
         fit_rank(rank, partial(Flash, kind), [pair_batch(0, S)], SplitRun())
+    remove_fakes()
     return caught.value
 
 
