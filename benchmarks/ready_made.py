@@ -35,7 +35,7 @@ def _ready(cache: dict[tuple[Any, ...], Tensor], slot: int, shape: tuple[int, ..
 @contextmanager
 def attention_left_out() -> Iterator[None]:
     """Replaces the kernel that both sides call, so that what is left is exchange, layout changes and bookkeeping."""
-    ours: Any = importlib.import_module("lightning_ulysses.attention.attend")
+    ours: Any = importlib.import_module("lightning_ulysses.attention.kernel")
     functional: Any = torch.nn.functional
     kernels = ours._sdpa, functional.scaled_dot_product_attention
     cache: dict[tuple[Any, ...], Tensor] = {}

@@ -66,6 +66,8 @@ class SequenceState:
         self.suspensions = 0
         self.collect_evidence = False
         self.probing = False
+        # Whether a model that was probed attends to keys that are no part of the sequence.
+        self.attends_memory = False
         self._depth = 0
 
     @property

@@ -17,7 +17,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_ulysses.attention import MaskSpec, attend
+from lightning_ulysses.attention.explicit import Extras
 from lightning_ulysses.layout import Runs, runs_from_starts
+
+
+def chunk_of(spec: MaskSpec, row: int, place: int) -> int:
+    """Chunks are counted from the document's first token, or from the first one that is no left padding."""
+    first = spec.valid[row][0][0] if spec.valid and spec.valid[row] and not spec.documents else 0
+    for begin, end in spec.documents[row] if spec.documents else ():
+        first = begin if begin <= place < end else first
+    return 0 if spec.chunk is None else (place - first) // spec.chunk
 
 
 def visible(spec: MaskSpec, rows: int, seq_len: int) -> Tensor:
@@ -32,20 +41,32 @@ def visible(spec: MaskSpec, rows: int, seq_len: int) -> Tensor:
                     any(begin <= query < end and begin <= key < end for begin, end in documents)
                     and any(begin <= key < end for begin, end in valid)
                     and not (spec.causal and key > query)
-                    and not (spec.causal and spec.window is not None and key <= query - spec.window)
+                    and not (spec.window is not None and key <= query - spec.window)
+                    and not (spec.ahead is not None and key > query + spec.ahead)
+                    and chunk_of(spec, row, query) == chunk_of(spec, row, key)
                     and key < seq_len - spec.num_padding
                 )
     return mask
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, spec: MaskSpec, scale: float | None, index: list[int]) -> Tensor:
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, spec: MaskSpec, scale: float | None, index: list[int], extras: Extras
+) -> Tensor:
     """Softmax over what is visible; a query that sees nothing gets zeros."""
     k, v = k[:, index], v[:, index]
     mask = visible(spec, q.shape[0], q.shape[2])[:, None]
     scores = q @ k.transpose(2, 3) * (1 / math.sqrt(q.shape[3]) if scale is None else scale)
-    # Shifting by the largest score of the row, seen or not, is enough at this size.
-    weights = (scores - scores.detach().amax(-1, keepdim=True)).exp() * mask
-    return weights / weights.sum(-1, keepdim=True).clamp_min(1e-300) @ v
+    if extras.softcap is not None:
+        scores = (scores / extras.softcap).tanh() * extras.softcap
+    if extras.alibi_slopes is not None:
+        place = torch.arange(q.shape[2])
+        scores = scores - extras.alibi_slopes[:, None, None] * (place[:, None] - place).abs()
+    # At this size no shift by the largest score is needed.
+    weights = scores.exp() * mask
+    total = weights.sum(-1, keepdim=True)
+    if extras.sinks is not None:
+        total = total + extras.sinks[:, None, None].exp()
+    return weights / total.clamp_min(1e-300) @ v
 
 
 def inputs(rows: int, seq_len: int, heads: int, kv_heads: int, size: int = 4, value_size: int = 4) -> list[Tensor]:
@@ -66,20 +87,23 @@ def check(
     kv_index: tuple[int, ...] | None = None,
     scale: float | None = None,
     value_size: int = 4,
+    extras: Extras | None = None,
 ) -> None:
     """Forward and backward; what the tokens of the padding get is nobody's concern."""
     q, k, v = inputs(rows, seq_len, heads, kv_heads, value_size=value_size)
     real = seq_len - spec.num_padding
     index = list(kv_index) if kv_index is not None else [head // (heads // kv_heads) for head in range(heads)]
-    found = attend(q, k, v, spec, scale=scale, kv_index=kv_index)
-    wanted = reference(q, k, v, spec, scale, index)
+    extras = extras or Extras()
+    found = attend(q, k, v, spec, scale=scale, kv_index=kv_index, extras=extras)
+    wanted = reference(q, k, v, spec, scale, index, extras)
     assert found.shape == wanted.shape == (rows, heads, seq_len, value_size)
     torch.testing.assert_close(found[:, :, :real], wanted[:, :, :real], atol=1e-12, rtol=1e-12)
     weights = torch.randn(wanted.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
     weights[:, :, real:] = 0
+    learned = [q, k, v, *(t for t in (extras.sinks, extras.alibi_slopes) if t is not None)]
     for got, want in zip(
-        torch.autograd.grad((found * weights).sum(), (q, k, v), materialize_grads=True),
-        torch.autograd.grad((wanted * weights).sum(), (q, k, v)),
+        torch.autograd.grad((found * weights).sum(), learned, materialize_grads=True),
+        torch.autograd.grad((wanted * weights).sum(), learned, materialize_grads=True),
         strict=True,
     ):
         torch.testing.assert_close(got, want, atol=1e-11, rtol=1e-11)
@@ -99,6 +123,11 @@ KINDS = {
     "window": MaskSpec(True, window=3),
     "window of one": MaskSpec(True, window=1),
     "wide window": MaskSpec(True, window=40),
+    "window on both sides": MaskSpec(False, window=3, ahead=2),
+    "mostly ahead": MaskSpec(False, window=1, ahead=6),
+    "wide on both sides": MaskSpec(False, window=40, ahead=40),
+    "chunks": MaskSpec(True, chunk=4),
+    "chunks on both sides": MaskSpec(False, chunk=5),
 }
 
 
@@ -154,8 +183,12 @@ def specs(draw: st.DrawFn) -> tuple[MaskSpec, int, int]:
         drawn = [draw(edges) for _ in range(rows)]
         valid = tuple(tuple(zip(row[::2], row[1::2], strict=False)) for row in drawn)
     padding = draw(st.integers(0, min(3, seq_len - 1)))
-    window = draw(st.none() | st.integers(1, 12))
-    return MaskSpec(draw(st.booleans()), window, documents, valid, padding), rows, seq_len
+    window, ahead = draw(st.none() | st.integers(1, 12)), None
+    causal = draw(st.booleans())
+    if window is not None and not causal:
+        ahead = draw(st.integers(0, 12))
+    chunk = draw(st.none() | st.integers(1, 12))
+    return MaskSpec(causal, window, documents, valid, padding, ahead, chunk), rows, seq_len
 
 
 @settings(deadline=None, max_examples=150)
@@ -163,6 +196,35 @@ def specs(draw: st.DrawFn) -> tuple[MaskSpec, int, int]:
 @example((MaskSpec(True, 2, (((0, 3), (3, 6)),), (((1, 2), (5, 6)),), 0), 1, 6))
 def test_any_mask(drawn: tuple[MaskSpec, int, int]) -> None:
     check(drawn[0], drawn[1], drawn[2])
+
+
+def extras_of(kind: str, heads: int) -> Extras:
+    per_head = torch.linspace(0.3, 1.2, heads, dtype=torch.float64).requires_grad_()
+    return {"softcap": Extras(0.7), "sinks": Extras(sinks=per_head), "alibi": Extras(alibi_slopes=per_head)}.get(
+        kind, Extras(0.7, per_head, per_head)
+    )
+
+
+@pytest.mark.parametrize("extra", ["softcap", "sinks", "alibi", "all"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("valid", [None, "left", "holes", "nothing"])
+def test_softcap_sinks_and_alibi(extra: str, kind: str, valid: str | None) -> None:
+    spec = replace(KINDS[kind], valid=None if valid is None else (VALID[valid],))
+    check(spec, heads=4, extras=extras_of(extra, 4))
+    check(replace(spec, documents=DOCUMENTS, num_padding=2), heads=4, extras=extras_of(extra, 4))
+    check(spec, heads=5, kv_index=(0, 0, 0, 1, 1), extras=extras_of(extra, 5), value_size=3, scale=0.3)
+
+
+def test_explicit_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_ulysses.attention.explicit._BLOCK", 5)
+    for kind in KINDS:
+        check(KINDS[kind], seq_len=17, extras=extras_of("all", 2))
+
+
+@settings(deadline=None, max_examples=60)
+@given(specs(), st.sampled_from(["softcap", "sinks", "alibi", "all"]))
+def test_any_mask_with_extras(drawn: tuple[MaskSpec, int, int], extra: str) -> None:
+    check(drawn[0], drawn[1], drawn[2], extras=extras_of(extra, 2))
 
 
 class Largest(TorchDispatchMode):
@@ -180,7 +242,9 @@ class Largest(TorchDispatchMode):
         return result
 
 
-def cost(spec: MaskSpec, seq_len: int, rows: int = 1) -> tuple[list[tuple[int, int, int]], int]:
+def cost(
+    spec: MaskSpec, seq_len: int, rows: int = 1, extras: Extras | None = None
+) -> tuple[list[tuple[int, int, int]], int]:
     """(queries, keys, mask elements) of each kernel call of a forward, and the largest tensor until after backward."""
     calls: list[tuple[int, int, int]] = []
 
@@ -188,12 +252,11 @@ def cost(spec: MaskSpec, seq_len: int, rows: int = 1) -> tuple[list[tuple[int, i
         calls.append((q.shape[2], k.shape[2], 0 if attn_mask is None else attn_mask.numel()))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, **kwargs)
 
-    # The function of the same name hides the module from an import.
-    module = sys.modules["lightning_ulysses.attention.attend"]
+    module = sys.modules["lightning_ulysses.attention.kernel"]
     q, k, v = (t.detach().float().requires_grad_() for t in inputs(rows, seq_len, 2, 2))
     largest = Largest()
     with mock.patch.object(module, "_sdpa", kernel), largest:
-        attend(q, k, v, spec).sum().backward()
+        attend(q, k, v, spec, extras=extras).sum().backward()
     return calls, largest.elements
 
 
@@ -227,6 +290,26 @@ def test_a_window_costs_twice_its_width_for_each_token() -> None:
     assert sum(queries * keys for queries, keys, _ in calls) <= 2 * 32 * 1024
     assert all(mask == queries * keys for queries, keys, mask in calls)
     assert largest < 1024 * 1024 / 8
+
+
+def test_a_window_on_both_sides_costs_three_blocks_of_its_width() -> None:
+    for padding in (0, 5):
+        calls, largest = cost(MaskSpec(False, window=33, ahead=32, num_padding=padding), 1024)
+        assert sum(queries * keys for queries, keys, _ in calls) <= 3 * 33 * 1024
+        assert largest < 1024 * 1024 / 8
+
+
+def test_explicit_attention_keeps_no_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest tensor is the scores of one block, 2 heads * 64 queries * 1024 keys; none is kept for later."""
+    monkeypatch.setattr("lightning_ulysses.attention.explicit._BLOCK", 64)
+    extras = Extras(2.0, torch.zeros(2))
+    assert cost(MaskSpec(True), 1024, extras=extras)[1] <= 2 * 64 * 1025
+    saved: list[Tensor] = []
+    q, k, v = (t.detach().float().requires_grad_() for t in inputs(1, 1024, 2, 2))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+        attend(q, k, v, MaskSpec(True), extras=extras)
+    memory = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
+    assert sum(memory.values()) < 4 * 1024 * 64
 
 
 def test_one_whole_document_is_one_plain_call() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_ulysses import UlyssesError
 from lightning_ulysses.attention.attend import MaskSpec, attend
+from lightning_ulysses.attention.explicit import Extras
 from lightning_ulysses.layout import cu_seqlens_to_runs
 from lightning_ulysses.processes import ProcessPool
 from lightning_ulysses.testing import SplitRun, compare, fit_rank, fit_single
@@ -23,10 +24,13 @@ from lightning_ulysses.testing import SplitRun, compare, fit_rank, fit_single
 S = 33
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor, causal: bool, window: tuple[int, int], scale: Any, runs: Any) -> Tensor:
+def reference(
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: tuple[int, int], scale: Any, runs: Any, extras: Any = None
+) -> Tensor:
     """(B, S, H, D); what lies outside of the package computes this."""
-    spec = MaskSpec(causal, window[0] + 1 if window[0] >= 0 else None, runs)
-    return attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), spec, scale=scale).transpose(1, 2)
+    spec = MaskSpec(causal, window[0] + 1 if window[0] >= 0 else None, runs, ahead=window[1])
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return attend(q, k, v, spec, scale=scale, extras=extras).transpose(1, 2)
 
 
 def flash_attn_func(
@@ -42,7 +46,8 @@ def flash_attn_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Tensor:
-    return reference(q, k, v, causal, window_size, softmax_scale, None)
+    extras = Extras(softcap or None, alibi_slopes=alibi_slopes)
+    return reference(q, k, v, causal, window_size, softmax_scale, None, extras)
 
 
 def flash_attn_qkvpacked_func(qkv: Tensor, dropout_p: float = 0.0, causal: bool = False) -> Tensor:
@@ -101,6 +106,16 @@ def fakes() -> Iterator[None]:
 EDGES = torch.tensor([0, 9, 20, S], dtype=torch.int32)
 
 
+SETTINGS: dict[str, Any] = {
+    "softcap": {"softcap": 0.3, "causal": True},
+    "alibi": {"alibi_slopes": torch.tensor([0.5, 0.3, 0.2, 0.1])},
+    "both sides": {"window_size": (3, 5)},
+    "one side": {"window_size": (-1, 3)},
+    "slopes of rows": {"alibi_slopes": torch.ones(1, 4)},
+    "weights": {"return_attn_probs": True},
+}
+
+
 class Flash(HandWritten):
     """Attention by one of the functions, taken from its module or held under another name."""
 
@@ -127,9 +142,8 @@ class Flash(HandWritten):
         elif self.kind == "varlen":
             rest = (EDGES, EDGES, 13, 13)
             out = flash.flash_attn_varlen_func(q[0], k[0], v[0], *rest, causal=True)[None]
-        elif self.kind in ("softcap", "both sides"):
-            settings: Any = {"softcap": 3.0} if self.kind == "softcap" else {"window_size": (3, 3)}
-            out = flash.flash_attn_func(q, k, v, **settings)
+        elif self.kind in SETTINGS:
+            out = flash.flash_attn_func(q, k, v, **SETTINGS[self.kind])
         elif self.kind == "local edges":
             edges = torch.tensor([0, q.shape[1]], dtype=torch.int32)
             out = flash.flash_attn_varlen_func(q[0], k[0], v[0], edges, edges, 9, 9)[None]
@@ -153,7 +167,10 @@ def fit(rank: int, kind: str, run: SplitRun) -> Any:
     return result
 
 
-@pytest.mark.parametrize("kind", ["causal", "held", "window", "qkvpacked", "varlen", "xformers", "xformers bias"])
+KINDS = ["causal", "held", "window", "qkvpacked", "varlen", "xformers", "xformers bias"]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "softcap", "alibi", "both sides"])
 @pytest.mark.parametrize("run", [SplitRun(), SplitRun(4, 4)], ids=["2", "4"])
 def test_one_step(pool: ProcessPool, kind: str, run: SplitRun) -> None:
     single = fit_single(partial(Flash, kind), [[pair_batch(0, S)]], count_targets)
@@ -162,8 +179,9 @@ def test_one_step(pool: ProcessPool, kind: str, run: SplitRun) -> None:
 
 
 REFUSED = {
-    "softcap": ("flash_attn_func with softcap", "plain softmax"),
-    "both sides": ("window_size=(3, 3)", "a causal window"),
+    "weights": ("flash_attn_func with return_attn_probs", "plain softmax"),
+    "one side": ("window_size=(-1, 3)", "limited on both sides"),
+    "slopes of rows": ("alibi_slopes of shape (1, 4)", "one slope for each head"),
     "local edges": ("flash_attn_varlen_func on", "the cu_seqlens of the whole row"),
 }
 

@@ -197,8 +197,9 @@ def restore(rank: int) -> list[bool]:
         registered = [
             table._global_mapping[key]
             for table in (AttentionInterface, AttentionMaskInterface)
-            for key in ("sdpa", "flash_attention_2")
+            for key in ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
         ]
+        registered += [AttentionInterface.get_interface, AttentionMaskInterface._global_mapping["eager"]]
         return [F.linear, F.scaled_dot_product_attention, F.cross_entropy, GenerationMixin.generate, *registered]
 
     class Peek(L.Callback):

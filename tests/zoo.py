@@ -22,7 +22,6 @@ SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "nu
 GROUPED = {**SIZES, "num_key_value_heads": 2}
 HEADS = {**GROUPED, "head_dim": 8}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
-NO_SDPA = "cannot run on torch.nn.functional.scaled_dot_product_attention"
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 SEQ_LEN, BOUND = 33, 1e-5
 
@@ -61,14 +60,30 @@ ENTRIES = [
     Entry("Mixtral", sizes={**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}, why="experts"),
     Entry("Qwen3Moe", sizes={**HEADS, **EXPERTS, "num_experts": 4}, why="experts"),
     Entry("Gemma", sizes=HEADS),
-    Entry("Gemma2", sizes={**HEADS, "sliding_window": 7}, exact=False, why=NO_SDPA),
+    Entry(
+        "Gemma2",
+        sizes={
+            **HEADS,
+            "sliding_window": 7,
+            "attn_logit_softcapping": 0.5,
+            "query_pre_attn_scalar": 1,
+            "initializer_range": 0.2,
+        },
+        why="softcap, local and global layers",
+    ),
     Entry("Gemma3", sizes={**HEADS, "sliding_window": 7}, why="local and global layers", config="Gemma3TextConfig"),
     Entry("Phi", sizes=SIZES),
     Entry("Phi3"),
     Entry("Olmo2"),
     Entry("GPT2", "LMHeadModel", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
     Entry("GPTNeoX", sizes=SIZES),
-    Entry("GptOss", sizes={**HEADS, **EXPERTS, "num_local_experts": 4}, exact=False, why=NO_SDPA),
+    Entry("GptOss", sizes={**HEADS, **EXPERTS, "num_local_experts": 4, "sliding_window": 7}, why="sinks, experts"),
+    Entry(
+        "Llama4",
+        sizes={**HEADS, **EXPERTS, "num_local_experts": 2, "attention_chunk_size": 12, "intermediate_size_mlp": 48},
+        why="chunked attention, experts",
+        config="Llama4TextConfig",
+    ),
     Entry("Falcon", sizes={"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}),
     Entry("Starcoder2"),
     Entry("Cohere"),
@@ -100,8 +115,7 @@ ENTRIES = [
         "ModernBert",
         "ForMaskedLM",
         {**SIZES, "local_attention": 8},
-        exact=False,
-        why="an attention mask made of ['sliding_window_bidirectional_overlay']",
+        why="windows on both sides, and global layers",
     ),
     Entry("Esm", "ForMaskedLM", {**SIZES, "position_embedding_type": "rotary"}),
     Entry("Electra", "ForMaskedLM", {**SIZES, "embedding_size": 32}),
@@ -112,7 +126,7 @@ ENTRIES = [
         exact=False,
         why="an encoder-decoder model",
     ),
-    Entry("Mamba", sizes={"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}, exact=False, why=NO_SDPA),
+    Entry("Mamba", sizes={"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}, exact=False, why="first in"),
     Entry(
         "Jamba",
         sizes={

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Bound at import, before anything is patched: `attend` must reach the kernel and not the interceptor.
-from torch.nn.functional import scaled_dot_product_attention as _sdpa
-
+from lightning_ulysses.attention.explicit import Extras
+from lightning_ulysses.attention.kernel import Kernel
 from lightning_ulysses.layout import Runs
 
 
@@ -23,10 +22,12 @@ class MaskSpec:
 
     Args:
         causal: Query i sees keys up to i.
-        window: With ``causal``, query i sees keys after i - window only.
+        window: Query i sees keys after i - window only.
         documents: Per row, the documents that must not see each other.
         valid: Per row, the runs of keys that a padding mask keeps.
         num_padding: Keys at the end of every row that nothing may see.
+        ahead: With ``window`` and without ``causal``, query i sees keys up to i + ahead only.
+        chunk: Queries see keys of their own chunk of so many tokens only, counted from the start of the document.
     """
 
     causal: bool
@@ -34,25 +35,23 @@ class MaskSpec:
     documents: tuple[Runs, ...] | None = None
     valid: tuple[Runs, ...] | None = None
     num_padding: int = 0
+    ahead: int | None = None
+    chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.window is not None and not self.causal and self.ahead is None:
+            raise ValueError("a window that is not causal needs `ahead`")
+
+    @property
+    def reach(self) -> tuple[int, int] | None:
+        """How many keys before and behind it a query sees; None if that is not limited."""
+        if self.window is None:
+            return None
+        return self.window - 1, 0 if self.causal else self.ahead or 0
 
 
-# The CPU kernel reads k and v once per block of queries. From about this many keys on it gains more (3 to 10 percent)
-# from heads that lie close together in memory than it costs to move them there.
-_COPY_FROM = 1024
-
-
-@dataclass(frozen=True)
-class _Kernel:
-    """The arguments that every call of the kernel shares."""
-
-    scale: float | None
-    dropout_p: float
-
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tensor | None = None) -> Tensor:
-        gqa = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
-        if q.device.type == "cpu" and k.shape[2] >= _COPY_FROM:
-            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        return _sdpa(q, k, v, attn_mask=mask, dropout_p=self.dropout_p, is_causal=causal, scale=self.scale, **gqa)
+# Queries that share a mask tensor.
+_LONGEST_BLOCK = 2048
 
 
 def _cat(parts: list[Tensor]) -> Tensor:
@@ -73,33 +72,49 @@ def _split(tensor: Tensor, lengths: list[int]) -> list[Tensor]:
     return [part.transpose(1, 2) for part in tensor.transpose(1, 2).split(lengths, dim=1)]
 
 
-def _windowed(kernel: _Kernel, q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Causal sliding window in blocks of queries: S * 2 * window instead of S * S."""
+def _nothing(q: Tensor, v: Tensor) -> Tensor:
+    """What queries get that see no key: zeros, (B, H, S, D_v), with a gradient of zeros."""
+    return (q.sum(dim=-1, keepdim=True) * 0).expand(*q.shape[:3], v.shape[3])
+
+
+def _blocks(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, spec: MaskSpec, valid: Runs | None) -> Tensor:
+    """Blocks of queries with a mask each: with a window S * 3 * window instead of S * S, and that much memory."""
     length, outputs = q.shape[2], []
-    lengths = [min(window, length - begin) for begin in range(0, length, window)]
+    back, ahead = spec.reach or (length, 0 if spec.causal else length)
+    # Blocks as long as the window see their neighbours only; longer ones would need large masks.
+    size = min(max(back + 1, ahead), _LONGEST_BLOCK)
+    lengths = [min(size, length - begin) for begin in range(0, length, size)]
     queries, keys, values = (_split(tensor, lengths) for tensor in (q, k, v))
-    for index, block in enumerate(queries):
-        begin, seen = index * window, slice(max(0, index - 1), index + 1)
-        end, first = begin + lengths[index], seen.start * window
-        query = torch.arange(begin, end, device=q.device)[:, None]
-        key = torch.arange(first, end, device=q.device)[None, :]
-        mask = (key <= query) & (key > query - window)
-        outputs.append(kernel(block, _cat(keys[seen]), _cat(values[seen]), mask=mask))
-    return _cat(outputs)
-
-
-def _masked_keys(kernel: _Kernel, q: Tensor, k: Tensor, v: Tensor, spec: MaskSpec, valid: Runs) -> Tensor:
-    """One document of which only the runs ``valid`` may be seen; queries outside of them are computed as well."""
-    length = q.shape[2]
-    if not valid:
-        return (q.sum(dim=-1, keepdim=True) * 0).expand(*q.shape[:3], v.shape[3])
-    if spec.causal and spec.window is not None:
+    keep = None
+    if valid is not None:
         keep = torch.zeros(length, dtype=torch.bool, device=q.device)
         for begin, end in valid:
             keep[begin:end] = True
-        query = torch.arange(length, device=q.device)[:, None]
-        key = torch.arange(length, device=q.device)[None, :]
-        return kernel(q, k, v, mask=(key <= query) & (key > query - spec.window) & keep)
+    for index, block in enumerate(queries):
+        begin = index * size
+        end = begin + lengths[index]
+        seen = slice(max(0, begin - back) // size, (min(length, end + ahead) - 1) // size + 1)
+        first, last = seen.start * size, min(length, seen.stop * size)
+        distance = torch.arange(begin, end, device=q.device)[:, None] - torch.arange(first, last, device=q.device)
+        mask = (distance <= back) & (distance >= -ahead)
+        sees = None
+        if keep is not None:
+            mask = mask & keep[first:last]
+            # (queries, 1); one that sees nothing would be NaN in some kernels, and its gradient everywhere.
+            sees = mask.any(dim=-1, keepdim=True)
+            mask = mask | ~sees
+        out = kernel(block, _cat(keys[seen]), _cat(values[seen]), mask=mask, offset=begin - first)
+        outputs.append(out if sees is None else out.masked_fill(~sees, 0))
+    return _cat(outputs)
+
+
+def _masked_keys(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, spec: MaskSpec, valid: Runs) -> Tensor:
+    """One document of which only the runs ``valid`` may be seen; queries outside of them are computed as well."""
+    length = q.shape[2]
+    if not valid:
+        return _nothing(q, v)
+    if spec.reach is not None or kernel.extras.alibi_slopes is not None:
+        return _blocks(kernel, q, k, v, spec, valid)
     keys = _cat([k[:, :, begin:end] for begin, end in valid])
     values = _cat([v[:, :, begin:end] for begin, end in valid])
     if not spec.causal:
@@ -113,19 +128,19 @@ def _masked_keys(kernel: _Kernel, q: Tensor, k: Tensor, v: Tensor, spec: MaskSpe
             if seen:
                 outputs.append(kernel(hidden, keys[:, :, :seen], values[:, :, :seen]))
             else:
-                outputs.append((hidden.sum(dim=-1, keepdim=True) * 0).expand(*hidden.shape[:3], v.shape[3]))
+                outputs.append(_nothing(hidden, v))
         if begin < end:
             outputs.append(kept[:, :, seen : seen + end - begin])
         position, seen = end, seen + end - begin
     return _cat(outputs)
 
 
-def _document(kernel: _Kernel, q: Tensor, k: Tensor, v: Tensor, spec: MaskSpec, valid: Runs | None) -> Tensor:
+def _document(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, spec: MaskSpec, valid: Runs | None) -> Tensor:
     """One document, (B, H, S_doc, D)."""
     if valid is not None and valid != ((0, q.shape[2]),):
         return _masked_keys(kernel, q, k, v, spec, valid)
-    if spec.causal and spec.window is not None and spec.window < q.shape[2]:
-        return _windowed(kernel, q, k, v, spec.window)
+    if spec.reach is not None and min(spec.reach[0], q.shape[2] if spec.causal else spec.reach[1]) < q.shape[2] - 1:
+        return _blocks(kernel, q, k, v, spec, None)
     return kernel(q, k, v, causal=spec.causal)
 
 
@@ -141,6 +156,13 @@ def _row_runs(spec: MaskSpec, row: int, length: int) -> tuple[Runs, Runs | None]
     valid = spec.valid[row] if spec.valid is not None else None
     if spec.num_padding and not spec.causal:
         valid = _clip(valid if valid is not None else ((0, length),), 0, length - spec.num_padding)
+    if spec.chunk is not None:
+        # Left padding is no part of the first chunk; behind it, a document's chunks are documents of their own.
+        left = valid[0][0] if valid and spec.documents is None else 0
+        parts = [(0, left), (left, length)] if left else documents
+        documents = tuple(
+            (place, min(place + spec.chunk, end)) for begin, end in parts for place in range(begin, end, spec.chunk)
+        )
     return documents, valid
 
 
@@ -162,8 +184,9 @@ def _with_bias(bias: Tensor, spec: MaskSpec, rows: list[tuple[Runs, Runs | None]
     keep = torch.stack(kept).unsqueeze(1)
     if spec.causal:
         keep = keep & (place <= place[:, None])
-    if spec.causal and spec.window is not None:
-        keep = keep & (place > place[:, None] - spec.window)
+    if spec.reach is not None:
+        distance = place[:, None] - place
+        keep = keep & (distance <= spec.reach[0]) & (distance >= -spec.reach[1])
     # Nobody asks for what padding gets, but a row without a key would be NaN.
     keep = keep | ~keep.any(dim=-1, keepdim=True)
     return bias & keep if bias.dtype == torch.bool else bias.masked_fill(~keep, float("-inf"))
@@ -179,6 +202,7 @@ def attend(
     dropout_p: float = 0.0,
     kv_index: tuple[int, ...] | None = None,
     bias: Tensor | None = None,
+    extras: Extras | None = None,
 ) -> Tensor:
     """Softmax attention over whole sequences.
 
@@ -191,6 +215,7 @@ def attend(
         dropout_p: Dropout probability of the attention weights.
         kv_index: For each query head its key/value head, where groups are uneven.
         bias: (B | 1, H_r | 1, S, S) added to the scores, or True where a query sees a key; on top of ``spec``.
+        extras: Softcap, sinks and ALiBi, of the query heads of ``q``.
 
     Returns:
         (B, H_r, S, D_v).
@@ -198,7 +223,7 @@ def attend(
     if kv_index is not None:
         index = torch.tensor(kv_index, device=k.device)
         k, v = k.index_select(1, index), v.index_select(1, index)
-    kernel = _Kernel(scale, dropout_p)
+    kernel = Kernel(scale, dropout_p, extras or Extras())
     rows = [_row_runs(spec, row, q.shape[2]) for row in range(q.shape[0])]
     if bias is not None:
         return kernel(q, k, v, mask=_with_bias(bias, spec, rows, q.shape[2]))

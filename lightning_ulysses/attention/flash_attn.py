@@ -12,14 +12,22 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_ulysses.attention.attend import MaskSpec
 from lightning_ulysses.attention.early_bound import rebind
-from lightning_ulysses.attention.stand_in import keep_apart
-from lightning_ulysses.attention.ulysses import covers_sequence, document_runs, local_mask_error, sharded_attention
+from lightning_ulysses.attention.explicit import Extras
+from lightning_ulysses.attention.stand_in import probe_attention
+from lightning_ulysses.attention.ulysses import (
+    covers_sequence,
+    document_runs,
+    local_mask_error,
+    sees_memory,
+    sharded_attention,
+)
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.handle import Handle
 from lightning_ulysses.state import LiveBatch, SequenceState
@@ -28,9 +36,7 @@ _FLASH_MODULES = ("flash_attn", "flash_attn.flash_attn_interface", "flash_attn_i
 _XFORMERS_MODULES = ("xformers.ops", "xformers.ops.fmha")
 # Arguments that change the result, and stand for nothing as long as they are false.
 _UNSUPPORTED = (
-    "alibi_slopes",
     "qv",
-    "softcap",
     "attention_chunk",
     "return_attn_probs",
     "return_softmax",
@@ -52,16 +58,25 @@ def _refuse(name: str, what: str, expected: str) -> UlyssesError:
 
 
 def _mask(name: str, given: Arguments, batch: LiveBatch) -> MaskSpec:
-    """What ``causal`` and ``window_size`` mean; only windows that end at the query itself."""
+    """What ``causal`` and ``window_size`` mean."""
     for key in _UNSUPPORTED:
         value = given.get(key)
         if isinstance(value, Tensor) or value:
             raise _refuse(name, key, "plain softmax attention")
     left, right = (-1 if side is None else side for side in given.get("window_size") or (-1, -1))
     causal = bool(given.get("causal")) or (left >= 0 and right == 0)
-    if not causal and (left >= 0 or right >= 0):
-        raise _refuse(name, f"window_size={(left, right)}", "a causal window, or none")
-    return MaskSpec(causal, left + 1 if left >= 0 else None, num_padding=batch.layout.num_padding)
+    if not causal and (left >= 0) != (right >= 0):
+        raise _refuse(name, f"window_size={(left, right)}", "a window that is limited on both sides, or none")
+    window, ahead = (left + 1, right) if left >= 0 else (None, None)
+    return MaskSpec(causal, window, num_padding=batch.layout.num_padding, ahead=ahead)
+
+
+def _extras(name: str, given: Arguments) -> Extras:
+    """Softcap, sinks and ALiBi."""
+    slopes = given.get("alibi_slopes")
+    if slopes is not None and slopes.dim() != 1:
+        raise _refuse(name, f"alibi_slopes of shape {tuple(slopes.shape)}", "one slope for each head, (H,)")
+    return Extras(given.get("softcap") or None, given.get("s_aux", given.get("learnable_sink")), slopes)
 
 
 def _tensors(given: Arguments) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,14 +124,23 @@ def _flash(state: SequenceState, original: Callable[..., Any]) -> Callable[..., 
         # (B, S_r, H, D) or, packed, (S_r, H, D) -> (B, H, S_r, D)
         q, k, v = (t.transpose(-3, -2) for t in _tensors(given))
         if batch is None or state.probing:
-            return keep_apart(q, k, v).transpose(-3, -2).contiguous()
+            return probe_attention(state, q, k, v).transpose(-3, -2).contiguous()
         spec = _mask(name, given, batch)
+        if not packed and sees_memory(state, q, k, spec.causal):
+            return original(*args, **kwargs)
         if packed:
             documents = _documents(name, given, batch, state.mesh.sp_rank)
-            spec = MaskSpec(spec.causal, spec.window, documents, None, spec.num_padding)
+            spec = replace(spec, documents=documents)
             q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
         out = sharded_attention(
-            state, q, k, v, spec, scale=given.get("softmax_scale"), dropout_p=given.get("dropout_p") or 0.0
+            state,
+            q,
+            k,
+            v,
+            spec,
+            scale=given.get("softmax_scale"),
+            dropout_p=given.get("dropout_p") or 0.0,
+            extras=_extras(name, given),
         )
         # (B, H, S_r, D) -> (B, S_r, H, D) or, packed, (S_r, H, D)
         out = out.transpose(1, 2).contiguous()
@@ -144,11 +168,13 @@ def _xformers(state: SequenceState, original: Callable[..., Any]) -> Callable[..
         # (B, S_r, H, D), or (B, S_r, D) for one head -> (B, H, S_r, D)
         q, k, v = (t.transpose(1, 2) if t.dim() == 4 else t.unsqueeze(1) for t in (query, key, value))
         if batch is None or state.probing:
-            out = keep_apart(q, k, v)
+            out = probe_attention(state, q, k, v)
         else:
             causal = type(attn_bias).__name__ == "LowerTriangularMask"
             if not (causal or attn_bias is None or isinstance(attn_bias, Tensor)):
                 raise _refuse("memory_efficient_attention", f"attn_bias of type {type(attn_bias).__name__}", "a tensor")
+            if sees_memory(state, q, k, causal):
+                return original(query, key, value, attn_bias, p, scale, **kwargs)
             bias = attn_bias if isinstance(attn_bias, Tensor) else None
             if bias is not None and not covers_sequence(bias, batch.layout):
                 raise local_mask_error(bias, batch.layout)

@@ -1,7 +1,7 @@
 """Intercepts Hugging Face transformers.
 
-Models branch on the *name* of the attention implementation, so the functions registered under ``sdpa`` and
-``flash_attention_2`` are replaced while a strategy is set up, and put back afterwards.
+Models branch on the *name* of the attention implementation, so the functions registered under its names are replaced
+while a strategy is set up, and put back afterwards.
 
 Sources: transformers ``integrations/sdpa_attention.py``, ``integrations/flash_attention.py``.
 """
@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from lightning_ulysses.attention.attend import MaskSpec
+from lightning_ulysses.attention.eager import check_formula, install_eager
+from lightning_ulysses.attention.explicit import Extras
 from lightning_ulysses.attention.generation import install_generate
 from lightning_ulysses.attention.masks import find_mask, install_masks
 from lightning_ulysses.attention.model_inputs import supply_inputs
-from lightning_ulysses.attention.stand_in import keep_apart
+from lightning_ulysses.attention.stand_in import probe_attention
 from lightning_ulysses.attention.ulysses import local_mask_error, sharded_attention
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.handle import Handle
@@ -28,14 +30,28 @@ from lightning_ulysses.state import LiveBatch, SequenceState
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-IMPLEMENTATIONS = ("sdpa", "flash_attention_2")
-_UNSUPPORTED_FEATURES = ("softcap", "s_aux", "position_bias", "cache")
+IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
+# Their windows are part of the mask; the others are told.
+_MASKED = ("sdpa", "flex_attention", "eager")
+_UNSUPPORTED_FEATURES = ("position_bias", "cache")
+
+
+def _names(root: nn.Module) -> list[str]:
+    """Attention functions to replace: transformers' own, and kernels of the hub that it calls as flash-attn."""
+    from transformers import PreTrainedModel
+    from transformers.integrations.flash_attention import flash_attention_forward
+    from transformers.modeling_utils import AttentionInterface
+
+    registry: dict[str, Any] = AttentionInterface._global_mapping
+    used = {getattr(m.config, "_attn_implementation", None) for m in root.modules() if isinstance(m, PreTrainedModel)}
+    hub = [name for name in used if name is not None and registry.get(name) is flash_attention_forward]
+    return [*IMPLEMENTATIONS, *sorted(set(hub) - set(IMPLEMENTATIONS))]
 
 
 def _call_spec(batch: LiveBatch, attention_mask: Tensor | None, is_causal: bool, window: int | None) -> MaskSpec:
     layout = batch.layout
     if attention_mask is None:
-        return MaskSpec(is_causal, window, layout.documents, None, layout.num_padding)
+        return MaskSpec(is_causal, window, layout.documents, num_padding=layout.num_padding)
     spec = find_mask(batch, attention_mask)
     if spec is not None:
         return spec
@@ -45,8 +61,10 @@ def _call_spec(batch: LiveBatch, attention_mask: Tensor | None, is_causal: bool,
     raise local_mask_error(attention_mask, layout)
 
 
-def _install_attention(state: SequenceState, handle: Handle) -> None:
+def _install_attention(state: SequenceState, handle: Handle, names: list[str]) -> None:
     from transformers.modeling_utils import AttentionInterface
+
+    tried: set[tuple[type, Any]] = set()
 
     def wrap(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
@@ -63,7 +81,7 @@ def _install_attention(state: SequenceState, handle: Handle) -> None:
         ) -> tuple[Tensor, None]:
             if state.probing:
                 # (B, H, S, D_v) -> (B, S, H, D_v)
-                return keep_apart(query, key, value).transpose(1, 2).contiguous(), None
+                return probe_attention(state, query, key, value).transpose(1, 2).contiguous(), None
             batch = state.described_batch
             whole = state.mesh.sp_size == 1
             if batch is None or (whole and (attention_mask is None or find_mask(batch, attention_mask) is None)):
@@ -87,20 +105,25 @@ def _install_attention(state: SequenceState, handle: Handle) -> None:
                     "train this model without sequence parallelism (sp_size=1)",
                 )
             causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-            window = kwargs.get("sliding_window") if name.startswith("flash") and causal else None
+            window = kwargs.get("sliding_window") if name not in _MASKED and causal else None
             spec = _call_spec(batch, attention_mask, causal, window)
-            result = sharded_attention(state, query, key, value, spec, scale=scaling, dropout_p=dropout)
+            extras = Extras(kwargs.get("softcap"), kwargs.get("s_aux"))
+            if name == "eager" and (type(module), original) not in tried:
+                check_formula(original, module, query, key, value, scaling, extras, **kwargs)
+                tried.add((type(module), original))
+            result = sharded_attention(state, query, key, value, spec, scale=scaling, dropout_p=dropout, extras=extras)
             # (B, H, S_r, D_v) -> (B, S_r, H, D_v)
             return result.transpose(1, 2).contiguous(), None
 
         return attention_forward
 
     registry: dict[str, Any] = AttentionInterface._global_mapping
-    for name in IMPLEMENTATIONS:
+    for name in names:
         handle.patch_item(registry, name, wrap(name, registry[name]))
+    install_eager(handle, wrap)
 
 
-def check_model(model: PreTrainedModel, mesh: SequenceMesh) -> None:
+def check_model(model: PreTrainedModel, mesh: SequenceMesh, names: list[str]) -> None:
     """Refuses, before the first step, what cannot be made exact.
 
     Raises:
@@ -109,17 +132,13 @@ def check_model(model: PreTrainedModel, mesh: SequenceMesh) -> None:
     name, config = type(model).__name__, model.config
     if isinstance(num_heads := getattr(config, "num_attention_heads", None), int):
         mesh.check_heads(num_heads)
-    if not getattr(model, "_supports_sdpa", True):
-        raise UlyssesError(
-            f"{name}, which transformers cannot run on torch.nn.functional.scaled_dot_product_attention",
-            "a model whose attention can be intercepted there",
-            "train it without sequence parallelism (sp_size=1)",
-        )
     implementation = getattr(config, "_attn_implementation", None)
-    if implementation not in IMPLEMENTATIONS:
+    # Some models have no other implementation; what theirs computes is tried in the first step.
+    only_eager = implementation == "eager" and not getattr(model, "_supports_sdpa", True)
+    if implementation not in names and not only_eager:
         raise UlyssesError(
             f"{name} with attn_implementation={implementation!r}",
-            f"one of {list(IMPLEMENTATIONS)}, since the others attend within this rank's slice only",
+            f"one of {names}, since the others attend within this rank's slice only",
             "load the model with attn_implementation='sdpa'",
         )
     if getattr(config, "is_encoder_decoder", False):
@@ -154,13 +173,14 @@ def install(state: SequenceState, root: nn.Module, *, sync_steps: bool = False) 
 
     handle = Handle()
     try:
-        install_masks(state, handle, IMPLEMENTATIONS)
-        _install_attention(state, handle)
+        names = _names(root)
+        install_masks(state, handle, (*names, "eager"))
+        _install_attention(state, handle, names)
         install_generate(state, handle, sync_steps)
         for model in root.modules():
             if isinstance(model, PreTrainedModel):
                 if state.mesh.sp_size > 1:
-                    check_model(model, state.mesh)
+                    check_model(model, state.mesh, names)
                 hook = model.register_forward_pre_hook(supply_inputs(state, model), with_kwargs=True)
                 handle.add(hook.remove)
     except BaseException:

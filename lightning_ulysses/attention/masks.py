@@ -26,6 +26,8 @@ _KNOWN_MASKS = {
     "causal_mask_function",
     "bidirectional_mask_function",
     "sliding_window_overlay",
+    "sliding_window_bidirectional_overlay",
+    "chunked_overlay",
     "packed_sequence_mask_function",
 }
 
@@ -56,19 +58,28 @@ def _spec_from_mask_function(mask_function: Callable[..., Any], batch: LiveBatch
     """What a mask function means over the whole sequence; documents and padding come from the batch's layout."""
     parts = _mask_parts(mask_function)
     unknown = set(parts) - _KNOWN_MASKS
+    causal = "causal_mask_function" in parts
+    if not causal and "sliding_window_overlay" in parts:
+        unknown.add("sliding_window_overlay")
     if unknown:
         raise UlyssesError(
             f"an attention mask made of {sorted(unknown)}",
-            "causal, bidirectional, sliding-window or packed-document attention",
+            "causal, bidirectional, sliding-window, chunked or packed-document attention",
             "train this model without sequence parallelism (sp_size=1)",
         )
     layout = batch.layout
+    window, ahead = parts.get("sliding_window_overlay", {}).get("sliding_window"), None
+    if "sliding_window_bidirectional_overlay" in parts:
+        ahead = parts["sliding_window_bidirectional_overlay"]["sliding_window"]
+        window = min(ahead + 1, window or ahead + 1)
     return MaskSpec(
-        causal="causal_mask_function" in parts,
-        window=parts.get("sliding_window_overlay", {}).get("sliding_window"),
+        causal=causal,
+        window=window,
         documents=layout.documents,
         valid=layout.valid if has_padding else None,
         num_padding=layout.num_padding,
+        ahead=ahead,
+        chunk=parts.get("chunked_overlay", {}).get("chunk_size"),
     )
 
 
@@ -101,4 +112,5 @@ def install_masks(state: SequenceState, handle: Handle, names: tuple[str, ...]) 
 
     registry: dict[str, Any] = AttentionMaskInterface._global_mapping
     for name in names:
-        handle.patch_item(registry, name, wrap(registry[name]))
+        if name in registry:
+            handle.patch_item(registry, name, wrap(registry[name]))

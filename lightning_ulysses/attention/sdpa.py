@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from lightning_ulysses.attention.attend import MaskSpec
 from lightning_ulysses.attention.early_bound import rebind
 from lightning_ulysses.attention.masks import find_mask
-from lightning_ulysses.attention.stand_in import keep_apart
-from lightning_ulysses.attention.ulysses import covers_sequence, local_mask_error, sharded_attention
+from lightning_ulysses.attention.stand_in import probe_attention
+from lightning_ulysses.attention.ulysses import covers_sequence, local_mask_error, sees_memory, sharded_attention
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.handle import Handle
 from lightning_ulysses.state import SequenceState
@@ -42,11 +42,13 @@ def install(state: SequenceState, root: nn.Module | None = None) -> Handle:
         enable_gqa: bool = False,
     ) -> Tensor:
         if state.probing:
-            return keep_apart(query, key, value)
+            return probe_attention(state, query, key, value)
         batch = state.described_batch
         whole = state.mesh.sp_size == 1
         if batch is None or (whole and (attn_mask is None or find_mask(batch, attn_mask) is None)):
             return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        if sees_memory(state, query, key, is_causal):
+            return original(query, key, value, attn_mask, dropout_p, scale=scale, enable_gqa=enable_gqa)
         spec = MaskSpec(is_causal, num_padding=batch.layout.num_padding)
         bias = None
         if attn_mask is not None:

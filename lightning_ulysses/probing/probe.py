@@ -100,6 +100,7 @@ class ModelProbe:
         except UlyssesError as refusal:
             error = refusal
         except Exception as failure:
+            self._state.attends_memory = False
             rank_zero_warn(
                 f"{type(module).__name__} could not be checked for layers that mix tokens outside of attention: "
                 f"{failure!r}"

@@ -127,13 +127,11 @@ def first_to_depend_on_place(
             a, dim = by_token(one, tokens, rows), token_dim(one, tokens, rows)
             if a is None or dim is None:
                 continue
-            if other.dim() == one.dim() - 0 and other.shape[dim : dim + 1] == (span.stop - span.start,):
-                b = other.movedim(dim, 0)
-            elif other.dim() and other.shape[0] == rows * (span.stop - span.start):
-                # (rows * S_r, ...) -> (S_r, rows, ...)
-                b = other.unflatten(0, (rows, span.stop - span.start)).movedim(1, 0)
-            else:
+            count, flat = span.stop - span.start, one.shape[dim : dim + 1] != (tokens,)
+            if other.dim() != one.dim() or other.shape[0 if flat else dim] != (rows * count if flat else count):
                 continue
+            # (rows * S_r, ...) -> (S_r, rows, ...), as `by_token` does
+            b = other.unflatten(0, (rows, count)).movedim(1, 0) if flat else other.movedim(dim, 0)
             if _differs(a[span], b, tolerance):
                 return name, kind
     return None

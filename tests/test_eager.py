@@ -1,0 +1,89 @@
+"""transformers' eager attention, taken over from models that have nothing else."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from models import VOCAB, count_targets, token_batch
+from torch import Tensor
+from zoo import Specimen
+
+from lightning_ulysses import UlyssesError
+from lightning_ulysses.attention.explicit import Extras
+from lightning_ulysses.processes import ProcessPool
+from lightning_ulysses.testing import SplitRun, compare, fit_rank, fit_single, fit_split
+
+BATCHES = [token_batch(0, 33, 2, "uneven")]
+NAMES = ("Gemma2ForCausalLM", "GptOssForCausalLM")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("run", [SplitRun(4, 4), SplitRun(strategy={"stage": 3})], ids=["4", "ZeRO-3"])
+def test_one_step(pool: ProcessPool, name: str, run: SplitRun) -> None:
+    make = partial(Specimen, name)
+    reference = fit_single(make, [BATCHES], count_targets)
+    for result in fit_split(pool, make, BATCHES, run):
+        assert compare(result, reference).largest <= 1e-5
+
+
+def fit_without_extras(rank: int, name: str) -> Any:
+    """A split that forgets softcap or sinks, and whose check has been switched off."""
+    import lightning_ulysses.attention.huggingface as huggingface
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface, "check_formula", lambda *args, **kwargs: None)
+        patch.setattr(huggingface, "Extras", lambda *args: Extras())
+        return fit_rank(rank, partial(Specimen, name), BATCHES, SplitRun())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_features_matter(pool: ProcessPool, name: str) -> None:
+    reference = fit_single(partial(Specimen, name), [BATCHES], count_targets)
+    for result in pool.run(fit_without_extras, name, world_size=2):
+        assert compare(result, reference).largest > 1e-4
+
+
+def refused(rank: int) -> UlyssesError:
+    """A model whose own function divides by the number of keys in place of the sum."""
+    from transformers.models.gemma2 import modeling_gemma2 as modeling
+
+    def divided(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+        k, v = (modeling.repeat_kv(t, module.num_key_value_groups) for t in (k, v))
+        weights = (q @ k.transpose(2, 3) + mask).exp() / k.shape[2]
+        return (weights @ v).transpose(1, 2).contiguous(), None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modeling, "eager_attention_forward", divided)
+        with pytest.raises(UlyssesError) as caught:
+            fit_rank(rank, partial(Specimen, NAMES[0]), BATCHES, SplitRun())
+    return caught.value
+
+
+def test_another_formula_is_refused(pool: ProcessPool) -> None:
+    for error in pool.run(refused, world_size=2):
+        assert "Gemma2Attention, whose divided is not softmax attention" in str(error), error
+
+
+def plain(rank: int) -> bool:
+    """Outside of a step the model's own function runs, as a user calls it between two epochs."""
+    from lightning_ulysses.testing import split_loader, split_trainer
+
+    module, tokens = Specimen(NAMES[0]), torch.arange(9)[None] % VOCAB
+    module.model.eval()
+    wanted = module.model(tokens).logits
+
+    def compare_outside(*args: Any) -> None:
+        module.model.eval()
+        found.append(torch.equal(module.model(tokens).logits, wanted))
+
+    found: list[bool] = []
+    module.on_fit_start = compare_outside  # type: ignore[method-assign]
+    split_trainer(SplitRun()).fit(module, split_loader(BATCHES, SplitRun(), rank))
+    return found == [True]
+
+
+def test_outside_of_a_step_nothing_changes(pool: ProcessPool) -> None:
+    assert pool.run(plain, world_size=2) == [True, True]
