@@ -7,7 +7,7 @@ import sys
 from torch import nn
 
 from lightning_ulysses import targets
-from lightning_ulysses.attention import flash_attn, multihead, sdpa
+from lightning_ulysses.attention import flash_attn, flex, multihead, sdpa
 from lightning_ulysses.handle import Handle
 from lightning_ulysses.state import SequenceState
 
@@ -28,6 +28,7 @@ def install_interceptors(state: SequenceState, module: nn.Module, zero_stage_3: 
     handle.add(sdpa.install(state, module).remove)
     handle.add(multihead.install(state).remove)
     handle.add(flash_attn.install(state, module).remove)
+    handle.add(flex.install(state, module).remove)
     # A module that holds a transformers model has imported it; nobody else pays for the import.
     if "transformers.modeling_utils" in sys.modules:
         from lightning_ulysses.attention import huggingface

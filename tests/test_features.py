@@ -56,8 +56,8 @@ def test_one_step(pool: ProcessPool, kind: str, run: SplitRun) -> None:
 
 
 def fit_with_the_first_heads(rank: int, kind: str) -> Any:
-    def first(self: Extras, begin: int, end: int) -> Extras:
-        size = end - begin
+    def first(self: Extras, heads: slice) -> Extras:
+        size = heads.stop - heads.start
         sinks, slopes = (None if t is None else t[:size] for t in (self.sinks, self.alibi_slopes))
         return Extras(self.softcap, sinks, slopes)
 

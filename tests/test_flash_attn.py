@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.attention.varlen
 import torch.nn.functional as F
 from models import Block, HandWritten, count_targets, pair_batch
 from torch import Tensor
@@ -50,7 +51,9 @@ def flash_attn_func(
     return reference(q, k, v, causal, window_size, softmax_scale, None, extras)
 
 
-def flash_attn_qkvpacked_func(qkv: Tensor, dropout_p: float = 0.0, causal: bool = False) -> Tensor:
+def flash_attn_qkvpacked_func(
+    qkv: Tensor, dropout_p: float = 0.0, causal: bool = False, return_attn_probs: bool = False
+) -> Tensor:
     return reference(*qkv.unbind(2), causal, (-1, -1), None, None)
 
 
@@ -63,9 +66,49 @@ def flash_attn_varlen_func(
     max_seqlen_q: int,
     max_seqlen_k: int,
     causal: bool = False,
+    return_attn_probs: bool = False,
 ) -> Tensor:
     runs = (cu_seqlens_to_runs(cu_seqlens_q.tolist(), len(q)),)
     return reference(q[None], k[None], v[None], causal, (-1, -1), None, runs)[0]
+
+
+def varlen_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    *,
+    return_aux: Any = None,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+) -> Tensor:
+    """In place of torch's, which has no kernel for CPUs."""
+    runs = (cu_seqlens_to_runs(cu_seq_q.tolist(), len(query)),)
+    causal = window_size == (-1, 0)
+    return reference(query[None], key[None], value[None], causal, window_size, scale, runs)[0]
+
+
+class Fourth:
+    """flash-attn 4 returns the log-sum-exp beside the output, or None."""
+
+    @staticmethod
+    def flash_attn_func(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        softmax_scale: float | None = None,
+        causal: bool = False,
+        window_size: tuple[int | None, int | None] = (None, None),
+        learnable_sink: Tensor | None = None,
+        softcap: float = 0.0,
+        return_lse: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        extras = Extras(softcap or None, learnable_sink)
+        return reference(q, k, v, causal, (-1, -1), softmax_scale, None, extras), None
 
 
 class LowerTriangularMask:
@@ -82,18 +125,29 @@ def memory_efficient_attention(
     )
 
 
+KEPT: dict[str, Any] = {}
+
+
 def install_fakes() -> None:
     flash, xformers, ops = ModuleType("flash_attn"), ModuleType("xformers"), ModuleType("xformers.ops")
     for function in (flash_attn_func, flash_attn_qkvpacked_func, flash_attn_varlen_func):
         setattr(flash, function.__name__, function)
     ops.memory_efficient_attention = memory_efficient_attention  # type: ignore[attr-defined]
-    sys.modules.update({"flash_attn": flash, "xformers": xformers, "xformers.ops": ops})
+    cute = ModuleType("flash_attn.cute")
+    cute.flash_attn_func = Fourth.flash_attn_func  # type: ignore[attr-defined]
+    sys.modules.update({"flash_attn": flash, "flash_attn.cute": cute, "xformers": xformers, "xformers.ops": ops})
+    package = sys.modules["torch.nn.attention.varlen"]
+    KEPT.setdefault("varlen_attn", package.varlen_attn)
+    varlen_attn.__module__ = package.__name__
+    package.varlen_attn = varlen_attn  # type: ignore[attr-defined]
 
 
 def remove_fakes() -> None:
     """Other tests ask whether flash-attn is there."""
-    for name in ("flash_attn", "xformers.ops", "xformers"):
+    for name in ("flash_attn", "flash_attn.cute", "xformers.ops", "xformers"):
         sys.modules.pop(name, None)
+    package: Any = sys.modules["torch.nn.attention.varlen"]
+    package.varlen_attn = KEPT.get("varlen_attn", package.varlen_attn)
 
 
 @pytest.fixture(autouse=True)
@@ -144,6 +198,14 @@ class Flash(HandWritten):
             out = flash.flash_attn_varlen_func(q[0], k[0], v[0], *rest, causal=True)[None]
         elif self.kind in SETTINGS:
             out = flash.flash_attn_func(q, k, v, **SETTINGS[self.kind])
+        elif self.kind in ("torch varlen", "torch varlen, window"):
+            sides = (-1, 0) if self.kind == "torch varlen" else (4, 2)
+            package: Any = sys.modules["torch.nn.attention.varlen"]
+            out = package.varlen_attn(q[0], k[0], v[0], EDGES, None, 13, 13, window_size=sides, scale=0.4)[None]
+        elif self.kind == "fourth":
+            fourth: Any = sys.modules["flash_attn.cute"]
+            out, nothing = fourth.flash_attn_func(q, k, v, causal=True, learnable_sink=torch.ones(4), softcap=0.5)
+            assert nothing is None
         elif self.kind == "local edges":
             edges = torch.tensor([0, q.shape[1]], dtype=torch.int32)
             out = flash.flash_attn_varlen_func(q[0], k[0], v[0], edges, edges, 9, 9)[None]
@@ -163,6 +225,7 @@ def fit(rank: int, kind: str, run: SplitRun) -> Any:
     result = fit_rank(rank, make, [pair_batch(seed, S) for seed in range(run.world_size // run.sp_size)], run)
     assert made[0].held is flash_attn_func is sys.modules["flash_attn"].flash_attn_func
     assert sys.modules["xformers.ops"].memory_efficient_attention is memory_efficient_attention
+    assert sys.modules["torch.nn.attention.varlen"].varlen_attn is varlen_attn
     remove_fakes()
     return result
 
@@ -170,7 +233,10 @@ def fit(rank: int, kind: str, run: SplitRun) -> Any:
 KINDS = ["causal", "held", "window", "qkvpacked", "varlen", "xformers", "xformers bias"]
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "softcap", "alibi", "both sides"])
+KINDS += ["softcap", "alibi", "both sides", "torch varlen", "torch varlen, window", "fourth"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("run", [SplitRun(), SplitRun(4, 4)], ids=["2", "4"])
 def test_one_step(pool: ProcessPool, kind: str, run: SplitRun) -> None:
     single = fit_single(partial(Flash, kind), [[pair_batch(0, S)]], count_targets)

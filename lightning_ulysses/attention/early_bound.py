@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -29,12 +30,8 @@ def _replaced(value: Any, original: Callable[..., Any], replacement: Callable[..
     return value
 
 
-def rebind(handle: Handle, root: nn.Module, original: Callable[..., Any], replacement: Callable[..., Any]) -> None:
-    """Puts ``replacement`` wherever ``original`` is held, and has ``handle`` undo it.
-
-    Looks at the globals of every imported module but torch's, and at the attributes of every submodule of ``root`` and
-    of its class, partial applications among them. Closures and default arguments are out of reach.
-    """
+def _owners(root: nn.Module) -> list[Any]:
+    """Every imported module but torch's and ours, every submodule of ``root`` and their classes."""
     owners: list[Any] = [
         module
         for name, module in list(sys.modules.items())
@@ -43,7 +40,23 @@ def rebind(handle: Handle, root: nn.Module, original: Callable[..., Any], replac
     submodules = list(root.modules())
     owners += submodules
     owners += {kind for module in submodules for kind in type(module).__mro__ if kind.__module__ != "builtins"}
-    for owner in owners:
+    return owners
+
+
+def holders(root: nn.Module) -> list[FunctionType]:
+    """Every different function that `rebind` would come across."""
+    values = (value for owner in _owners(root) for value in list(vars(owner).values()))
+    found = {id(value): value for value in values if isinstance(value, FunctionType)}
+    return list(found.values())
+
+
+def rebind(handle: Handle, root: nn.Module, original: Callable[..., Any], replacement: Callable[..., Any]) -> None:
+    """Puts ``replacement`` wherever ``original`` is held, and has ``handle`` undo it.
+
+    Looks at the globals of every imported module but torch's, and at the attributes of every submodule of ``root`` and
+    of its class, partial applications among them. Closures and default arguments are out of reach.
+    """
+    for owner in _owners(root):
         for name, value in list(vars(owner).items()):
             new = _replaced(value, original, replacement)
             if new is not value:

@@ -34,9 +34,9 @@ class Extras:
     def __bool__(self) -> bool:
         return self.softcap is not None or self.sinks is not None or self.alibi_slopes is not None
 
-    def heads(self, begin: int, end: int) -> Extras:
-        """Those of the query heads ``begin:end``."""
-        sinks, slopes = (None if t is None else t[begin:end] for t in (self.sinks, self.alibi_slopes))
+    def heads(self, heads: slice) -> Extras:
+        """Those of some of the query heads."""
+        sinks, slopes = (None if t is None else t[heads] for t in (self.sinks, self.alibi_slopes))
         return Extras(self.softcap, sinks, slopes)
 
 

@@ -1,9 +1,10 @@
-"""Intercepts the functions of flash-attn 2 and 3, and xformers' ``memory_efficient_attention``.
+"""Intercepts flash-attn 2, 3 and 4, torch's own ``varlen_attn``, and xformers' ``memory_efficient_attention``.
 
-Neither is needed or imported: only where the user's program has imported it are its functions replaced, wherever they
-are held. While a sequence is split, the package's own kernels compute what they would.
+No package is needed or imported: only where the user's program has imported it are its functions replaced, wherever
+they are held. While a sequence is split, our kernels compute what theirs would.
 
-Sources: flash-attn ``flash_attn_interface.py``, ``hopper/flash_attn_interface.py``; xformers ``ops/fmha/__init__.py``.
+Sources: flash-attn ``flash_attn_interface.py``, ``hopper/flash_attn_interface.py``, ``flash_attn/cute/interface.py``;
+torch ``nn/attention/varlen.py``; xformers ``ops/fmha/__init__.py``.
 """
 
 from __future__ import annotations
@@ -32,7 +33,24 @@ from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.handle import Handle
 from lightning_ulysses.state import LiveBatch, SequenceState
 
-_FLASH_MODULES = ("flash_attn", "flash_attn.flash_attn_interface", "flash_attn_interface")
+_FLASH_MODULES = (
+    "flash_attn",
+    "flash_attn.flash_attn_interface",
+    "flash_attn.cute",
+    "flash_attn.cute.interface",
+    "flash_attn_interface",
+    "torch.nn.attention.varlen",
+)
+# What torch calls the arguments of flash-attn.
+_ALIASES = {
+    "query": "q",
+    "key": "k",
+    "value": "v",
+    "cu_seq_q": "cu_seqlens_q",
+    "cu_seq_k": "cu_seqlens_k",
+    "scale": "softmax_scale",
+    "is_causal": "causal",
+}
 _XFORMERS_MODULES = ("xformers.ops", "xformers.ops.fmha")
 # Arguments that change the result, and stand for nothing as long as they are false.
 _UNSUPPORTED = (
@@ -40,6 +58,13 @@ _UNSUPPORTED = (
     "attention_chunk",
     "return_attn_probs",
     "return_softmax",
+    "return_lse",
+    "return_aux",
+    "score_mod",
+    "mask_mod",
+    "block_sparse_tensors",
+    "gather_kv_indices",
+    "aux_tensors",
     "block_table",
     "page_table",
     "seqused_q",
@@ -61,10 +86,10 @@ def _mask(name: str, given: Arguments, batch: LiveBatch) -> MaskSpec:
     """What ``causal`` and ``window_size`` mean."""
     for key in _UNSUPPORTED:
         value = given.get(key)
-        if isinstance(value, Tensor) or value:
+        if isinstance(value, Tensor) or (any(value) if isinstance(value, tuple) else value):
             raise _refuse(name, key, "plain softmax attention")
     left, right = (-1 if side is None else side for side in given.get("window_size") or (-1, -1))
-    causal = bool(given.get("causal")) or (left >= 0 and right == 0)
+    causal = bool(given.get("causal")) or right == 0
     if not causal and (left >= 0) != (right >= 0):
         raise _refuse(name, f"window_size={(left, right)}", "a window that is limited on both sides, or none")
     window, ahead = (left + 1, right) if left >= 0 else (None, None)
@@ -93,7 +118,8 @@ def _tensors(given: Arguments) -> tuple[Tensor, Tensor, Tensor]:
 
 def _documents(name: str, given: Arguments, batch: LiveBatch, rank: int) -> tuple[Any, ...]:
     edges: Any = given.get("cu_seqlens", given.get("cu_seqlens_q"))
-    others: Any = given.get("cu_seqlens_k", edges)
+    others: Any = given.get("cu_seqlens_k")
+    others = edges if others is None else others
     length, share = batch.layout.seq_len, batch.layout.shares[rank]
     tokens = _tensors(given)[0].shape[0]
     runs = document_runs(edges, length) if tokens == share else None
@@ -112,6 +138,8 @@ def _documents(name: str, given: Arguments, batch: LiveBatch, rank: int) -> tupl
 def _flash(state: SequenceState, original: Callable[..., Any]) -> Callable[..., Any]:
     signature, name = inspect.signature(original), original.__name__
     packed = "varlen" in name
+    # Where it cannot be asked for the log-sum-exp under this name, flash-attn returns a pair in any case.
+    pair = name != "varlen_attn" and "return_attn_probs" not in signature.parameters
 
     @functools.wraps(original)
     def attention(*args: Any, **kwargs: Any) -> Any:
@@ -120,11 +148,12 @@ def _flash(state: SequenceState, original: Callable[..., Any]) -> Callable[..., 
             return original(*args, **kwargs)
         call = signature.bind(*args, **kwargs)
         call.apply_defaults()
-        given = call.arguments
+        given = {_ALIASES.get(key, key): value for key, value in call.arguments.items()}
         # (B, S_r, H, D) or, packed, (S_r, H, D) -> (B, H, S_r, D)
         q, k, v = (t.transpose(-3, -2) for t in _tensors(given))
         if batch is None or state.probing:
-            return probe_attention(state, q, k, v).transpose(-3, -2).contiguous()
+            apart = probe_attention(state, q, k, v).transpose(-3, -2).contiguous()
+            return (apart, None) if pair else apart
         spec = _mask(name, given, batch)
         if not packed and sees_memory(state, q, k, spec.causal):
             return original(*args, **kwargs)
@@ -144,7 +173,8 @@ def _flash(state: SequenceState, original: Callable[..., Any]) -> Callable[..., 
         )
         # (B, H, S_r, D) -> (B, S_r, H, D) or, packed, (S_r, H, D)
         out = out.transpose(1, 2).contiguous()
-        return out.squeeze(0) if packed else out
+        out = out.squeeze(0) if packed else out
+        return (out, None) if pair else out
 
     return attention
 
@@ -196,15 +226,20 @@ def install(state: SequenceState, root: nn.Module) -> Handle:
     Returns:
         A handle whose ``remove()`` restores everything.
     """
+    import torch.nn.attention.varlen  # noqa: F401  (part of torch: a step may import it later)
+
     handle = Handle()
     found: dict[Callable[..., Any], Callable[..., Any]] = {}
     for names, make in ((_FLASH_MODULES, _flash), (_XFORMERS_MODULES, _xformers)):
         for module in (sys.modules[name] for name in names if name in sys.modules):
             for name, function in list(vars(module).items()):
                 wanted = name.startswith("flash_attn_") and name.endswith("_func") and "kvcache" not in name
-                if (wanted or name == "memory_efficient_attention") and inspect.isfunction(function):
+                wanted |= name in ("memory_efficient_attention", "varlen_attn")
+                if wanted and inspect.isfunction(function):
                     found.setdefault(function, make(state, function))
     if state.mesh.sp_size > 1:
         for original, replacement in found.items():
+            if original.__module__ == "torch.nn.attention.varlen":
+                handle.patch(sys.modules[original.__module__], original.__name__, replacement)
             rebind(handle, root, original, replacement)
     return handle

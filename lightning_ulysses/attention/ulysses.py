@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from lightning_ulysses.all_to_all import heads_to_seq, seq_to_heads
@@ -13,6 +15,41 @@ from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.heads import head_layout
 from lightning_ulysses.layout import Runs, SequenceLayout, cu_seqlens_to_runs
 from lightning_ulysses.state import SequenceState, check_share, current_state, sharded_state
+
+Compute = Callable[[Tensor, Tensor, Tensor, slice, tuple[int, ...] | None], Tensor]
+
+
+def exchanged(state: SequenceState, q: Tensor, k: Tensor, v: Tensor, compute: Compute) -> Tensor:
+    """Runs ``compute`` on the whole sequence of the live batch, for this rank's share of the heads.
+
+    Args:
+        state: The strategy's state, with a live batch.
+        q: (B, H, S_r, D).
+        k: (B, H_kv, S_r, D).
+        v: (B, H_kv, S_r, D_v).
+        compute: Makes (B, H_r, S, D_v) from q (B, H_r, S, D), k and v (B, heads needed, S, ...), the query heads that
+            these are, and for each of them its key/value head, where groups are uneven, else None.
+
+    Returns:
+        (B, H, S_r, D_v).
+
+    Raises:
+        UlyssesError: If a length is not this rank's share, or P > H.
+    """
+    batch, mesh = state.batch, state.mesh
+    assert batch is not None
+    check_share(q.shape[2], batch.layout, mesh.sp_rank, "attention")
+    check_share(k.shape[2], batch.layout, mesh.sp_rank, "attention with keys")
+    state.attention_calls += 1
+    if mesh.sp_group is None:
+        return compute(q, k, v, slice(0, q.shape[1]), None)
+    mesh.check_heads(q.shape[1])
+    heads = head_layout(q.shape[1], k.shape[1], mesh.sp_size)
+    shares = batch.layout.shares
+    q, k, v = seq_to_heads(q, k, v, heads, shares, mesh.sp_rank, mesh.sp_group)
+    kv_index = None if heads.is_grouped(mesh.sp_rank) else heads.kv_index(mesh.sp_rank)
+    out = compute(q, k, v, slice(*heads.query_range(mesh.sp_rank)), kv_index)
+    return heads_to_seq(out, heads, shares, mesh.sp_rank, mesh.sp_group)
 
 
 def sharded_attention(
@@ -34,25 +71,17 @@ def sharded_attention(
     Raises:
         UlyssesError: If a length is not this rank's share, or P > H.
     """
-    batch, mesh = state.batch, state.mesh
-    assert batch is not None
-    check_share(q.shape[2], batch.layout, mesh.sp_rank, "attention")
-    check_share(k.shape[2], batch.layout, mesh.sp_rank, "attention with keys")
-    state.attention_calls += 1
-    if mesh.sp_group is None:
-        return attend(q, k, v, spec, scale=scale, dropout_p=dropout_p, bias=bias, extras=extras)
-    mesh.check_heads(q.shape[1])
-    heads = head_layout(q.shape[1], k.shape[1], mesh.sp_size)
-    shares = batch.layout.shares
-    q, k, v = seq_to_heads(q, k, v, heads, shares, mesh.sp_rank, mesh.sp_group)
-    kv_index = None if heads.is_grouped(mesh.sp_rank) else heads.kv_index(mesh.sp_rank)
-    if bias is not None:
-        # (S, S) or (H, S, S) or (B | 1, H | 1, S, S) -> (B | 1, H_r | 1, S, S)
-        bias = bias[(None,) * (4 - bias.dim())]
-        bias = bias if bias.shape[1] == 1 else bias[:, slice(*heads.query_range(mesh.sp_rank))]
-    extras = extras.heads(*heads.query_range(mesh.sp_rank)) if extras is not None else None
-    out = attend(q, k, v, spec, scale=scale, dropout_p=dropout_p, kv_index=kv_index, bias=bias, extras=extras)
-    return heads_to_seq(out, heads, shares, mesh.sp_rank, mesh.sp_group)
+
+    def compute(q: Tensor, k: Tensor, v: Tensor, heads: slice, kv_index: tuple[int, ...] | None) -> Tensor:
+        ours = None
+        if bias is not None:
+            # (S, S) or (H, S, S) or (B | 1, H | 1, S, S) -> (B | 1, H_r | 1, S, S)
+            ours = bias[(None,) * (4 - bias.dim())]
+            ours = ours if ours.shape[1] == 1 else ours[:, heads]
+        own = extras.heads(heads) if extras is not None else None
+        return attend(q, k, v, spec, scale=scale, dropout_p=dropout_p, kv_index=kv_index, bias=ours, extras=own)
+
+    return exchanged(state, q, k, v, compute)
 
 
 def sees_memory(state: SequenceState, q: Tensor, k: Tensor, is_causal: bool) -> bool:
