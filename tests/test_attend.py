@@ -86,11 +86,12 @@ def check(
     *,
     kv_index: tuple[int, ...] | None = None,
     scale: float | None = None,
+    size: int = 4,
     value_size: int = 4,
     extras: Extras | None = None,
 ) -> None:
     """Forward and backward; what the tokens of the padding get is nobody's concern."""
-    q, k, v = inputs(rows, seq_len, heads, kv_heads, value_size=value_size)
+    q, k, v = inputs(rows, seq_len, heads, kv_heads, size, value_size)
     real = seq_len - spec.num_padding
     index = list(kv_index) if kv_index is not None else [head // (heads // kv_heads) for head in range(heads)]
     extras = extras or Extras()
@@ -310,6 +311,61 @@ def test_explicit_attention_keeps_no_scores(monkeypatch: pytest.MonkeyPatch) -> 
         attend(q, k, v, MaskSpec(True), extras=extras)
     memory = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
     assert sum(memory.values()) < 4 * 1024 * 64
+
+
+@pytest.fixture
+def variable_length(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A kernel with the signature of torch's, which has none for CPUs; counts its calls."""
+    calls: list[int] = []
+
+    def varlen_attn(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seq_q: Tensor,
+        cu_seq_k: Tensor,
+        max_q: int,
+        max_k: int,
+        *,
+        scale: float | None = None,
+        window_size: tuple[int, int] = (-1, -1),
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        assert cu_seq_q.dtype == torch.int32 and int(cu_seq_q[-1]) == len(q) and max_q == int(cu_seq_q.diff().max())
+        assert enable_gqa == (q.shape[1] != k.shape[1])
+        calls.append(len(cu_seq_q) - 1)
+        left, right = (len(q) if side < 0 else side for side in window_size)
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+        place = torch.arange(len(q))
+        number = torch.bucketize(place, cu_seq_q[1:], right=True)
+        distance = place[:, None] - place
+        keep = (number[:, None] == number) & (distance <= left) & (distance >= -right)
+        # (S, H, D) -> (H, S, D)
+        q, k, v = (t.transpose(0, 1) for t in (q, k, v))
+        scores = q @ k.transpose(1, 2) * (q.shape[2] ** -0.5 if scale is None else scale)
+        return (scores.masked_fill(~keep, float("-inf")).softmax(-1) @ v).transpose(0, 1)
+
+    module = "lightning_ulysses.attention.packed"
+    monkeypatch.setattr(f"{module}._varlen", lambda: varlen_attn)
+    monkeypatch.setattr(f"{module}._has_kernel", lambda q: True)
+    return calls
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_call_for_all_documents(kind: str, variable_length: list[int]) -> None:
+    spec = replace(KINDS[kind], documents=(((0, 12),), ((0, 4), (4, 12)), ((0, 1), (1, 2), (2, 12))))
+    chunks = KINDS[kind].chunk is not None
+    settings: Any = {"size": 8, "value_size": 8}
+    check(spec, rows=3, heads=4, **settings)
+    check(replace(KINDS[kind], documents=DOCUMENTS * 2), rows=2, scale=0.3, **settings)
+    check(replace(KINDS[kind], documents=DOCUMENTS), heads=5, kv_index=(0, 0, 0, 1, 1), **settings)
+    assert chunks or variable_length == [6, 6, 3]
+    # What the kernel cannot do goes document by document.
+    called = len(variable_length)
+    check(spec, rows=3, heads=4, size=8, value_size=4)
+    check(spec, rows=3, heads=4, extras=extras_of("softcap", 4), **settings)
+    check(replace(spec, valid=(VALID["holes"],) * 3), rows=3, heads=4, **settings)
+    assert len(variable_length) == called
 
 
 def test_one_whole_document_is_one_plain_call() -> None:

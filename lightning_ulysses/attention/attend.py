@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_ulysses.attention.explicit import Extras
 from lightning_ulysses.attention.kernel import Kernel
+from lightning_ulysses.attention.packed import attend_packed, fits
 from lightning_ulysses.layout import Runs
 
 
@@ -229,6 +230,9 @@ def attend(
         return kernel(q, k, v, mask=_with_bias(bias, spec, rows, q.shape[2]))
     if all(row == rows[0] for row in rows):
         rows = rows[:1]
+    if fits(q, v, kernel, rows):
+        window = spec.reach or (-1, 0 if spec.causal else -1)
+        return attend_packed(q, k, v, kernel, [documents for documents, _ in rows], window)
     outputs = []
     q_rows, k_rows, v_rows = (tensor.split(1) if len(rows) > 1 else (tensor,) for tensor in (q, k, v))
     for (documents, valid), *row in zip(rows, q_rows, k_rows, v_rows, strict=True):
