@@ -22,13 +22,14 @@ _NEEDED = ("window_size", "scale", "enable_gqa")
 
 
 @functools.lru_cache(maxsize=1)
-def _varlen() -> Callable[..., Tensor] | None:
-    """Torch's function, bound before it is intercepted, if this torch has one that can do what we need."""
+def _varlen() -> Callable[..., Any] | None:
+    """The function below what intercepts it, if this torch has one that can do what we need."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    return varlen_attn if set(_NEEDED) <= set(inspect.signature(inspect.unwrap(varlen_attn)).parameters) else None
+    function: Callable[..., Any] = inspect.unwrap(varlen_attn)
+    return function if set(_NEEDED) <= set(inspect.signature(function).parameters) else None
 
 
 def _has_kernel(q: Tensor) -> bool:
@@ -78,6 +79,6 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, rows: list[Ru
     # (B, heads, S, D) -> (B, S, heads, D) -> (B * S, heads, D)
     q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
     settings: dict[str, Any] = {"scale": kernel.scale, "enable_gqa": q.shape[1] != k.shape[1], "window_size": window}
-    out = function(q, k, v, edges, edges, longest, longest, **settings)
+    out: Tensor = function(q, k, v, edges, edges, longest, longest, **settings)
     # (B * S, H, D) -> (B, S, H, D) -> (B, H, S, D)
     return out.unflatten(0, (batch, length)).transpose(1, 2)
