@@ -43,8 +43,15 @@ class Featured(HandWritten):
         return ulysses_attention(q, k, v, is_causal=True, **settings)
 
 
-@pytest.mark.parametrize("kind", ["softcap", "sinks", "alibi", "chunks", "both sides", "all"])
-@pytest.mark.parametrize("run", [SplitRun(), SplitRun(4, 4, {"stage": 3}), SplitRun(4, 2)], ids=["2", "4", "2x2"])
+TWO, FOUR, BOTH = SplitRun(), SplitRun(4, 4, {"stage": 3}), SplitRun(4, 2)
+RUNS = [
+    *((kind, TWO) for kind in ("softcap", "alibi", "both sides", "all")),
+    *((kind, FOUR) for kind in ("sinks", "chunks", "all")),
+    ("all", BOTH),
+]
+
+
+@pytest.mark.parametrize(("kind", "run"), RUNS)
 def test_one_step(pool: ProcessPool, kind: str, run: SplitRun) -> None:
     make = partial(Featured, kind)
     batches = [pair_batch(seed, S, 2, "uneven") for seed in range(run.world_size // run.sp_size)]

@@ -127,17 +127,16 @@ def fit(rank: int, kind: str, kv_heads: int, held: bool, run: SplitRun) -> Any:
         use(ORIGINAL)
 
 
-@pytest.mark.parametrize("kind", [*MASKS, "plain"])
-@pytest.mark.parametrize(
-    ("run", "kv_heads", "held"),
-    [
-        (SplitRun(), 2, False),
-        (SplitRun(4, 4), 1, True),
-        (SplitRun(3, 3), 4, False),
-        (SplitRun(strategy={"pad_to_multiple_of": 8}), 2, True),
-    ],
-    ids=["2", "4", "3", "padded"],
-)
+PADDED = SplitRun(strategy={"pad_to_multiple_of": 8})
+RUNS = [
+    *((kind, SplitRun(), 2, False) for kind in (*MASKS, "plain")),
+    *((kind, SplitRun(4, 4), 1, True) for kind in ("by head", "documents")),
+    *((kind, SplitRun(3, 3), 4, False) for kind in ("by head", "alibi")),
+    *((kind, PADDED, 2, True) for kind in ("causal", "alibi")),
+]
+
+
+@pytest.mark.parametrize(("kind", "run", "kv_heads", "held"), RUNS)
 def test_one_step(pool: ProcessPool, kind: str, run: SplitRun, kv_heads: int, held: bool) -> None:
     use(reference)
     single = fit_single(partial(Flexible, kind, False, kv_heads), [[pair_batch(0, S, 2, "uneven")]], count_targets)
