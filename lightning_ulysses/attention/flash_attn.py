@@ -8,7 +8,6 @@ Sources: flash-attn ``flash_attn_interface.py``, ``hopper/flash_attn_interface.p
 
 from __future__ import annotations
 
-import functools
 import inspect
 import sys
 from collections.abc import Callable
@@ -98,7 +97,7 @@ def _flash(state: SequenceState, original: Callable[..., Any]) -> Callable[..., 
     signature, name = inspect.signature(original), original.__name__
     packed = "varlen" in name
 
-    @functools.wraps(original)
+    @state.takes_over(original)
     def attention(*args: Any, **kwargs: Any) -> Any:
         batch = state.sharded_batch
         if batch is None and not state.probing:
@@ -126,7 +125,7 @@ def _flash(state: SequenceState, original: Callable[..., Any]) -> Callable[..., 
 
 
 def _xformers(state: SequenceState, original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
+    @state.takes_over(original)
     def memory_efficient_attention(
         query: Tensor,
         key: Tensor,

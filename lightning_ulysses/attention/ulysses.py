@@ -8,11 +8,13 @@ from lightning_ulysses.all_to_all import heads_to_seq, seq_to_heads
 from lightning_ulysses.attention.attend import MaskSpec, attend
 from lightning_ulysses.attention.stand_in import keep_apart
 from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.graphs import eager
 from lightning_ulysses.heads import head_layout
 from lightning_ulysses.layout import Runs, SequenceLayout, cu_seqlens_to_runs
-from lightning_ulysses.state import SequenceState, check_share, current_state, sharded_state
+from lightning_ulysses.state import SequenceState, check_share, current_state, eager_while_live, sharded_state
 
 
+@eager
 def sharded_attention(
     state: SequenceState,
     q: Tensor,
@@ -82,6 +84,7 @@ def document_runs(cu_seqlens: Tensor, seq_len: int) -> Runs:
     return runs
 
 
+@eager_while_live
 def ulysses_attention(
     q: Tensor,
     k: Tensor,
