@@ -6,6 +6,7 @@ from torch import Tensor
 
 from lightning_ulysses.all_to_all import heads_to_seq, seq_to_heads
 from lightning_ulysses.attention.attend import MaskSpec, attend
+from lightning_ulysses.attention.dropout import own_draws
 from lightning_ulysses.attention.stand_in import keep_apart
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.graphs import eager
@@ -49,7 +50,8 @@ def sharded_attention(
         # (S, S) or (H, S, S) or (B | 1, H | 1, S, S) -> (B | 1, H_r | 1, S, S)
         bias = bias[(None,) * (4 - bias.dim())]
         bias = bias if bias.shape[1] == 1 else bias[:, slice(*heads.query_range(mesh.sp_rank))]
-    out = attend(q, k, v, spec, scale=scale, dropout_p=dropout_p, kv_index=kv_index, bias=bias)
+    with own_draws(mesh, q.device, dropout_p):
+        out = attend(q, k, v, spec, scale=scale, dropout_p=dropout_p, kv_index=kv_index, bias=bias)
     return heads_to_seq(out, heads, shares, mesh.sp_rank, mesh.sp_group)
 
 
