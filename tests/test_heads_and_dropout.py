@@ -78,7 +78,7 @@ class Dropping(HandWritten):
         self.rate, self.out = rate, torch.empty(0)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        x, y = batch
+        x = batch[0]
         # (B, S_r) numbers of tokens -> (B, H, S_r, D); values of all ones, so that the output counts what is kept
         generator = torch.Generator().manual_seed(1)
         table = torch.randn(3, S, H, D, generator=generator)
