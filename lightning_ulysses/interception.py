@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 
+import torch
 from torch import nn
 
-from lightning_ulysses import targets
-from lightning_ulysses.attention import flash_attn, flex, multihead, sdpa
+from lightning_ulysses import targets, upstream
+from lightning_ulysses.attention import adapters, flash_attn, flex, multihead, sdpa
 from lightning_ulysses.handle import Handle
 from lightning_ulysses.state import SequenceState
 
@@ -22,8 +23,17 @@ def install_interceptors(state: SequenceState, module: nn.Module, zero_stage_3: 
 
     Returns:
         One handle; ``remove()`` restores everything.
+
+    Raises:
+        UlyssesError: For a model that cannot be made exact; only where P > 1.
     """
+    if state.mesh.sp_size > 1:
+        adapters.check_adapters(module)
     handle = Handle()
+    # What has been compiled so far holds the functions that are replaced here, and what will be, their replacements.
+    torch.compiler.reset()
+    handle.add(torch.compiler.reset)
+    handle.add(upstream.keep_checkpoint_inputs().remove)
     handle.add(targets.install(state).remove)
     handle.add(sdpa.install(state, module).remove)
     handle.add(multihead.install(state).remove)

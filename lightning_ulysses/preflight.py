@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
+from torch._dynamo import OptimizedModule
 
 from lightning_ulysses.batch import WholeBatch
 from lightning_ulysses.errors import UlyssesError
@@ -37,6 +38,37 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
             "take the batch instead of the iterator",
         )
     _check_precision(trainer)
+    _check_activation_checkpointing(getattr(trainer.strategy, "config", None) or {})
+    if getattr(trainer.strategy, "zero_stage_3", False):
+        _check_compiled(module)
+
+
+def _check_compiled(module: pl.LightningModule) -> None:
+    for name, part in module.named_modules():
+        if isinstance(part, OptimizedModule):
+            raise UlyssesError(
+                f"self.{name} = torch.compile(...) with ZeRO stage 3",
+                "modules that own their parameters, which DeepSpeed replaces; this wrapper only passes them on",
+                f"compile in place, self.{name.replace('._orig_mod', '')}.compile(), or use stage 2",
+            )
+
+
+def _check_activation_checkpointing(config: dict[str, Any]) -> None:
+    settings = config.get("activation_checkpointing") or {}
+    if settings.get("contiguous_memory_optimization"):
+        raise UlyssesError(
+            "contiguous_memory_optimization of DeepSpeed's activation checkpointing",
+            "no buffers that are laid out once for activations of one size and number, which Lightning cannot tell",
+            "leave contiguous_memory_optimization out",
+        )
+    from deepspeed.runtime.activation_checkpointing import checkpointing
+
+    if settings.get("partition_activations") and checkpointing.mp_size != 1:
+        raise UlyssesError(
+            f"partition_activations over {checkpointing.mp_size} model-parallel ranks",
+            "activations that are whole on each rank: those of other ranks belong to other tokens",
+            "leave partition_activations out, or give deepspeed.checkpointing.configure no mpu",
+        )
 
 
 def _check_precision(trainer: pl.Trainer) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.graphs import F, eager
 from lightning_ulysses.layout import Runs, SequenceLayout
 from lightning_ulysses.mesh import SequenceMesh
 
@@ -88,6 +91,25 @@ class SequenceState:
             return batch
         return None
 
+    def takes_over(self, original: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Decorates what stands for ``original`` while a batch is live, kept out of compiled graphs.
+
+        In every other call, ``original`` runs as if nothing had been put in its place.
+        """
+
+        def decorate(replacement: Callable[..., Any]) -> Callable[..., Any]:
+            outside = eager(replacement)
+
+            @functools.wraps(original)
+            def choose(*args: Any, **kwargs: Any) -> Any:
+                if self.probing or self.described_batch is not None:
+                    return outside(*args, **kwargs)
+                return original(*args, **kwargs)
+
+            return choose
+
+        return decorate
+
     @contextmanager
     def live(self) -> Iterator[None]:
         """Marks the pending batch as live; nests."""
@@ -142,6 +164,20 @@ def sharded_state() -> SequenceState | None:
     return state if state is not None and state.sharded_batch is not None else None
 
 
+def eager_while_live(function: F) -> F:
+    """Keeps a public function out of compiled graphs as long as it depends on the live batch."""
+    outside = eager(function)
+
+    @functools.wraps(function)
+    def choose(*args: Any, **kwargs: Any) -> Any:
+        state = _Slot.state
+        if state is not None and (state.probing or state.sharded_batch is not None):
+            return outside(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return choose  # type: ignore[return-value]
+
+
 @contextmanager
 def unsharded() -> Iterator[None]:
     """Plain attention inside a step: for a forward on tensors that are whole on every rank.
@@ -169,6 +205,7 @@ def check_share(length: int, layout: SequenceLayout, rank: int, what: str) -> No
         )
 
 
+@eager_while_live
 def sequence_positions(x: Tensor, dim: int = 1) -> Tensor:
     """Positions of this rank's tokens in the whole sequence, in place of ``torch.arange(x.shape[dim])``.
 
@@ -202,6 +239,7 @@ def join_sequence(x: Tensor, shares: tuple[int, ...], dim: int, group: dist.Proc
     return torch.cat([part[:share] for part, share in zip(parts, shares, strict=True)]).movedim(0, dim).contiguous()
 
 
+@eager_while_live
 def gather_sequence(x: Tensor, dim: int = 1) -> Tensor:
     """The whole sequence from this rank's slice: (B, S_r, ...) -> (B, S, ...), the same on every rank of the group.
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from lightning_ulysses.handle import Handle
 
 
-class UlyssesDeepSpeedStrategy(DeepSpeedStrategy):
+class UlyssesDeepSpeedStrategy(upstream.AcceptsCompiled, DeepSpeedStrategy):
     """Trains an unchanged LightningModule on sequences split over processes, exactly.
 
     Every batch is cut along the sequence; attention exchanges slices of the sequence for heads; ZeRO shards parameters,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.graphs import eager
 from lightning_ulysses.handle import Handle
 from lightning_ulysses.state import LiveBatch, SequenceState, TargetEvidence
 
@@ -32,20 +33,29 @@ def install(state: SequenceState) -> Handle:
 
     @functools.wraps(original)
     def cross_entropy(input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        batch = state.batch
-        if batch is not None and state.collect_evidence and not target.is_floating_point():
-            # Positional order behind the target: weight, size_average, ignore_index, reduce, reduction
-            ignore_index = kwargs.get("ignore_index", args[2] if len(args) > 2 else -100)
-            reduction = kwargs.get("reduction", args[4] if len(args) > 4 else "mean")
-            weight = kwargs.get("weight", args[0] if args else None)
-            name = _CLASS_WEIGHTS if weight is not None and reduction == "mean" else None
-            batch.evidence.append(TargetEvidence(target.detach(), ignore_index, reduction == "mean", name))
+        if state.collect_evidence and state.batch is not None and not target.is_floating_point():
+            _note(state, target, *args, **kwargs)
         return original(input, target, *args, **kwargs)
 
     handle = Handle()
     functional: Any = torch.nn.functional
     handle.patch(functional, "cross_entropy", cross_entropy)
     return handle
+
+
+@eager
+def _note(state: SequenceState, target: Tensor, *args: Any, **kwargs: Any) -> None:
+    """Keeps what a cross entropy was computed on; the further arguments are those of ``cross_entropy``."""
+    if type(target).__module__.startswith("torch._subclasses"):
+        # A compiler that traces a graph calls by name what is in it.
+        return
+    # Positional order behind the target: weight, size_average, ignore_index, reduce, reduction
+    ignore_index = kwargs.get("ignore_index", args[2] if len(args) > 2 else -100)
+    reduction = kwargs.get("reduction", args[4] if len(args) > 4 else "mean")
+    weight = kwargs.get("weight", args[0] if args else None)
+    name = _CLASS_WEIGHTS if weight is not None and reduction == "mean" else None
+    assert state.batch is not None
+    state.batch.evidence.append(TargetEvidence(target.detach(), ignore_index, reduction == "mean", name))
 
 
 def _explains(name: str, evidence: TargetEvidence, live: LiveBatch) -> int:

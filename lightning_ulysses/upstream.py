@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from lightning_ulysses.handle import Handle
+
 if TYPE_CHECKING:
     import lightning.pytorch as pl
+
+
+# What DeepSpeed's activation checkpointing calls with its inputs, to empty them.
+_EMPTYING = (
+    "get_cpu_activations_for_backward",
+    "get_offloaded_activations_for_backward",
+    "get_partitioned_activations_for_backward",
+)
 
 
 def should_accumulate(trainer: pl.Trainer) -> bool:
@@ -69,6 +80,34 @@ def forget_trace(engine: Any) -> None:
     coordinator._clear_trace_structures()
 
 
+def keep_checkpoint_inputs() -> Handle:
+    """Has DeepSpeed's activation checkpointing move copies of its inputs away, and leave the caller's as they are.
+
+    With ``cpu_checkpointing`` or ``partition_activations`` it empties the tensors that it was given: a residual
+    connection around the call, or a second layer that gets the same tensor, computes on what is left of them
+    (``activation_checkpointing/checkpointing.py``, ``get_cpu_activations_for_backward`` and others).
+    """
+    from deepspeed.runtime.activation_checkpointing import checkpointing
+
+    def own(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def save(args: Any, *rest: Any) -> Any:
+            # The same storage, so that it is freed where nobody else holds it; one for each, as DeepSpeed counts them.
+            aliases = {id(arg): arg.detach().requires_grad_(arg.requires_grad) for arg in args if _is_float(arg)}
+            return original(tuple(aliases.get(id(arg), arg) for arg in args), *rest)
+
+        return save
+
+    handle = Handle()
+    for name in _EMPTYING:
+        handle.patch(checkpointing, name, own(getattr(checkpointing, name)))
+    return handle
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
 def restore_linear() -> None:
     """Takes back the ``torch.nn.functional.linear`` that ZeRO-3 sets and leaves behind.
 
@@ -120,6 +159,35 @@ def rescale_progress(checkpoint: dict[str, Any], dp_size: int) -> None:
 def set_device_mesh(module: pl.LightningModule, mesh: torch.distributed.device_mesh.DeviceMesh | None) -> None:
     """Makes ``LightningModule.device_mesh`` answer, as Lightning's ModelParallelStrategy does."""
     module._device_mesh = mesh
+
+
+class AcceptsCompiled:
+    """For a strategy: takes a LightningModule that has been compiled as a whole.
+
+    Lightning asks each strategy by its class, and turns down every one on DeepSpeed (``utilities/compile.py``).
+    """
+
+    _compiler_ctx: tuple[pl.LightningModule, dict[str, Any]] | None = None
+
+    @property
+    def _lightning_module(self) -> pl.LightningModule | None:
+        """What ``Strategy`` calls so."""
+        module: pl.LightningModule | None = vars(self).get("_module")
+        return module
+
+    @_lightning_module.setter
+    def _lightning_module(self, module: pl.LightningModule | None) -> None:
+        vars(self)["_module"] = module
+        context = getattr(module, "_compiler_ctx", None)
+        if module is not None and context is not None:
+            self._compiler_ctx, module._compiler_ctx = (module, context), None
+
+    def teardown(self) -> None:
+        """Lets Lightning know again that the module is compiled."""
+        super().teardown()  # type: ignore[misc]
+        if self._compiler_ctx is not None:
+            module, context = self._compiler_ctx
+            module._compiler_ctx, self._compiler_ctx = context, None
 
 
 def release_engines() -> None:

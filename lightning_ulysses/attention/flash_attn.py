@@ -9,7 +9,6 @@ torch ``nn/attention/varlen.py``; xformers ``ops/fmha/__init__.py``.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import sys
 from collections.abc import Callable
@@ -141,7 +140,7 @@ def _flash(state: SequenceState, original: Callable[..., Any]) -> Callable[..., 
     # Where it cannot be asked for the log-sum-exp under this name, flash-attn returns a pair in any case.
     pair = name != "varlen_attn" and "return_attn_probs" not in signature.parameters
 
-    @functools.wraps(original)
+    @state.takes_over(original)
     def attention(*args: Any, **kwargs: Any) -> Any:
         batch = state.sharded_batch
         if batch is None and not state.probing:
@@ -180,7 +179,7 @@ def _flash(state: SequenceState, original: Callable[..., Any]) -> Callable[..., 
 
 
 def _xformers(state: SequenceState, original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
+    @state.takes_over(original)
     def memory_efficient_attention(
         query: Tensor,
         key: Tensor,

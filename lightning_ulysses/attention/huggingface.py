@@ -8,7 +8,7 @@ Sources: transformers ``integrations/sdpa_attention.py``, ``integrations/flash_a
 
 from __future__ import annotations
 
-import functools
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -61,13 +61,22 @@ def _call_spec(batch: LiveBatch, attention_mask: Tensor | None, is_causal: bool,
     raise local_mask_error(attention_mask, layout)
 
 
-def _install_attention(state: SequenceState, handle: Handle, names: list[str]) -> None:
+def _stranger(module: nn.Module) -> UlyssesError:
+    return UlyssesError(
+        f"{type(module).__name__} of a model that was no part of the LightningModule when the Trainer set it up",
+        "a model whose positions and labels can be supplied, since they count from 0 on every rank",
+        "make the model an attribute of the LightningModule, in __init__ or configure_model",
+    )
+
+
+def _install_attention(state: SequenceState, handle: Handle, root: nn.Module, names: list[str]) -> None:
     from transformers.modeling_utils import AttentionInterface
 
+    known = weakref.WeakSet(root.modules())
     tried: set[tuple[type, Any]] = set()
 
     def wrap(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
+        @state.takes_over(original)
         def attention_forward(
             module: nn.Module,
             query: Tensor,
@@ -97,6 +106,8 @@ def _install_attention(state: SequenceState, handle: Handle, names: list[str]) -
                     **kwargs,
                 )
                 return out
+            if not whole and module not in known:
+                raise _stranger(module)
             present = [feature for feature in _UNSUPPORTED_FEATURES if kwargs.get(feature) is not None]
             if present:
                 raise UlyssesError(
@@ -175,7 +186,7 @@ def install(state: SequenceState, root: nn.Module, *, sync_steps: bool = False) 
     try:
         names = _names(root)
         install_masks(state, handle, (*names, "eager"))
-        _install_attention(state, handle, names)
+        _install_attention(state, handle, root, names)
         install_generate(state, handle, sync_steps)
         for model in root.modules():
             if isinstance(model, PreTrainedModel):

@@ -8,7 +8,6 @@ Source: transformers ``masking_utils.py``.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -88,7 +87,7 @@ def install_masks(state: SequenceState, handle: Handle, names: tuple[str, ...]) 
     from transformers.masking_utils import AttentionMaskInterface
 
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(original)
+        @state.takes_over(original)
         def describe_mask(*args: Any, **kwargs: Any) -> Any:
             if state.probing:
                 return None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.graphs import eager
 from lightning_ulysses.state import LiveBatch, SequenceState, TargetEvidence
 
 if TYPE_CHECKING:
@@ -24,7 +25,8 @@ def supply_inputs(state: SequenceState, model: PreTrainedModel) -> Callable[...,
     # transformers falls back to the causal language model's loss where a class has no loss type.
     shifts = (getattr(model, "loss_type", None) or "ForCausalLM").startswith("ForCausalLM")
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    @eager
+    def supply(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         batch = state.described_batch
         if batch is None:
             return None
@@ -48,6 +50,9 @@ def supply_inputs(state: SequenceState, model: PreTrainedModel) -> Callable[...,
         if isinstance(labels, Tensor) and not state.probing:
             added |= shifted_labels(batch, labels, given, shifts, takes_any, name)
         return (args, {**kwargs, **added}) if added else None
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return supply(module, args, kwargs) if state.described_batch is not None else None
 
     return hook
 

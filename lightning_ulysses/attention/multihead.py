@@ -7,7 +7,6 @@ back in their place, and the output is the same.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from typing import Any
 
@@ -30,7 +29,7 @@ def install(state: SequenceState) -> Handle:
     original = functional.multi_head_attention_forward
     signature = inspect.signature(original)
 
-    @functools.wraps(original)
+    @state.takes_over(original)
     def multi_head_attention_forward(*args: Any, **kwargs: Any) -> Any:
         if state.sharded_batch is None and not state.probing:
             return original(*args, **kwargs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -30,7 +29,7 @@ def install(state: SequenceState, root: nn.Module | None = None) -> Handle:
     """
     original = torch.nn.functional.scaled_dot_product_attention
 
-    @functools.wraps(original)
+    @state.takes_over(original)
     def scaled_dot_product_attention(
         query: Tensor,
         key: Tensor,

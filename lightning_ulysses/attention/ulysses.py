@@ -8,14 +8,17 @@ from torch import Tensor
 
 from lightning_ulysses.all_to_all import heads_to_seq, seq_to_heads
 from lightning_ulysses.attention.attend import MaskSpec, attend
+from lightning_ulysses.attention.dropout import own_draws
 from lightning_ulysses.attention.explicit import Extras
 from lightning_ulysses.attention.kernel import attend_memory
 from lightning_ulysses.attention.stand_in import probe_attention
 from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.graphs import eager
 from lightning_ulysses.heads import head_layout
 from lightning_ulysses.layout import Runs, SequenceLayout, cu_seqlens_to_runs
-from lightning_ulysses.state import SequenceState, check_share, current_state, sharded_state
+from lightning_ulysses.state import SequenceState, check_share, current_state, eager_while_live, sharded_state
 
+_seq_to_heads, _heads_to_seq = eager(seq_to_heads), eager(heads_to_seq)
 Compute = Callable[[Tensor, Tensor, Tensor, slice, tuple[int, ...] | None], Tensor]
 
 
@@ -46,12 +49,13 @@ def exchanged(state: SequenceState, q: Tensor, k: Tensor, v: Tensor, compute: Co
     mesh.check_heads(q.shape[1])
     heads = head_layout(q.shape[1], k.shape[1], mesh.sp_size)
     shares = batch.layout.shares
-    q, k, v = seq_to_heads(q, k, v, heads, shares, mesh.sp_rank, mesh.sp_group)
+    q, k, v = _seq_to_heads(q, k, v, heads, shares, mesh.sp_rank, mesh.sp_group)
     kv_index = None if heads.is_grouped(mesh.sp_rank) else heads.kv_index(mesh.sp_rank)
     out = compute(q, k, v, slice(*heads.query_range(mesh.sp_rank)), kv_index)
-    return heads_to_seq(out, heads, shares, mesh.sp_rank, mesh.sp_group)
+    return _heads_to_seq(out, heads, shares, mesh.sp_rank, mesh.sp_group)
 
 
+@eager
 def sharded_attention(
     state: SequenceState,
     q: Tensor,
@@ -79,7 +83,8 @@ def sharded_attention(
             ours = bias[(None,) * (4 - bias.dim())]
             ours = ours if ours.shape[1] == 1 else ours[:, heads]
         own = extras.heads(heads) if extras is not None else None
-        return attend(q, k, v, spec, scale=scale, dropout_p=dropout_p, kv_index=kv_index, bias=ours, extras=own)
+        with own_draws(state.mesh, q.device, dropout_p if state.mesh.sp_group is not None else 0.0):
+            return attend(q, k, v, spec, scale=scale, dropout_p=dropout_p, kv_index=kv_index, bias=ours, extras=own)
 
     return exchanged(state, q, k, v, compute)
 
@@ -162,6 +167,7 @@ def _check_per_head(extras: Extras, num_heads: int) -> None:
             )
 
 
+@eager_while_live
 def ulysses_attention(
     q: Tensor,
     k: Tensor,

@@ -8,7 +8,7 @@ must come out as they do among the others.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import nn
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.layout import SequenceLayout
 from lightning_ulysses.probing.calls import Call, choose_length
+from lightning_ulysses.probing.compiled import call_around, is_compiled_in_place, outermost_compiled, uncompile_steps
 from lightning_ulysses.probing.recording import Recording, first_to_depend_on_place, first_to_move, record
 from lightning_ulysses.state import LiveBatch, SequenceState
 
@@ -48,26 +49,28 @@ class ModelProbe:
     def watch(self) -> Iterator[None]:
         """Probes the calls made inside, unless that has been done for this mode, training or evaluation."""
         training = self._root.training
-        compiled = any(getattr(m, "_compiled_call_impl", None) or hasattr(m, "_orig_mod") for m in self._root.modules())
-        if self._state.sharded_batch is None or training in self._done or compiled:
+        if self._state.sharded_batch is None or training in self._done:
             yield
             return
         self._done.add(training)
-        self._depth, self._calls = 0, 0
-        # The strategy calls a step by way of the root's own forward.
-        handles: list[Any] = [self._root.register_forward_pre_hook(self._enter_root, with_kwargs=True)]
-        self._root_calls = 0
-        for module in self._root.modules():
-            if module is not self._root:
-                handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True))
-                handles.append(module.register_forward_hook(self._leave, always_call=True))
-        handles.append(self._root.register_forward_hook(self._leave_root, always_call=True))
-        self._handles = handles
-        try:
+        self._depth, self._calls, self._root_calls = 0, 0, 0
+        with ExitStack() as stack:
+            # A step that is compiled as a whole runs as it was written, once: no call inside could be looked at.
+            stack.callback(uncompile_steps(self._root).remove)
+            # The strategy calls a step by way of the root's own forward.
+            hook = self._root.register_forward_pre_hook(self._enter_root, with_kwargs=True)
+            stack.callback(hook.remove)
+            for module in outermost_compiled(self._root):
+                if module is self._root:
+                    continue
+                if is_compiled_in_place(module):
+                    stack.callback(call_around(module, self._enter, self._leave).remove)
+                    continue
+                hook = module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True)
+                stack.callback(hook.remove)
+                stack.callback(module.register_forward_hook(self._leave, always_call=True).remove)
+            stack.callback(self._root.register_forward_hook(self._leave_root, always_call=True).remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _enter_root(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._root_calls += 1
@@ -79,6 +82,9 @@ class ModelProbe:
             self._depth -= 1
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        # A module that is held twice, compiled and not, has its hooks in the graph as well.
+        if torch.compiler.is_compiling():
+            return
         self._depth += 1
         if self._depth > 1 or self._calls >= _MOST_CALLS or self._state.sharded_batch is None:
             return
@@ -87,7 +93,8 @@ class ModelProbe:
         self._probe(module, args, kwargs)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._depth -= 1
+        if not torch.compiler.is_compiling():
+            self._depth -= 1
 
     def _probe(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         batch, mesh = self._state.sharded_batch, self._state.mesh
@@ -153,7 +160,8 @@ class ModelProbe:
         pending, state.pending = state.pending, LiveBatch(layout) if layout is not None else None
         live = state.live() if layout is not None else nullcontext()
         try:
-            with isolate_rng(), state.probed(), live, record(call.module) as recording:
+            uncompiled = torch.compiler.set_stance("force_eager")
+            with uncompiled, isolate_rng(), state.probed(), live, record(call.module) as recording:
                 torch.manual_seed(0)
                 call.run()
         finally:
@@ -185,7 +193,8 @@ def _unchanged(module: nn.Module) -> Iterator[None]:
 
 
 def _name(outer: str, found: tuple[str, str]) -> str:
-    name = ".".join(part for part in (outer, found[0]) if part)
+    parts = f"{outer}.{found[0]}".split(".")
+    name = ".".join(part for part in parts if part not in ("", "_orig_mod"))
     return f"{name!r} ({found[1]})" if name else found[1]
 
 

@@ -1,0 +1,209 @@
+"""``torch.compile`` of a model, of a part of it, in place, and of the LightningModule as a whole."""
+
+from __future__ import annotations
+
+import shutil
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from models import HandWritten, LlamaModule, count_targets, pair_batch, token_batch
+from test_exactness import BOUND, fit_broken
+from test_probing import Between, Conv, refused
+from torch import Tensor
+
+from lightning_ulysses.processes import ProcessPool
+from lightning_ulysses.testing import (
+    SplitRun,
+    StepRecorder,
+    StepResult,
+    compare,
+    fit_single,
+    fit_split,
+    split_loader,
+    split_trainer,
+)
+
+TOKENS = [token_batch(seed, 32 + seed % 2, 2, "uneven") for seed in range(2)]
+PAIRS = [pair_batch(seed, 32 + seed % 2, 2, "uneven") for seed in range(2)]
+
+
+# Every operator in the graphs that were compiled in this process, forward and backward.
+OPERATORS: list[str] = []
+
+
+def watched(graph: Any, inputs: Any) -> Any:
+    """A backend that runs graphs as they are, as ``aot_eager`` does, and notes what is in them."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    def note(traced: Any, inputs: Any) -> Any:
+        OPERATORS.extend(str(node.target) for node in traced.graph.nodes if node.op == "call_function")
+        return make_boxed_func(traced.forward)
+
+    return aot_autograd(fw_compiler=note, bw_compiler=note)(graph, inputs)
+
+
+def fit_compiled(rank: int, make: Any, batches: list[Any], run: SplitRun) -> tuple[StepResult, list[str]]:
+    """What `fit_rank` does, and the operators of the compiled graphs."""
+    OPERATORS.clear()
+    recorder = StepRecorder()
+    trainer = split_trainer(run, [recorder])
+    trainer.fit(make(), split_loader(batches, run, rank))
+    # Lightning knows again which steps are compiled; meanwhile it may not.
+    compiled = hasattr(vars(trainer.lightning_module).get("training_step"), "_torchdynamo_orig_callable")
+    assert compiled == (trainer.lightning_module._compiler_ctx is not None)
+    return recorder.result(), list(OPERATORS)
+
+
+class CompiledLlama(LlamaModule):
+    """A transformers model compiled in one of the usual ways."""
+
+    def __init__(self, how: str, backend: Any = watched, **kwargs: Any) -> None:
+        super().__init__(layers=1, lr=0.2, **kwargs)
+        if how == "wrapped":
+            self.model = torch.compile(self.model, backend=backend)
+
+
+class CompiledByHand(HandWritten):
+    def __init__(self, how: str, backend: Any = watched, **kwargs: Any) -> None:
+        super().__init__(lr=0.2, **kwargs)
+        for block in self.blocks if how == "blocks" else self.blocks[:1]:
+            block.compile(backend=backend)
+
+
+def whole(make: Any) -> Any:
+    """``module = torch.compile(module)``."""
+    return torch.compile(make(), backend=watched)
+
+
+def itself(make: Any) -> Any:
+    """``module.compile()``."""
+    module = make()
+    module.compile(backend=watched)
+    return module
+
+
+LLAMA, HAND = partial(LlamaModule, layers=1, lr=0.2), partial(HandWritten, lr=0.2)
+ZERO_3 = SplitRun(strategy={"stage": 3})
+CASES: dict[str, tuple[Any, Any, list[Any], SplitRun]] = {
+    "whole": (partial(whole, LLAMA), LLAMA, TOKENS, SplitRun()),
+    "itself": (partial(itself, HAND), HAND, PAIRS, SplitRun()),
+    "blocks, checkpointed": (partial(CompiledByHand, "blocks", checkpointing=True), HAND, PAIRS[:1], SplitRun()),
+    "blocks, zero 3": (partial(CompiledByHand, "blocks"), HAND, PAIRS[:1], ZERO_3),
+}
+
+
+def named_as(result: StepResult, reference: StepResult) -> StepResult:
+    """``result`` without what ``torch.compile`` adds to names."""
+
+    def plain(values: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name.replace("_orig_mod.", ""): value for name, value in values.items()}
+
+    assert set(plain(result.before)) == set(reference.before)
+    return StepResult(result.losses, result.grad_norms, plain(result.before), plain(result.after))
+
+
+def collectives(operators: list[str]) -> list[str]:
+    return [name for name in operators if "all_to_all" in name or "c10d" in name]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_steps(pool: ProcessPool, case: str) -> None:
+    make, plain, batches, run = CASES[case]
+    reference = fit_single(plain, [[batch] for batch in batches], count_targets)
+    for result, operators in pool.run(fit_compiled, make, batches, run, world_size=2):
+        assert compare(named_as(result, reference), reference).largest <= BOUND
+        # It did compile, and no collective is in what was compiled.
+        assert sum("mm" in name for name in operators) >= 10
+        assert collectives(operators) == []
+
+
+def fit_inside(rank: int, make: Any, batches: list[Any], run: SplitRun) -> tuple[StepResult | None, list[str]]:
+    """`fit_compiled` with nothing kept out of the graphs."""
+    from lightning_ulysses.attention.ulysses import sharded_attention
+
+    bare = sharded_attention._torchdynamo_orig_callable  # type: ignore[attr-defined]
+    with (
+        mock.patch("lightning_ulysses.state.eager", lambda function: function),
+        mock.patch("lightning_ulysses.attention.sdpa.sharded_attention", bare),
+    ):
+        try:
+            return fit_compiled(rank, make, batches, run)
+        except RuntimeError:
+            return None, list(OPERATORS)
+
+
+def test_collectives_would_be_in_the_graphs(pool: ProcessPool) -> None:
+    make = partial(CompiledByHand, "blocks")
+    for _, operators in pool.run(fit_inside, make, PAIRS[:1], SplitRun(), world_size=2):
+        assert collectives(operators)
+
+
+def no_weight(count: float, total: float, world_size: int) -> float:
+    return 1.0
+
+
+def test_the_comparison_can_fail(pool: ProcessPool) -> None:
+    make = partial(CompiledByHand, "blocks")
+    reference = fit_single(HAND, [PAIRS[:1]], count_targets)
+    target = "lightning_ulysses.weighting.token_weight"
+    for result in pool.run(fit_broken, make, PAIRS[:1], SplitRun(), target, no_weight, world_size=2):
+        assert compare(result, reference).largest > 100 * BOUND
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="inductor needs a C++ compiler on CPU")
+def test_inductor(pool: ProcessPool) -> None:
+    make = partial(CompiledByHand, "first block", backend="inductor")
+    reference = fit_single(HAND, [PAIRS[:1]], count_targets)
+    for result in fit_split(pool, make, PAIRS[:1], SplitRun()):
+        assert compare(result, reference).largest <= BOUND
+
+
+class CompiledBetween(Between):
+    """A convolution inside of something compiled."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(Conv)
+        if how == "wrapped":
+            self.between = torch.compile(self.between, backend=watched)
+        elif how == "in place":
+            self.between.compile(backend=watched)
+
+
+REFUSED = {
+    "wrapped": partial(CompiledBetween, "wrapped"),
+    "in place": partial(CompiledBetween, "in place"),
+    "whole": partial(whole, partial(Between, Conv)),
+    "itself": partial(itself, partial(Between, Conv)),
+}
+
+
+@pytest.mark.parametrize("how", REFUSED)
+def test_the_check_sees_compiled_models(pool: ProcessPool, how: str) -> None:
+    for error in pool.run(refused, REFUSED[how], SplitRun(), world_size=2):
+        assert "'between.conv' (Conv1d)" in str(error)
+
+
+def test_wrappers_under_zero_3_are_refused(pool: ProcessPool) -> None:
+    for error in pool.run(refused, partial(CompiledLlama, "wrapped"), ZERO_3, world_size=2):
+        assert "self.model = torch.compile" in str(error) and "self.model.compile()" in str(error)
+
+
+def before_and_after(rank: int, batches: list[Any]) -> tuple[StepResult, list[str], bool]:
+    """A model that has run before the strategy exists, and runs again after it is gone."""
+    module = CompiledLlama("wrapped")
+    weights = {name: value.clone() for name, value in module.state_dict().items()}
+    wanted = float(module.training_step(batches[0], 0).detach())
+    result, operators = fit_compiled(rank, lambda: module, batches, SplitRun())
+    module.load_state_dict(weights)
+    return result, operators, abs(float(module.training_step(batches[0], 0).detach()) - wanted) < 1e-6
+
+
+def test_what_was_compiled_before_is_compiled_again(pool: ProcessPool) -> None:
+    reference = fit_single(LLAMA, [[batch] for batch in TOKENS], count_targets)
+    for result, operators, same in pool.run(before_and_after, TOKENS, world_size=2):
+        assert compare(named_as(result, reference), reference).largest <= BOUND
+        assert same and collectives(operators) == [] and len(operators) > 20
