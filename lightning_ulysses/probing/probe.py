@@ -8,7 +8,7 @@ must come out as they do among the others.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,7 +41,8 @@ class ModelProbe:
         self._root = root
         self._names = {id(module): name for name, module in root.named_modules()}
         self._done: set[bool] = set()
-        self._depth = 0
+        # For each module that runs, whether it was called with something split.
+        self._open: list[bool] = []
         self._calls = 0
 
     @contextmanager
@@ -49,17 +50,19 @@ class ModelProbe:
         """Probes the calls made inside, unless that has been done for this mode, training or evaluation."""
         training = self._root.training
         compiled = any(getattr(m, "_compiled_call_impl", None) or hasattr(m, "_orig_mod") for m in self._root.modules())
-        if self._state.sharded_batch is None or training in self._done or compiled:
+        if self._state.running is None or self._state.mesh.sp_size == 1 or training in self._done or compiled:
             yield
             return
         self._done.add(training)
-        self._depth, self._calls = 0, 0
+        self._open, self._calls = [], 0
         # The strategy calls a step by way of the root's own forward.
         handles: list[Any] = [self._root.register_forward_pre_hook(self._enter_root, with_kwargs=True)]
         self._root_calls = 0
         for module in self._root.modules():
             if module is not self._root:
-                handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True))
+                # With a plan, behind the hook that splits.
+                first = not self._state.is_planned
+                handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=first))
                 handles.append(module.register_forward_hook(self._leave, always_call=True))
         handles.append(self._root.register_forward_hook(self._leave_root, always_call=True))
         self._handles = handles
@@ -75,26 +78,29 @@ class ModelProbe:
             self._enter(module, args, kwargs)
 
     def _leave_root(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._depth:
-            self._depth -= 1
+        if self._open:
+            self._open.pop()
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._depth += 1
-        if self._depth > 1 or self._calls >= _MOST_CALLS or self._state.sharded_batch is None:
+        is_split = self._state.sharded_batch is not None
+        is_outermost = is_split and not any(self._open)
+        self._open.append(is_split)
+        if not is_outermost or self._calls >= _MOST_CALLS:
             return
         self._calls += 1
         # Calls made by the probe itself go deeper and are not looked at.
         self._probe(module, args, kwargs)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._depth -= 1
+        if self._open:
+            self._open.pop()
 
     def _probe(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         batch, mesh = self._state.sharded_batch, self._state.mesh
         assert batch is not None
-        call = Call(module, args, kwargs, batch.layout.shares[mesh.sp_rank])
+        call = Call(module, args, kwargs, batch.layout.shares[mesh.sp_rank], frozenset(batch.outside))
         error: UlyssesError | None = None
-        depth = self._depth
+        opened = list(self._open)
         try:
             error = self._verdict(call, batch)
         except UlyssesError as refusal:
@@ -104,7 +110,7 @@ class ModelProbe:
                 f"{type(module).__name__} could not be checked for layers that mix tokens outside of attention: "
                 f"{failure!r}"
             )
-        self._depth = depth
+        self._open = opened
         self._forget()
         errors: list[Any] = [None] * mesh.world_size
         dist.all_gather_object(errors, error)
@@ -121,7 +127,7 @@ class ModelProbe:
         if mesh.sp_rank and call.counts_from_zero(known):
             return _restarts(name, ("", type(call.module).__name__))
         rows = call.rows
-        tokens = choose_length(call.module, min(batch.layout.shares), mesh.sp_size, rows)
+        tokens = choose_length(call.module, min(batch.layout.shares), mesh.sp_size, rows, call.other_sizes)
         if tokens is None:
             return None
         small = call.cut(slice(0, tokens))
@@ -148,15 +154,10 @@ class ModelProbe:
 
     def _record(self, call: Call, layout: SequenceLayout | None) -> Recording:
         """One run; with ``layout`` as this rank's share of it, else whole."""
-        state = self._state
-        pending, state.pending = state.pending, LiveBatch(layout) if layout is not None else None
-        live = state.live() if layout is not None else nullcontext()
-        try:
-            with isolate_rng(), state.probed(), live, record(call.module) as recording:
-                torch.manual_seed(0)
-                call.run()
-        finally:
-            state.pending = pending
+        batch = LiveBatch(layout) if layout is not None else None
+        with isolate_rng(), self._state.probed(batch), record(call.module) as recording:
+            torch.manual_seed(0)
+            call.run()
         return recording
 
 
@@ -193,7 +194,8 @@ def _restarts(outer: str, found: tuple[str, str]) -> UlyssesError:
         f"positions that start at 0 again on every rank, first seen in {_name(outer, found)}",
         "a token's position in the whole sequence",
         "use lightning_ulysses.sequence_positions(x) in place of torch.arange(x.shape[1]); for a transformers model "
-        "that numbers tokens in its own way, put position_ids into the batch",
+        "that numbers tokens in its own way, put position_ids into the batch; to leave the model as it is, have it "
+        "split behind its positions by plan=... in the strategy",
     )
 
 
