@@ -254,7 +254,8 @@ def check_share(length: int, layout: SequenceLayout, rank: int, what: str) -> No
         raise UlyssesError(
             f"{what} over {length} tokens while this rank holds {share} of the batch's {layout.seq_len}",
             f"a length of {share}",
-            "run a forward on other data inside `with lightning_ulysses.unsharded():`",
+            "run a forward on other data inside `with lightning_ulysses.unsharded():`; with a plan, name a submodule "
+            "whose keys are whole on every rank, such as those of a text, under `local`",
         )
 
 

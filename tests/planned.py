@@ -155,7 +155,9 @@ class CrossAttention(nn.Module):
         self.heads = heads
         self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
 
-    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, rotary_emb: Any = None) -> Any:
+    def forward(
+        self, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, rotary_emb: Any = None
+    ) -> Any:
         memory = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         # (B, S, H * D) -> (B, S, H, D) -> (B, H, S, D)
         q, k, v = (

@@ -60,7 +60,11 @@ TEXT: dict[str, tuple[Any, list[Any], SplitRun]] = {
         text_batches(1),
         SplitRun(strategy=UNJOINED),
     ),
-    "one process": (lit(), text_batches(1), SplitRun(1, 1, JOINED)),
+    "one process, where a plan does nothing": (
+        lit(),
+        text_batches(1),
+        SplitRun(1, 1, {"plan": {"split": {"no": {"x": 1}}, "join": {"no": 1}}}),
+    ),
 }
 
 
