@@ -139,6 +139,17 @@ def _count(tensor: Tensor, dim: int, layout: SequenceLayout, ignore_index: int, 
     return tuple(float(per_position[layout.span(rank)].sum()) for rank in range(layout.sp_size))
 
 
+def _count_samples(
+    tensors: Mapping[str, Tensor], dims: Mapping[str, int], rows: int, rules: BatchRules
+) -> dict[str, float]:
+    """Targets of a loss over samples: a class for each, (B,), and the samples where nothing is a sequence."""
+    found = {} if dims else {"tokens": float(rows)}
+    for key, tensor in tensors.items():
+        if tensor.shape == (rows,) and not tensor.is_floating_point() and tensor.dtype != torch.bool:
+            found[key] = float((tensor != rules.ignore_index).sum())
+    return found
+
+
 def read_batch(batch: Any, rules: BatchRules, sp_size: int) -> WholeBatch:
     """Understands a batch on the host.
 
@@ -188,6 +199,7 @@ def read_batch(batch: Any, rules: BatchRules, sp_size: int) -> WholeBatch:
         counts["tokens"] = tuple(float(rows * share) for share in layout.shares)
     if rules.keeps_all:
         counts = {key: (sum(values),) * sp_size for key, values in counts.items()}
+        counts |= {key: (count,) * sp_size for key, count in _count_samples(everything, dims, rows, rules).items()}
         tensors = {**everything, **tensors}
     whole = frozenset(tensors) if rules.keeps_all else rules.whole & set(tensors)
     return WholeBatch(batch, tensors, dims, frozenset(hidden), layout, counts, whole, rules.keeps_all)

@@ -103,6 +103,7 @@ class SequenceState:
         is_joined: Whether it also says where the sequence is joined again.
         place: Where the step is, as far as a plan tells.
         splits: Regions begun so far.
+        runs_uncompiled: Whether what is compiled runs as it was written.
     """
 
     def __init__(self, mesh: SequenceMesh) -> None:
@@ -117,6 +118,7 @@ class SequenceState:
         self.is_planned = self.is_joined = False
         self.place = Place()
         self.splits = 0
+        self.runs_uncompiled = False
         self._depth = 0
 
     @property
@@ -191,6 +193,16 @@ class SequenceState:
             yield
         finally:
             self.place = before
+
+    @contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """Runs what is compiled as it was written."""
+        before, self.runs_uncompiled = self.runs_uncompiled, True
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            self.runs_uncompiled = before
 
     @contextmanager
     def probed(self, batch: LiveBatch | None = None) -> Iterator[None]:

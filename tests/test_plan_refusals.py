@@ -87,6 +87,12 @@ def skips_join() -> Skips:
     return Skips("join")
 
 
+def compiled() -> LitModule:
+    module = LitModule(mixes=True)
+    module.gpt.compile(backend="eager")
+    return module
+
+
 def plan(**changes: Any) -> dict[str, Any]:
     return {"plan": {"split": BLOCKS, "join": {"lm_head": 1}, **changes}}
 
@@ -124,6 +130,7 @@ REFUSED: dict[str, tuple[Any, list[Any], dict[str, Any], list[str]]] = {
         ["without any of ['tokens']", "'input_ids': (1, 33)"],
     ),
     "cumulative sum inside": (lit(mixes=True), TEXT, plan(), ["'gpt.transformer.h.1.mlp' (Scan)"]),
+    "cumulative sum inside of what is compiled": (compiled, TEXT, plan(), ["'gpt.transformer.h.1.mlp' (Scan)"]),
     "positions taken from a prefix": (
         lit(takes_prefix=True),
         TEXT,

@@ -61,19 +61,25 @@ class ModelProbe:
             # The strategy calls a step by way of the root's own forward.
             hook = self._root.register_forward_pre_hook(self._enter_root, with_kwargs=True)
             stack.callback(hook.remove)
-            # With a plan, behind the hook that splits.
-            first = not self._state.is_planned
-            for module in outermost_compiled(self._root):
-                if module is self._root:
-                    continue
-                if is_compiled_in_place(module):
-                    stack.callback(call_around(module, self._enter, self._leave).remove)
-                    continue
-                hook = module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=first)
-                stack.callback(hook.remove)
-                stack.callback(module.register_forward_hook(self._leave, always_call=True).remove)
+            if self._state.is_planned:
+                # What is split may begin inside of what is compiled.
+                stack.enter_context(self._state.uncompiled())
+            self._hook_submodules(stack)
             stack.callback(self._root.register_forward_hook(self._leave_root, always_call=True).remove)
             yield
+
+    def _hook_submodules(self, stack: ExitStack) -> None:
+        planned = self._state.is_planned
+        for module in self._root.modules() if planned else outermost_compiled(self._root):
+            if module is self._root:
+                continue
+            if is_compiled_in_place(module) and not planned:
+                stack.callback(call_around(module, self._enter, self._leave).remove)
+                continue
+            # With a plan, behind the hook that splits.
+            hook = module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=not planned)
+            stack.callback(hook.remove)
+            stack.callback(module.register_forward_hook(self._leave, always_call=True).remove)
 
     def _enter_root(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._root_calls += 1

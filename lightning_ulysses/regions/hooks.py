@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.graphs import eager
 from lightning_ulysses.handle import Handle
 from lightning_ulysses.layout import SequenceLayout
 from lightning_ulysses.plan import ONLY_OUTPUT, SequencePlan
@@ -43,8 +44,6 @@ class Splitter:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward pre-hook."""
         state = self._state
-        if state.probing or state.running is None:
-            return None
         given = self._inputs.get(args, kwargs)
         leaves = {key: self._tensors(key, value) for key, value in given.items()}
         region = state.batch
@@ -157,8 +156,6 @@ class Joiner:
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         """A forward hook."""
         state = self._state
-        if state.probing or state.running is None:
-            return None
         region = state.batch
         if region is None:
             self._check_whole(output)
@@ -240,6 +237,16 @@ class Local:
             self._open.pop().close()
 
 
+def _in_steps(state: SequenceState, hook: Callable[..., Any]) -> Callable[..., Any]:
+    """``hook`` where there is something to split or to join, and out of compiled graphs."""
+    outside = eager(hook)
+
+    def choose(*args: Any) -> Any:
+        return None if state.probing or state.running is None else outside(*args)
+
+    return choose
+
+
 def install(state: SequenceState, root: nn.Module, plan: SequencePlan) -> Handle:
     """Has a plan decide where in a step the sequence is split.
 
@@ -273,13 +280,13 @@ def install(state: SequenceState, root: nn.Module, plan: SequencePlan) -> Handle
         raise matcher.nothing("join", list(plan.join))
     local = [module for pattern in plan.local for _, module in matcher.find("local", pattern)]
     for module, splitter in splitters:
-        handle.add(module.register_forward_pre_hook(splitter, with_kwargs=True).remove)
+        handle.add(module.register_forward_pre_hook(_in_steps(state, splitter), with_kwargs=True).remove)
     for module, joiner in joiners:
-        handle.add(module.register_forward_hook(joiner).remove)
+        handle.add(module.register_forward_hook(_in_steps(state, joiner)).remove)
     for module in local:
         hooks = Local(state)
-        handle.add(module.register_forward_pre_hook(hooks.enter).remove)
-        handle.add(module.register_forward_hook(hooks.leave, always_call=True).remove)
+        handle.add(module.register_forward_pre_hook(eager(hooks.enter)).remove)
+        handle.add(module.register_forward_hook(eager(hooks.leave), always_call=True).remove)
     recompute.install(state, root, handle)
     state.is_planned, state.is_joined = True, bool(plan.join)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch.utils.checkpoint
@@ -24,6 +25,8 @@ class _Placed:
         self._state = state
         self._function = function
         self._place = state.place
+        # What was computed without a compiler saved other tensors than it would with one.
+        self._uncompiled = state.runs_uncompiled
         self._is_first = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -31,7 +34,8 @@ class _Placed:
             # What a split or a join inside it begins or ends holds behind it as well.
             self._is_first = False
             return self._function(*args, **kwargs)
-        with self._state.placed(self._place):
+        state = self._state
+        with state.placed(self._place), state.uncompiled() if self._uncompiled else nullcontext():
             return self._function(*args, **kwargs)
 
 
