@@ -18,7 +18,6 @@ from lightning_ulysses.heads import head_layout
 from lightning_ulysses.layout import Runs, SequenceLayout, cu_seqlens_to_runs
 from lightning_ulysses.state import SequenceState, check_share, current_state, eager_while_live, sharded_state
 
-_seq_to_heads, _heads_to_seq = eager(seq_to_heads), eager(heads_to_seq)
 Compute = Callable[[Tensor, Tensor, Tensor, slice, tuple[int, ...] | None], Tensor]
 
 
@@ -49,10 +48,10 @@ def exchanged(state: SequenceState, q: Tensor, k: Tensor, v: Tensor, compute: Co
     mesh.check_heads(q.shape[1])
     heads = head_layout(q.shape[1], k.shape[1], mesh.sp_size)
     shares = batch.layout.shares
-    q, k, v = _seq_to_heads(q, k, v, heads, shares, mesh.sp_rank, mesh.sp_group)
+    q, k, v = seq_to_heads(q, k, v, heads, shares, mesh.sp_rank, mesh.sp_group)
     kv_index = None if heads.is_grouped(mesh.sp_rank) else heads.kv_index(mesh.sp_rank)
     out = compute(q, k, v, slice(*heads.query_range(mesh.sp_rank)), kv_index)
-    return _heads_to_seq(out, heads, shares, mesh.sp_rank, mesh.sp_group)
+    return heads_to_seq(out, heads, shares, mesh.sp_rank, mesh.sp_group)
 
 
 @eager
