@@ -71,10 +71,12 @@ class CausalLM(pl.LightningModule):
         attention: dict[str, Any] = {"attn_implementation": self.attn_implementation}
         if self.from_pretrained is not None:
             strategy = self.trainer.strategy
+            sharded = None
             if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
-                # transformers loads into parameters that are sharded already only while this object lives.
-                self._zero3 = HfDeepSpeedConfig(strategy.config)
+                # As long as this object lives, transformers shards whatever it loads or builds in this process.
+                sharded = HfDeepSpeedConfig(strategy.config)
             self.model = AutoModelForCausalLM.from_pretrained(self.from_pretrained, **attention).train()
+            del sharded
         else:
             self.model = LlamaForCausalLM(LlamaConfig(**self.llama, **attention))
         if self.gradient_checkpointing:

@@ -151,15 +151,23 @@ class ProcessPool:
             "WORLD_SIZE": str(world_size),
             "NODE_RANK": "0",
         }
-        for rank in range(world_size):
-            own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            self._connections[rank].send((function, args, own))
-        return self._collect(world_size)
+        try:
+            for rank in range(world_size):
+                own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                self._connections[rank].send((function, args, own))
+            return self._collect(world_size)
+        except RemoteError:
+            raise
+        except BaseException:
+            # Whoever has not answered yet would answer the next run.
+            self.close()
+            raise
 
     def _collect(self, world_size: int) -> list[Any]:
         waiting: dict[Any, int] = {self._connections[rank]: rank for rank in range(world_size)}
         results: list[Any] = [None] * world_size
         failure: RemoteError | None = None
+        broken = False
         deadline = time.monotonic() + self.timeout
         while waiting:
             ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
@@ -169,8 +177,8 @@ class ProcessPool:
                 rank = waiting.pop(connection)
                 try:
                     good, payload = self._connections[rank].recv()
-                except EOFError:
-                    good, payload = False, ("the process died", None)
+                except (EOFError, ConnectionError):
+                    good, payload, broken = False, ("the process died", None), True
                 if good:
                     results[rank] = payload
                 elif failure is None:
@@ -178,9 +186,11 @@ class ProcessPool:
                     # The others may wait for it in a collective.
                     deadline = min(deadline, time.monotonic() + 5.0)
         if waiting:
-            self.close()
             if failure is None:
                 raise TimeoutError(f"ranks {sorted(waiting.values())} did not answer within {self.timeout:.0f} s")
+            broken = True
+        if broken:
+            self.close()
         if failure is not None:
             raise failure
         return results

@@ -244,7 +244,7 @@ class TakesIterator(HandWritten):
 
 
 def fake_trainer(precision: str = "32-true", algorithm: str | None = None) -> Any:
-    return SimpleNamespace(precision=precision, gradient_clip_algorithm=algorithm)
+    return SimpleNamespace(precision=precision, gradient_clip_algorithm=algorithm, strategy=None)
 
 
 @pytest.mark.parametrize(

@@ -137,18 +137,35 @@ def test_incomplete_window_and_clipping_over_two_epochs(pool: ProcessPool, stage
         assert compare(result, reference).largest <= BOUND
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed"])
-@pytest.mark.parametrize("stage", [2, 3])
-def test_lower_precision_is_close(pool: ProcessPool, stage: int, precision: str) -> None:
+def fit_half(rank: int, make: Any, batches: list[Any], run: SplitRun) -> Any:
+    """`fit_rank` on a CPU that is said to compute in float16, which torch does for it, slowly."""
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    with mock.patch.object(CPU_Accelerator, "is_fp16_supported", return_value=True):
+        return fit_rank(rank, make, batches, run)
+
+
+@pytest.mark.parametrize(
+    ("precision", "stage"), [("bf16-true", 3), ("bf16-mixed", 2), ("16-mixed", 2), ("16-mixed", 3), ("16-true", 2)]
+)
+def test_lower_precision_is_close(pool: ProcessPool, precision: str, stage: int) -> None:
     """Half precision on two processes is about as far from fp32 as half precision on one."""
     make = llama(lr=0.5)
     batches = [token_batch(seed, 33, 1, "uneven") for seed in range(2)]
-    trainer = {"precision": precision, "accumulate_grad_batches": 2}
-    reference = fit_single(make, [batches], count_targets)
-    alone = compare(fit_split(pool, make, batches, SplitRun(1, 1, {"stage": stage}, trainer))[0], reference)
-    split = compare(fit_split(pool, make, batches, SplitRun(2, 2, {"stage": stage}, trainer))[0], reference)
+    # The loss scale of float16 must leave neither the gradient nor its norm nor what is clipped.
+    trainer = {"precision": precision, "accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
+    reference = fit_single(make, [batches], count_targets, clip=0.5)
+    assert reference.grad_norms[0] > 1.0
+    alone, split = (
+        compare(
+            pool.run(fit_half, make, batches, SplitRun(P, P, {"stage": stage}, trainer), world_size=P)[0], reference
+        )
+        for P in (1, 2)
+    )
     assert split.step <= 2 * alone.step + 1e-3
     assert split.loss <= 2 * alone.loss + 1e-3
+    assert split.grad_norm <= 2 * alone.grad_norm + 1e-3
+    assert alone.largest < 0.05
 
 
 def test_packed_documents_do_not_see_each_other(pool: ProcessPool) -> None:
