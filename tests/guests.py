@@ -11,7 +11,7 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from models import VOCAB, count_targets, hand_written, token_batch
-from planned import count_samples, denoiser, image_batch, lit
+from planned import lit
 from torch import Tensor, nn
 
 from lightning_ulysses import sequence_positions
@@ -100,6 +100,82 @@ class TimmViT(Classifier):
         self.model = VisionTransformer()
 
 
+TOKENS = {"num_attention_heads": 4, "attention_head_dim": 8, "in_channels": 3, "out_channels": 3, "num_layers": 2}
+TEXT_WIDTH, TEXT_LENGTH = 8, 5
+SQUARE = {"sample_size": 12, "patch_size": 2, "norm_num_groups": 1}
+MEMORY = {"cross_attention_dim": 32, "caption_channels": TEXT_WIDTH}
+# For each class of diffusers: its sizes, one sample, and what else its forward takes.
+DIFFUSERS: dict[str, tuple[dict[str, Any], tuple[int, ...], dict[str, Any]]] = {
+    "DiTTransformer2DModel": ({**TOKENS, **SQUARE, "num_embeds_ada_norm": 10}, (3, 12, 12), {}),
+    "PixArtTransformer2DModel": (
+        {**TOKENS, **SQUARE, **MEMORY, "use_additional_conditions": False},
+        (3, 12, 12),
+        {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}},
+    ),
+    "WanTransformer3DModel": (
+        {
+            **TOKENS,
+            "attention_head_dim": 12,
+            "patch_size": (1, 2, 2),
+            "text_dim": TEXT_WIDTH,
+            "freq_dim": 16,
+            "ffn_dim": 32,
+            "rope_max_seq_len": 64,
+        },
+        (3, 1, 6, 22),
+        {},
+    ),
+    "LTXVideoTransformer3DModel": (
+        {**TOKENS, **MEMORY},
+        (33, 3),
+        {"encoder_attention_mask": None, "num_frames": 1, "height": 3, "width": 11},
+    ),
+}
+
+
+class Diffuser(L.LightningModule):
+    """Learns noise with a transformer of diffusers; DiT draws which classes to leave out."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        import diffusers
+
+        torch.manual_seed(0)
+        sizes, _, self.more = DIFFUSERS[name]
+        self.model = getattr(diffusers, name)(**sizes)
+        for parameter in self.model.parameters():
+            # Else the last layers, which begin with zeros, hide the others.
+            if not parameter.any():
+                nn.init.normal_(parameter, std=0.1)
+        self.takes_classes = name.startswith("DiT")
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        about = {"class_labels": batch["classes"]} if self.takes_classes else {"encoder_hidden_states": batch["text"]}
+        output = self.model(batch["noisy"], timestep=batch["time"], **about, **self.more).sample
+        return F.mse_loss(output, batch["noise"])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def noise_batches(name: str) -> list[dict[str, Tensor]]:
+    """Of two rows and of one."""
+    batches = []
+    for rows in (2, 1):
+        generator = torch.Generator().manual_seed(rows)
+        shape = (rows, *DIFFUSERS[name][1])
+        batches.append(
+            {
+                "noisy": torch.randn(shape, generator=generator),
+                "noise": torch.randn(shape, generator=generator),
+                "text": torch.randn(rows, TEXT_LENGTH, TEXT_WIDTH, generator=generator),
+                "time": torch.randint(0, 9, (rows,), generator=generator),
+                "classes": torch.randint(0, 9, (rows,), generator=generator),
+            }
+        )
+    return batches
+
+
 class XTransformer(L.LightningModule):
     """x-transformers, with absolute and rotary positions."""
 
@@ -130,6 +206,11 @@ def picture_batch(seed: int, rows: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(rows, 3, HEIGHT, WIDTH, generator=generator)
     return {"images": images, "labels": torch.randint(0, CLASSES, (rows,), generator=generator)}
+
+
+def count_rows(batch: dict[str, Tensor]) -> float:
+    """Samples of a batch."""
+    return float(len(next(iter(batch.values()))))
 
 
 PICTURES = [picture_batch(1, 2), picture_batch(2, 3)]
@@ -169,12 +250,15 @@ GUESTS = [
     ),
     Guest("LitGPT `GPT`", lit(loss="given"), exact=False, why=RESTARTS),
     Guest("LitGPT `GPT`", lit(), "litgpt"),
-    Guest(
-        "diffusers, cross-attention to a text",
-        denoiser(),
-        "diffusers",
-        batches=[image_batch(1), image_batch(2, 1)],
-        count=count_samples,
+    *(
+        Guest(
+            f"diffusers `{name}`",
+            partial(Diffuser, name),
+            "diffusers",
+            batches=noise_batches(name),
+            count=count_rows,
+        )
+        for name in DIFFUSERS
     ),
     Guest(
         "transformers `ViTForImageClassification`",
@@ -182,7 +266,7 @@ GUESTS = [
         {"split": {"vit.layers.*": {"hidden_states": 1}}, "join": {"vit.layernorm": 1}},
         why="patches and a class token",
         batches=PICTURES,
-        count=count_samples,
+        count=count_rows,
     ),
     Guest(
         "timm `VisionTransformer`",
@@ -190,7 +274,7 @@ GUESTS = [
         {"split": {"blocks.*": {"x": 1}}, "join": {"norm": 1}},
         why="patches and a class token",
         batches=PICTURES,
-        count=count_samples,
+        count=count_rows,
     ),
     Guest(
         "x-transformers, `attn_flash=True`, `pos=sequence_positions(x)`",
