@@ -137,7 +137,7 @@ class SequenceState:
             return self.running
         if not self.place.is_known:
             raise UlyssesError(
-                "a forward that is repeated in the backward pass by other means than torch.utils.checkpoint.checkpoint",
+                "a forward repeated in the backward pass by other means than the checkpoint of torch or DeepSpeed",
                 "to know which part of the planned model it belongs to",
                 "checkpoint with torch.utils.checkpoint.checkpoint, called by its full name",
             )

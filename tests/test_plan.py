@@ -47,6 +47,11 @@ TEXT: dict[str, tuple[Any, list[Any], SplitRun]] = {
     ),
     "checkpointed blocks": (lit(checkpoints="block"), text_batches(1), SplitRun(strategy=JOINED)),
     "checkpointed, reentrant": (lit(checkpoints="reentrant"), text_batches(1), SplitRun(strategy=JOINED)),
+    "checkpointed by DeepSpeed": (
+        lit(checkpoints="deepspeed"),
+        text_batches(1),
+        SplitRun(strategy={**JOINED, "partition_activations": True}),
+    ),
     "checkpointed, zero 3": (lit(checkpoints="attention"), text_batches(1), SplitRun(strategy={**JOINED, "stage": 3})),
     "checkpointed, unjoined": (
         lit(checkpoints="attention", loss="given"),

@@ -137,6 +137,7 @@ REFUSED: dict[str, tuple[Any, list[Any], dict[str, Any], list[str]]] = {
         plan(split={"transformer.h.*": {"x": 1}}),
         ["positions that start at 0", "gpt.transformer.h.0"],
     ),
+    "a checkpoint of one's own": (lit(checkpoints="unknown"), TEXT, plan(), ["other means than the checkpoint"]),
     "self-attention called local": (denoiser(forgets_text=True), [image_batch(1)], {"plan": "diffusers"}, ["attn2"]),
     "noise of one's own": (denoiser(seed="rank"), [image_batch(1)], {"plan": "diffusers"}, ["computed differently"]),
 }

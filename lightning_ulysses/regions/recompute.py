@@ -40,19 +40,26 @@ class _Placed:
 
 
 def install(state: SequenceState, root: nn.Module, handle: Handle) -> None:
-    """Guards ``torch.utils.checkpoint.checkpoint``, also where it was bound early.
+    """Guards the checkpoints of torch and of DeepSpeed, also where they were bound early.
 
     Args:
         state: The strategy's state.
         root: The user's LightningModule.
         handle: Undoes it.
     """
-    original = torch.utils.checkpoint.checkpoint
+    from deepspeed import checkpointing
 
-    @functools.wraps(original)
-    def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return original(_Placed(state, function), *args, **kwargs)
+    def guarded(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            return original(_Placed(state, function), *args, **kwargs)
 
-    utilities: Any = torch.utils.checkpoint
-    handle.patch(utilities, "checkpoint", checkpoint)
-    rebind(handle, root, original, checkpoint)
+        return checkpoint
+
+    owners: list[tuple[Any, str]] = [(torch.utils.checkpoint, "checkpoint")]
+    owners += [(checkpointing, "checkpoint"), (checkpointing, "non_reentrant_checkpoint")]
+    for owner, name in owners:
+        original = getattr(owner, name)
+        checkpoint = guarded(original)
+        handle.patch(owner, name, checkpoint)
+        rebind(handle, root, original, checkpoint)
