@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +20,34 @@ def answer(rank: int, value: int, seconds: float = 0.0) -> int:
     if value < 0:
         raise ValueError("negative")
     return value
+
+
+def start_and_die(folder: str) -> None:
+    pool = ProcessPool(1)
+    pool.run(answer, 1, world_size=1)
+    (Path(folder) / "pid").write_text(str(pool._processes[0].pid))
+    pool._connections[0].send((answer, (1, 600.0), {"RANK": "0"}))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
+    """Also while they work, or wait for each other."""
+    parent = multiprocessing.get_context("spawn").Process(target=start_and_die, args=(str(tmp_path),))
+    parent.start()
+    parent.join()
+    worker = int((tmp_path / "pid").read_text())
+    for _ in range(100):
+        if not _is_running(worker):
+            return
+        time.sleep(0.1)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the worker outlived its parent")
+
+
+def _is_running(pid: int) -> bool:
+    """A process that nobody has waited for yet counts as ended."""
+    status = Path(f"/proc/{pid}/stat")
+    return status.is_file() and status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
 def leave(rank: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from types import FunctionType
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 from torch import nn
@@ -19,8 +19,12 @@ from lightning_ulysses.handle import Handle
 _LEAVE_ALONE = ("torch", "lightning_ulysses")
 
 
+# What may hold a function; everything else is passed over at once, since there is a lot of it.
+_KINDS = {FunctionType, BuiltinFunctionType, staticmethod, functools.partial}
+
+
 def _replaced(value: Any, original: Callable[..., Any], replacement: Callable[..., Any]) -> Any:
-    """What stands for ``value``; ``value`` itself where it is another function."""
+    """What stands for ``value``, which is of one of `_KINDS`; ``value`` itself where it is another function."""
     if value is original:
         return replacement
     if isinstance(value, staticmethod) and value.__func__ is original:
@@ -46,7 +50,7 @@ def _owners(root: nn.Module) -> list[Any]:
 def holders(root: nn.Module) -> list[FunctionType]:
     """Every different function that `rebind` would come across."""
     values = (value for owner in _owners(root) for value in list(vars(owner).values()))
-    found = {id(value): value for value in values if isinstance(value, FunctionType)}
+    found = {id(value): value for value in values if type(value) is FunctionType}
     return list(found.values())
 
 
@@ -57,7 +61,8 @@ def rebind(handle: Handle, root: nn.Module, original: Callable[..., Any], replac
     of its class, partial applications among them. Closures and default arguments are out of reach.
     """
     for owner in _owners(root):
-        for name, value in list(vars(owner).items()):
+        found = [(name, value) for name, value in list(vars(owner).items()) if type(value) in _KINDS]
+        for name, value in found:
             new = _replaced(value, original, replacement)
             if new is not value:
                 _put(handle, owner, name, value, new)
