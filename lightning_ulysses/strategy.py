@@ -144,12 +144,9 @@ class UlyssesDeepSpeedStrategy(upstream.AcceptsCompiled, DeepSpeedStrategy):
     @override
     def setup_distributed(self) -> None:
         self.set_world_ranks()
+        own = self.ulysses
         sizes = resolve_sizes(
-            self.world_size,
-            self.num_processes,
-            self.ulysses.sp_size,
-            self.ulysses.dp_shard_size,
-            self.ulysses.dp_replicate_size,
+            self.world_size, self.num_processes, own.sp_size, own.dp_shard_size, own.dp_replicate_size
         )
         upstream.use_accelerator(self.root_device.type)
         with upstream.without_shared_memory_op() if self.root_device.type == "cpu" else nullcontext():
@@ -198,8 +195,7 @@ class UlyssesDeepSpeedStrategy(upstream.AcceptsCompiled, DeepSpeedStrategy):
         assert self.lightning_module is not None
         if self._pipeline is None:
             self._pipeline = BatchPipeline(self.ulysses.rules, self.mesh, self.root_device, self._base_seed)
-        look_ahead = self.ulysses.loss_weighting == "tokens"
-        return self._pipeline.wrap(dataloader, self.lightning_module.trainer, look_ahead)
+        return self._pipeline.wrap(dataloader, self.lightning_module.trainer, self.ulysses.loss_weighting == "tokens")
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
@@ -252,8 +248,7 @@ class UlyssesDeepSpeedStrategy(upstream.AcceptsCompiled, DeepSpeedStrategy):
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
-        assert self.lightning_module is not None and self.weights is not None
-        assert self.state.pending is not None
+        assert self.lightning_module is not None and self.weights is not None and self.state.pending is not None
         module = self.lightning_module
         # Lightning has divided by it already; the window's own weights take its place.
         repeats = module.trainer.accumulate_grad_batches if module.automatic_optimization else 1
@@ -295,11 +290,10 @@ class UlyssesDeepSpeedStrategy(upstream.AcceptsCompiled, DeepSpeedStrategy):
     @classmethod
     @override
     def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
-        offload: Mapping[str, Any] = {"stage": 3, "offload_optimizer": True, "offload_parameters": True}
         entries: dict[str, Mapping[str, Any]] = {
             "": {"stage": 2},
             **{f"_stage_{stage}": {"stage": stage} for stage in (1, 2, 3)},
-            "_stage_3_offload": offload,
+            "_stage_3_offload": {"stage": 3, "offload_optimizer": True, "offload_parameters": True},
         }
         for suffix, settings in entries.items():
             description = f"Ulysses sequence parallelism with DeepSpeed ZeRO: {dict(settings)}"
