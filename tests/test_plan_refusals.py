@@ -245,12 +245,13 @@ def test_yaml_and_help(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["program"])
-    cli = LightningCLI(LitModule, run=False, args=["--config", "a.yaml"], save_config_callback=None)
+    alone: dict[str, Any] = {"run": False, "save_config_callback": None, "seed_everything_default": False}
+    cli = LightningCLI(LitModule, args=["--config", "a.yaml"], **alone)
     strategy = cli.trainer.strategy
     assert isinstance(strategy, UlyssesDeepSpeedStrategy) and strategy.ulysses.plan == read_plan(written)
     help_of = "--trainer.strategy.help=lightning_ulysses.UlyssesDeepSpeedStrategy"
     with pytest.raises(SystemExit):
-        LightningCLI(LitModule, run=False, args=[help_of])
+        LightningCLI(LitModule, args=[help_of], **alone)
     assert "plan" in capsys.readouterr().out
 
 
