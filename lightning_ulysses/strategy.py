@@ -202,17 +202,20 @@ class UlyssesDeepSpeedStrategy(upstream.AcceptsCompiled, DeepSpeedStrategy):
         trainer = self.lightning_module.trainer
         whole = self._pipeline.read(batch, training=trainer.training)
         move = super().batch_to_device
-        result, self.state.pending = self._pipeline.cut(
-            whole, trainer.training, lambda sharded: move(sharded, device, dataloader_idx)
-        )
+        with self._pipeline.drawing("batch_to_device", trainer):
+            result, self.state.pending = self._pipeline.cut(
+                whole, trainer.training, lambda sharded: move(sharded, device, dataloader_idx)
+            )
         self.state.collect_evidence = self.weights.needs_evidence
         if trainer.training:
             self.weights.begin(whole.counts_of_group(), self._pipeline.use())
         return result
 
     def _step(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        assert self.lightning_module is not None and self._pipeline is not None
         suspensions = self.state.suspensions
-        with self.state.live(), self._probe.watch() if self._probe is not None else nullcontext():
+        watching = self._probe.watch() if self._probe is not None else nullcontext()
+        with self._pipeline.drawing(name, self.lightning_module.trainer), self.state.live(), watching:
             output = getattr(super(), name)(*args, **kwargs)
         check_intercepted(self.state, name, type(self.lightning_module).__name__, suspensions)
         return output
