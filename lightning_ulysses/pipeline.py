@@ -100,9 +100,10 @@ class BatchPipeline:
             whole.layout,
             # The very tensors that the module gets, so that they are recognised by their address.
             shards={key: moved[key] if key in moved else t.to(self._device) for key, t in shards.items()},
-            counts={name: values[rank] for name, values in whole.counts.items()},
+            counts=whole.counts_of_rank(rank),
             seen=seen,
             rows=whole.rows,
+            whole=whole.whole,
         )
         return result, live
 

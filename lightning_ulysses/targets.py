@@ -20,8 +20,8 @@ from lightning_ulysses.state import LiveBatch, SequenceState, TargetEvidence
 
 _NO, _UNKNOWN, _COUNT, _CONTENT = range(4)
 _SETTLE_AFTER = 3
-# Only a transformers model is given it, and then its name is known for certain.
-_HIDDEN = "shift_input_ids"
+# What a module shifts by itself.
+_HIDDEN = ("shift_input_ids", "shift_batch")
 # Such a mean divides by the weights of its targets, not by their number.
 _CLASS_WEIGHTS = "class weights"
 _LABELS_OF = {"loss_mask": ("labels", "shift_labels"), "shift_loss_mask": ("shift_labels",)}
@@ -33,8 +33,10 @@ def install(state: SequenceState) -> Handle:
 
     @functools.wraps(original)
     def cross_entropy(input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if state.collect_evidence and state.batch is not None and not target.is_floating_point():
-            _note(state, target, *args, **kwargs)
+        # Where a plan joins the sequence, the loss comes behind the region in which the batch is live.
+        batch = state.running
+        if batch is not None and state.collect_evidence and not state.probing and not target.is_floating_point():
+            _note(batch, target, *args, **kwargs)
         return original(input, target, *args, **kwargs)
 
     handle = Handle()
@@ -44,7 +46,7 @@ def install(state: SequenceState) -> Handle:
 
 
 @eager
-def _note(state: SequenceState, target: Tensor, *args: Any, **kwargs: Any) -> None:
+def _note(batch: LiveBatch, target: Tensor, *args: Any, **kwargs: Any) -> None:
     """Keeps what a cross entropy was computed on; the further arguments are those of ``cross_entropy``."""
     if type(target).__module__.startswith("torch._subclasses"):
         # A compiler that traces a graph calls by name what is in it.
@@ -54,8 +56,7 @@ def _note(state: SequenceState, target: Tensor, *args: Any, **kwargs: Any) -> No
     reduction = kwargs.get("reduction", args[4] if len(args) > 4 else "mean")
     weight = kwargs.get("weight", args[0] if args else None)
     name = _CLASS_WEIGHTS if weight is not None and reduction == "mean" else None
-    assert state.batch is not None
-    state.batch.evidence.append(TargetEvidence(target.detach(), ignore_index, reduction == "mean", name))
+    batch.evidence.append(TargetEvidence(target.detach(), ignore_index, reduction == "mean", name))
 
 
 def _explains(name: str, evidence: TargetEvidence, live: LiveBatch) -> int:
@@ -80,7 +81,7 @@ def _score(name: str, evidence: TargetEvidence, live: LiveBatch) -> int:
     if name in _LABELS_OF:
         labels = next((label for label in _LABELS_OF[name] if label in live.seen), None)
         return _UNKNOWN if labels is None else max(_UNKNOWN, _explains(labels, evidence, live))
-    if name == _HIDDEN or any(mask in live.counts for mask in _LABELS_OF):
+    if name in _HIDDEN or any(mask in live.counts for mask in _LABELS_OF):
         return _NO
     if name == "tokens":
         # Where the module masks its targets by hand, the cross entropy itself may well be over all tokens.
@@ -124,7 +125,7 @@ class TargetResolver:
         if not names:
             raise self._uncountable(live)
         scores = [
-            min((_score(name, e, live) for e in live.evidence), default=_NO if name == _HIDDEN else _UNKNOWN)
+            min((_score(name, e, live) for e in live.evidence), default=_NO if name in _HIDDEN else _UNKNOWN)
             for name in names
         ]
         all_equal = len({count for name, count in live.counts.items() if name != "tokens"}) <= 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor
@@ -31,7 +32,9 @@ def install_generate(state: SequenceState, handle: Handle, sync_steps: bool) -> 
             # Under ZeRO-3 every forward gathers parameters, so all ranks must take equally many steps.
             kwargs.setdefault("synced_gpus", True)
         if batch is None or group is None:
-            return original(self, inputs, *args, **kwargs)
+            # Outside of a region of a plan, prompts are whole; its hooks must not take them for a batch.
+            with state.suspended() if state.is_planned else nullcontext():
+                return original(self, inputs, *args, **kwargs)
         named = {key: kwargs.get(key) for key in ("input_ids", "attention_mask", "position_ids", "inputs_embeds")}
         shards = {shard.untyped_storage().data_ptr(): shard for shard in batch.shards.values()}
 

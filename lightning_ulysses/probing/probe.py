@@ -8,7 +8,7 @@ must come out as they do among the others.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -42,35 +42,44 @@ class ModelProbe:
         self._root = root
         self._names = {id(module): name for name, module in root.named_modules()}
         self._done: set[bool] = set()
-        self._depth = 0
+        # For each module that runs, whether it was called with something split.
+        self._open: list[bool] = []
         self._calls = 0
 
     @contextmanager
     def watch(self) -> Iterator[None]:
         """Probes the calls made inside, unless that has been done for this mode, training or evaluation."""
         training = self._root.training
-        if self._state.sharded_batch is None or training in self._done:
+        if self._state.running is None or self._state.mesh.sp_size == 1 or training in self._done:
             yield
             return
         self._done.add(training)
-        self._depth, self._calls, self._root_calls = 0, 0, 0
+        self._open, self._calls, self._root_calls = [], 0, 0
         with ExitStack() as stack:
             # A step that is compiled as a whole runs as it was written, once: no call inside could be looked at.
             stack.callback(uncompile_steps(self._root).remove)
             # The strategy calls a step by way of the root's own forward.
             hook = self._root.register_forward_pre_hook(self._enter_root, with_kwargs=True)
             stack.callback(hook.remove)
-            for module in outermost_compiled(self._root):
-                if module is self._root:
-                    continue
-                if is_compiled_in_place(module):
-                    stack.callback(call_around(module, self._enter, self._leave).remove)
-                    continue
-                hook = module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True)
-                stack.callback(hook.remove)
-                stack.callback(module.register_forward_hook(self._leave, always_call=True).remove)
+            if self._state.is_planned:
+                # What is split may begin inside of what is compiled.
+                stack.enter_context(self._state.uncompiled())
+            self._hook_submodules(stack)
             stack.callback(self._root.register_forward_hook(self._leave_root, always_call=True).remove)
             yield
+
+    def _hook_submodules(self, stack: ExitStack) -> None:
+        planned = self._state.is_planned
+        for module in self._root.modules() if planned else outermost_compiled(self._root):
+            if module is self._root:
+                continue
+            if is_compiled_in_place(module) and not planned:
+                stack.callback(call_around(module, self._enter, self._leave).remove)
+                continue
+            # With a plan, behind the hook that splits.
+            hook = module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=not planned)
+            stack.callback(hook.remove)
+            stack.callback(module.register_forward_hook(self._leave, always_call=True).remove)
 
     def _enter_root(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._root_calls += 1
@@ -78,30 +87,32 @@ class ModelProbe:
             self._enter(module, args, kwargs)
 
     def _leave_root(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._depth:
-            self._depth -= 1
+        if self._open:
+            self._open.pop()
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         # A module that is held twice, compiled and not, has its hooks in the graph as well.
         if torch.compiler.is_compiling():
             return
-        self._depth += 1
-        if self._depth > 1 or self._calls >= _MOST_CALLS or self._state.sharded_batch is None:
+        is_split = self._state.sharded_batch is not None
+        is_outermost = is_split and not any(self._open)
+        self._open.append(is_split)
+        if not is_outermost or self._calls >= _MOST_CALLS:
             return
         self._calls += 1
         # Calls made by the probe itself go deeper and are not looked at.
         self._probe(module, args, kwargs)
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self._depth -= 1
+        if self._open and not torch.compiler.is_compiling():
+            self._open.pop()
 
     def _probe(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         batch, mesh = self._state.sharded_batch, self._state.mesh
         assert batch is not None
-        call = Call(module, args, kwargs, batch.layout.shares[mesh.sp_rank])
+        call = Call(module, args, kwargs, batch.layout.shares[mesh.sp_rank], frozenset(batch.outside))
         error: UlyssesError | None = None
-        depth = self._depth
+        opened = list(self._open)
         try:
             error = self._verdict(call, batch)
         except UlyssesError as refusal:
@@ -112,7 +123,7 @@ class ModelProbe:
                 f"{type(module).__name__} could not be checked for layers that mix tokens outside of attention: "
                 f"{failure!r}"
             )
-        self._depth = depth
+        self._open = opened
         self._forget()
         errors: list[Any] = [None] * mesh.world_size
         dist.all_gather_object(errors, error)
@@ -129,7 +140,7 @@ class ModelProbe:
         if mesh.sp_rank and call.counts_from_zero(known):
             return _restarts(name, ("", type(call.module).__name__))
         rows = call.rows
-        tokens = choose_length(call.module, min(batch.layout.shares), mesh.sp_size, rows)
+        tokens = choose_length(call.module, min(batch.layout.shares), mesh.sp_size, rows, call.other_sizes)
         if tokens is None:
             return None
         small = call.cut(slice(0, tokens))
@@ -156,16 +167,11 @@ class ModelProbe:
 
     def _record(self, call: Call, layout: SequenceLayout | None) -> Recording:
         """One run; with ``layout`` as this rank's share of it, else whole."""
-        state = self._state
-        pending, state.pending = state.pending, LiveBatch(layout) if layout is not None else None
-        live = state.live() if layout is not None else nullcontext()
-        try:
-            uncompiled = torch.compiler.set_stance("force_eager")
-            with uncompiled, isolate_rng(), state.probed(), live, record(call.module) as recording:
-                torch.manual_seed(0)
-                call.run()
-        finally:
-            state.pending = pending
+        batch = LiveBatch(layout) if layout is not None else None
+        uncompiled = torch.compiler.set_stance("force_eager")
+        with uncompiled, isolate_rng(), self._state.probed(batch), record(call.module) as recording:
+            torch.manual_seed(0)
+            call.run()
         return recording
 
 
@@ -203,7 +209,8 @@ def _restarts(outer: str, found: tuple[str, str]) -> UlyssesError:
         f"positions that start at 0 again on every rank, first seen in {_name(outer, found)}",
         "a token's position in the whole sequence",
         "use lightning_ulysses.sequence_positions(x) in place of torch.arange(x.shape[1]); for a transformers model "
-        "that numbers tokens in its own way, put position_ids into the batch",
+        "that numbers tokens in its own way, put position_ids into the batch; to leave the model as it is, have it "
+        "split behind its positions by plan=... in the strategy",
     )
 
 
