@@ -125,10 +125,9 @@ class TrainLoader(SeededLoader):
             if not batches:
                 return
             counts = tuple(self._count(batch) for batch in batches) if len(batches) > 1 else ()
-            totals: dict[str, float] = {}
-            for count in counts:
-                for name, value in count.items():
-                    totals[name] = totals.get(name, 0.0) + value
+            # A sum over some of the micro-batches is none.
+            names = set.intersection(*map(set, counts)) if counts else set()
+            totals = {name: sum(count[name] for count in counts) for name in sorted(names)}
             self.plans.append(WindowPlan(len(batches), totals, counts))
             position += len(batches)
             yield from batches

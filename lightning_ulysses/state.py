@@ -20,12 +20,21 @@ from lightning_ulysses.mesh import SequenceMesh
 
 @dataclass
 class TargetEvidence:
-    """What a cross entropy of the step was computed on; ``name`` is set where the tensor is known for certain."""
+    """What a cross entropy of the step was computed on, and its result.
+
+    Attributes:
+        target: The targets.
+        ignore_index: The one that counts as none.
+        is_mean: Whether it is a mean over them; else ``value`` is their sum, or has one entry for each.
+        name: Of the tensor with the targets, where that is known for certain.
+        value: The result.
+    """
 
     target: Tensor | None = None
     ignore_index: int = -100
     is_mean: bool = True
     name: str | None = None
+    value: Tensor | None = None
 
 
 @dataclass
