@@ -76,6 +76,12 @@ def shifted_labels(
         UlyssesError: If the labels are not the batch's own, or the model takes none that are shifted already.
     """
     source = next((key for key in ("labels", "input_ids") if _same(labels, batch.shards.get(key))), None)
+    if source is None and labels.dim() < 2:
+        raise UlyssesError(
+            f"labels of shape {tuple(labels.shape)} for {name}, which then pools the tokens of each row",
+            "one label for each token, (B, S), since a pooling sees this rank's slice only",
+            "train it without sequence parallelism (sp_size=1)",
+        )
     if source is None:
         raise UlyssesError(
             f"labels of shape {tuple(labels.shape)} for {name} that are neither batch['labels'] nor batch['input_ids']",

@@ -19,8 +19,9 @@ from torch import nn
 
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.layout import SequenceLayout
-from lightning_ulysses.probing.calls import Call, choose_length
+from lightning_ulysses.probing.calls import Call, choose_length, has_dim
 from lightning_ulysses.probing.compiled import call_around, is_compiled_in_place, outermost_compiled, uncompile_steps
+from lightning_ulysses.probing.pooling import PoolingWatch, Suspects, shapes_that_stay
 from lightning_ulysses.probing.recording import Recording, first_to_depend_on_place, first_to_move, record
 from lightning_ulysses.state import LiveBatch, SequenceState
 
@@ -44,6 +45,8 @@ class ModelProbe:
         self._done: set[bool] = set()
         self._depth = 0
         self._calls = 0
+        self._suspects: Suspects = {}
+        self._pooling = PoolingWatch(state.mesh, root)
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -54,6 +57,8 @@ class ModelProbe:
             return
         self._done.add(training)
         self._depth, self._calls, self._root_calls = 0, 0, 0
+        if training:
+            self._pooling.begin()
         with ExitStack() as stack:
             # A step that is compiled as a whole runs as it was written, once: no call inside could be looked at.
             stack.callback(uncompile_steps(self._root).remove)
@@ -86,15 +91,36 @@ class ModelProbe:
         if torch.compiler.is_compiling():
             return
         self._depth += 1
-        if self._depth > 1 or self._calls >= _MOST_CALLS or self._state.sharded_batch is None:
+        batch = self._state.sharded_batch
+        if self._depth > 1 or batch is None:
             return
-        self._calls += 1
-        # Calls made by the probe itself go deeper and are not looked at.
-        self._probe(module, args, kwargs)
+        # Ranks may call a part of the model unequally often on less than their slices, and none must wait for another.
+        if self._calls < _MOST_CALLS and has_dim((args, kwargs), {*batch.layout.shares}):
+            self._calls += 1
+            # Calls made by the probe itself go deeper and are not looked at.
+            self._probe(module, args, kwargs)
+        self._pooling.follow_inputs(module, (args, kwargs), self._sizes())
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self._depth -= 1
+        if torch.compiler.is_compiling():
+            return
+        self._depth -= 1
+        if not self._depth and self._state.sharded_batch is not None:
+            self._pooling.note_outputs(output, self._sizes())
+
+    def _sizes(self) -> tuple[int, int]:
+        """B and S_r."""
+        batch = self._state.sharded_batch
+        assert batch is not None
+        return batch.rows, batch.layout.shares[self._state.mesh.sp_rank]
+
+    def settle(self) -> None:
+        """Called behind each backward.
+
+        Raises:
+            UlyssesError: On every rank, if tokens were pooled on the way to the loss.
+        """
+        self._pooling.settle()
 
     def _probe(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         batch, mesh = self._state.sharded_batch, self._state.mesh
@@ -102,6 +128,7 @@ class ModelProbe:
         call = Call(module, args, kwargs, batch.layout.shares[mesh.sp_rank])
         error: UlyssesError | None = None
         depth = self._depth
+        self._suspects = {}
         try:
             error = self._verdict(call, batch)
         except UlyssesError as refusal:
@@ -114,11 +141,12 @@ class ModelProbe:
             )
         self._depth = depth
         self._forget()
-        errors: list[Any] = [None] * mesh.world_size
-        dist.all_gather_object(errors, error)
-        for found in errors:
+        answers: list[Any] = [None] * mesh.world_size
+        dist.all_gather_object(answers, (error, self._suspects))
+        for found, _ in answers:
             if found is not None:
                 raise found
+        self._pooling.follow_outputs(module, [suspects for _, suspects in answers], (batch.rows, call.share))
 
     def _verdict(self, call: Call, batch: LiveBatch) -> UlyssesError | None:
         """What is wrong with the call's module, if anything."""
@@ -152,6 +180,7 @@ class ModelProbe:
                 for module, mode in training.items():
                     module.training = mode
             found = first_to_depend_on_place(whole, part, span, tokens, rows, 10 * tolerance)
+            self._suspects = shapes_that_stay(whole, part, tokens, rows, 10 * tolerance)
         return _restarts(name, found) if found is not None else None
 
     def _record(self, call: Call, layout: SequenceLayout | None) -> Recording:
