@@ -52,7 +52,7 @@ def shapes_that_stay(whole: Recording, part: Recording, tokens: int, rows: int, 
         if calls[name] != len(by_name[name]):
             continue
         for index, (one, other) in enumerate(zip(tensors, by_name[name][number], strict=False)):
-            if one.dim() and one.shape == other.shape and token_dim(one, tokens, rows) is None:
+            if not _is_number(one) and one.shape == other.shape and token_dim(one, tokens, rows) is None:
                 suspects[name, number, index] = differs(one, other, tolerance)
     return suspects
 
@@ -157,7 +157,7 @@ class PoolingWatch:
 
     def _follow_pooled(self, output: Any, module: nn.Module, sizes: tuple[int, int]) -> None:
         for tensor in tensors_in(output):
-            if tensor.dim() and not _has_tokens(tensor, *sizes):
+            if not _is_number(tensor) and not _has_tokens(tensor, *sizes):
                 self._follow(tensor, module, given=False)
 
     def _follow(self, tensor: Tensor, module: nn.Module, given: bool) -> None:
@@ -204,6 +204,11 @@ class PoolingWatch:
             for key in group[0]:
                 if all(key in other for other in group):
                     raise _pools(*key)
+
+
+def _is_number(tensor: Tensor) -> bool:
+    """Whether it is () or (1,), as a loss is."""
+    return tensor.dim() == 0 or tensor.shape == (1,)
 
 
 def _has_tokens(tensor: Tensor, rows: int, share: int) -> bool:

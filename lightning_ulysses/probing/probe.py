@@ -2,7 +2,7 @@
 
 In the first step, the model runs on a few tokens with every intercepted attention replaced by a stand-in that keeps
 tokens apart. One token is changed, and nothing may move in another one. Then tokens with their true positions alone
-must come out as they do among the others.
+must come out as they do among the others. What has no tokens any more is followed to the loss, see `pooling`.
 """
 
 from __future__ import annotations
