@@ -49,10 +49,10 @@ def loss_form(loss: Tensor, name: str, live: LiveBatch) -> int:
 
     Returns:
         ``MEAN``, ``SUM`` or ``OTHER``; ``SILENT`` where nothing can be said, as for a slice without targets, a loss
-        without a cross entropy, or one of several.
+        without a cross entropy, one of several, or one with a router's loss.
     """
     found = [evidence for evidence in live.evidence if evidence.value is not None and evidence.target is not None]
-    if len(found) != 1 or not live.counts.get(name) or not bool(torch.isfinite(loss)):
+    if len(found) != 1 or live.has_whole_part or not live.counts.get(name) or not bool(torch.isfinite(loss)):
         return SILENT
     evidence, value = found[0], loss.detach().double().squeeze()
     assert evidence.value is not None

@@ -54,6 +54,7 @@ class LiveBatch:
             whole batch, its targets count as spread evenly over the ranks, and each rank sees all of them.
         whole: Keys in ``shards`` that are whole instead, since a plan splits the model and not the batch.
         measured: The geometry of the last region that a plan split.
+        has_whole_part: Whether a part of the loss is that of the whole batch on every rank, such as a router's.
         outside: Storages of tensors that a region's first submodule got beside those that were split, such as a text.
     """
 
@@ -68,6 +69,7 @@ class LiveBatch:
     rows: int = 1
     whole: frozenset[str] = frozenset()
     measured: SequenceLayout | None = None
+    has_whole_part: bool = False
     outside: set[int] = field(default_factory=set)
 
     @property

@@ -261,7 +261,10 @@ class UlyssesDeepSpeedStrategy(upstream.AcceptsCompiled, DeepSpeedStrategy):
         loss = self.weights.apply(closure_loss * repeats, self.state.pending, repeats, module.automatic_optimization)
         # Activation checkpointing calls attention again from here.
         with self.state.live(backward=True):
-            return super().backward(loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+            result = super().backward(loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+        if self._probe is not None:
+            self._probe.settle()
+        return result
 
     @override
     def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
