@@ -10,7 +10,8 @@ from torch import Tensor
 
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.handle import Handle
-from lightning_ulysses.state import SequenceState, join_sequence
+from lightning_ulysses.sequence import join_sequence
+from lightning_ulysses.state import SequenceState
 
 
 def install_generate(state: SequenceState, handle: Handle, sync_steps: bool) -> None:

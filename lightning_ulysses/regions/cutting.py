@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_ulysses.layout import SequenceLayout
-from lightning_ulysses.state import join_sequence
+from lightning_ulysses.sequence import join_sequence
 
 
 def cut(tensor: Tensor, dim: int, layout: SequenceLayout, rank: int) -> Tensor:
