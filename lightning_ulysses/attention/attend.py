@@ -59,6 +59,7 @@ def _cat(parts: list[Tensor]) -> Tensor:
     """Joins (B, H, S_i, D) along S, laid out in memory as (B, S, H, D), which the way back sends without a copy."""
     if len(parts) == 1:
         return parts[0]
+    # Each (B, H, S_i, D) -> (B, S_i, H, D) -> (B, S, H, D) -> (B, H, S, D)
     return torch.cat([part.transpose(1, 2) for part in parts], dim=1).transpose(1, 2)
 
 
@@ -70,6 +71,7 @@ def _split(tensor: Tensor, lengths: list[int]) -> list[Tensor]:
     """
     if len(lengths) == 1:
         return [tensor]
+    # (B, H, S, D) -> (B, S, H, D) -> each (B, S_i, H, D) -> (B, H, S_i, D)
     return [part.transpose(1, 2) for part in tensor.transpose(1, 2).split(lengths, dim=1)]
 
 
