@@ -158,11 +158,12 @@ def read_batch(batch: Any, rules: BatchRules, sp_size: int) -> WholeBatch:
             for key, t in tensors.items()
         }
     rows = count_rows(tensors, dims)
+    mask = tensors.get("attention_mask") if "attention_mask" in dims else None
     layout = SequenceLayout(
         seq_len=seq_len + amount,
         sp_size=sp_size,
-        documents=document_runs(entries, tensors.get("position_ids"), rows, seq_len + amount),
-        valid=valid_runs(tensors.get("attention_mask") if "attention_mask" in dims else None),
+        documents=document_runs(entries, tensors.get("position_ids"), rows, seq_len + amount, mask),
+        valid=valid_runs(mask),
         num_padding=amount,
     )
     hidden: set[str] = set()
