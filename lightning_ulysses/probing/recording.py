@@ -74,6 +74,7 @@ def by_token(tensor: Tensor, tokens: int, rows: int) -> Tensor | None:
     if tensor.shape[dim : dim + 1] != (tokens,):
         # (rows * tokens, ...) -> (rows, tokens, ...)
         tensor = tensor.unflatten(0, (rows, tokens))
+    # (..., tokens, ...) -> (tokens, ...)
     return tensor.movedim(dim, 0)
 
 
