@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from lightning_ulysses.graphs import eager
 from lightning_ulysses.handle import Handle
-from lightning_ulysses.state import LiveBatch, SequenceState, check_share, join_sequence
+from lightning_ulysses.sequence import check_share, join_sequence
+from lightning_ulysses.state import LiveBatch, SequenceState
 
 FUNCTION = "create_position_ids_from_input_ids"
 Create = Callable[[Tensor, int], Tensor]
