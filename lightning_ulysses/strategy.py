@@ -252,11 +252,8 @@ class UlyssesDeepSpeedStrategy(upstream.AcceptsCompiled, DeepSpeedStrategy):
         repeats = module.trainer.accumulate_grad_batches if module.automatic_optimization else 1
         loss = self.weights.apply(closure_loss * repeats, self.state.pending, repeats, module.automatic_optimization)
         # Activation checkpointing calls attention again from here.
-        with self.state.live():
-            result = super().backward(loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
-        if self._probe is not None:
-            self._probe.settle()
-        return result
+        with self.state.live(), self._probe.settled() if self._probe is not None else nullcontext():
+            return super().backward(loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     @override
     def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:

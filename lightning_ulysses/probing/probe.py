@@ -114,12 +114,10 @@ class ModelProbe:
         assert batch is not None
         return batch.rows, batch.layout.shares[self._state.mesh.sp_rank]
 
-    def settle(self) -> None:
-        """Called behind each backward.
-
-        Raises:
-            UlyssesError: On every rank, if tokens were pooled on the way to the loss.
-        """
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """Around each backward; behind the first one, refuses tokens that were pooled on the way to the loss."""
+        yield
         self._pooling.settle()
 
     def _probe(self, module: nn.Module, args: Any, kwargs: Any) -> None:
