@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -143,13 +144,8 @@ class UlyssesDeepSpeedStrategy(upstream.AcceptsCompiled, DeepSpeedStrategy):
     @override
     def setup_distributed(self) -> None:
         self.set_world_ranks()
-        sizes = resolve_sizes(
-            self.world_size,
-            self.num_processes,
-            self.ulysses.sp_size,
-            self.ulysses.dp_shard_size,
-            self.ulysses.dp_replicate_size,
-        )
+        wanted = (self.ulysses.sp_size, self.ulysses.dp_shard_size, self.ulysses.dp_replicate_size)
+        sizes = resolve_sizes(self.world_size, self.num_processes, *wanted)
         upstream.use_accelerator(self.root_device.type)
         with upstream.without_shared_memory_op() if self.root_device.type == "cpu" else nullcontext():
             super().setup_distributed()
@@ -187,10 +183,8 @@ class UlyssesDeepSpeedStrategy(upstream.AcceptsCompiled, DeepSpeedStrategy):
         upstream.set_device_mesh(self.lightning_module, self.mesh.device_mesh)
         self.weights = StepWeights(self.ulysses, self.mesh, self.root_device)
         self._handle = install_interceptors(self._state, self.lightning_module, self.zero_stage_3, self.ulysses.plan)
-        if self.ulysses.check_model:
-            self._probe = ModelProbe(
-                self._state, self.lightning_module, lambda: upstream.forget_trace(self.deepspeed_engine)
-            )
+        forget = partial(upstream.forget_trace, self.deepspeed_engine)
+        self._probe = ModelProbe(self._state, self.lightning_module, forget, self.ulysses.check_model)
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
@@ -216,10 +210,9 @@ class UlyssesDeepSpeedStrategy(upstream.AcceptsCompiled, DeepSpeedStrategy):
         return result
 
     def _step(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        assert self.lightning_module is not None and self._pipeline is not None
-        suspensions = self.state.suspensions
-        watching = self._probe.watch() if self._probe is not None else nullcontext()
-        with self._pipeline.drawing(name, self.lightning_module.trainer), self.state.live(), watching:
+        assert self.lightning_module is not None and self._pipeline is not None and self._probe is not None
+        suspensions, drawing = self.state.suspensions, self._pipeline.drawing(name, self.lightning_module.trainer)
+        with drawing, self.state.live(), self._probe.watch():
             output = getattr(super(), name)(*args, **kwargs)
             check_intercepted(self.state, name, type(self.lightning_module).__name__, suspensions)
         return output
@@ -254,17 +247,14 @@ class UlyssesDeepSpeedStrategy(upstream.AcceptsCompiled, DeepSpeedStrategy):
     @override
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         assert self.lightning_module is not None and self.weights is not None
-        assert self.state.pending is not None
+        assert self.state.pending is not None and self._probe is not None
         module = self.lightning_module
         # Lightning has divided by it already; the window's own weights take its place.
         repeats = module.trainer.accumulate_grad_batches if module.automatic_optimization else 1
         loss = self.weights.apply(closure_loss * repeats, self.state.pending, repeats, module.automatic_optimization)
         # Activation checkpointing calls attention again from here.
-        with self.state.live(backward=True):
-            result = super().backward(loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
-        if self._probe is not None:
-            self._probe.settle()
-        return result
+        with self.state.live(backward=True), self._probe.settled():
+            return super().backward(loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     @override
     def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:

@@ -35,14 +35,16 @@ class ModelProbe:
         state: The strategy's state.
         root: The user's LightningModule.
         forget: Called behind each look, for whoever keeps count of the module calls of a step.
+        enabled: False looks at nothing.
     """
 
-    def __init__(self, state: SequenceState, root: nn.Module, forget: Callable[[], None]) -> None:
+    def __init__(self, state: SequenceState, root: nn.Module, forget: Callable[[], None], enabled: bool = True) -> None:
         self._forget = forget
         self._state = state
         self._root = root
         self._names = {id(module): name for name, module in root.named_modules()}
-        self._done: set[bool] = set()
+        # Training, evaluation or both, which need no look any more.
+        self._done: set[bool] = set() if enabled else {False, True}
         # For each module that runs, whether it was called with something split.
         self._open: list[bool] = []
         self._calls = 0
@@ -124,12 +126,10 @@ class ModelProbe:
         assert batch is not None
         return batch.rows, batch.layout.shares[self._state.mesh.sp_rank]
 
-    def settle(self) -> None:
-        """Called behind each backward.
-
-        Raises:
-            UlyssesError: On every rank, if tokens were pooled on the way to the loss.
-        """
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """Around each backward; behind the first one, refuses tokens that were pooled on the way to the loss."""
+        yield
         self._pooling.settle()
 
     def _probe(self, module: nn.Module, args: Any, kwargs: Any) -> None:
