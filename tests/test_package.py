@@ -24,10 +24,11 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_ulysses"
 
 
-def in_fresh_python(code: str) -> Any:
+def in_fresh_python(code: str, cwd: Path = ROOT, **environment: str) -> Any:
     """What a new interpreter prints last, as JSON."""
+    env = {**os.environ, **environment}
     found = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=240
+        [sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=240
     )
     assert found.returncode == 0, found.stderr
     return json.loads(found.stdout.splitlines()[-1])
@@ -104,7 +105,8 @@ def test_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from hatchling.build import build_wheel
 
     monkeypatch.chdir(ROOT)
-    with zipfile.ZipFile(tmp_path / build_wheel(str(tmp_path))) as wheel:
+    path = tmp_path / build_wheel(str(tmp_path))
+    with zipfile.ZipFile(path) as wheel:
         names = set(wheel.namelist())
         info = next(name for name in names if name.endswith(".dist-info/METADATA"))
         metadata = Parser().parsestr(wheel.read(info).decode())
@@ -118,6 +120,27 @@ def test_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # What runs have to have is not an extra.
     always = " ".join(line for line in required if "extra" not in line)
     assert all(name in always for name in ("torch>=", "lightning<", "deepspeed<")) and "transformers" not in always
+    check_installed(path, tmp_path / "site")
+
+
+INSTALLED = """
+import json, runpy, sys
+import lightning_ulysses
+sys.argv = ["lightning-ulysses", "--help"]
+try:
+    runpy.run_path({script!r}, run_name="__main__")
+except SystemExit as end:
+    print(json.dumps([lightning_ulysses.__file__, end.code]))
+"""
+
+
+def check_installed(wheel: Path, target: Path) -> None:
+    """The package and its command from the wheel itself, not from the sources."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
+    subprocess.run([*pip, "--target", str(target), str(wheel)], check=True, timeout=240)
+    script = str(target / "bin" / "lightning-ulysses")
+    file, code = in_fresh_python(INSTALLED.format(script=script), cwd=target, PYTHONPATH=str(target))
+    assert file == str(target / "lightning_ulysses" / "__init__.py") and code == 0
 
 
 def test_upstream_is_the_release_that_the_private_hooks_were_read_from() -> None:
