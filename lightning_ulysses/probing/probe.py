@@ -19,6 +19,7 @@ from torch import nn
 
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.layout import SequenceLayout
+from lightning_ulysses.probing.attributes import attributes_kept
 from lightning_ulysses.probing.calls import Call, choose_length, has_dim
 from lightning_ulysses.probing.compiled import call_around, is_compiled_in_place, outermost_compiled, uncompile_steps
 from lightning_ulysses.probing.pooling import PoolingWatch, Suspects, shapes_that_stay
@@ -175,7 +176,7 @@ class ModelProbe:
         if changed is None:
             return None
         tolerance = 1e-4 if _precise(call.module) else 2e-2
-        with _unchanged(call.module), torch.no_grad():
+        with _unchanged(call.module), attributes_kept(self._root), torch.no_grad():
             before, after = self._record(small, None), self._record(changed, None)
             found = first_to_move(before, after, tokens // 2, tokens, rows, tolerance)
             if found is not None:
