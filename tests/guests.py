@@ -150,6 +150,7 @@ class Diffuser(L.LightningModule):
         self.takes_classes = name.startswith("DiT")
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        torch.manual_seed(0)
         about = {"class_labels": batch["classes"]} if self.takes_classes else {"encoder_hidden_states": batch["text"]}
         output = self.model(batch["noisy"], timestep=batch["time"], **about, **self.more).sample
         return F.mse_loss(output, batch["noise"])
