@@ -241,7 +241,7 @@ class UlyssesDeepSpeedStrategy(upstream.AcceptsCompiled, DeepSpeedStrategy):
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         output = self._step("predict_step", *args, **kwargs)
         assert self.state.pending is not None
-        return join_outputs(output, self.state.pending.layout, self.mesh)
+        return join_outputs(output, self.state.pending.layout, self.state.pending.rows, self.mesh)
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
