@@ -240,9 +240,10 @@ class UlyssesDeepSpeedStrategy(upstream.AcceptsCompiled, DeepSpeedStrategy):
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         output = self._step("predict_step", *args, **kwargs)
-        assert self.state.pending is not None
+        live = self.state.pending
+        assert live is not None
         # A plan that joins has done it already.
-        return output if self.state.is_joined else join_outputs(output, self.state.pending.layout, self.mesh)
+        return output if self.state.is_joined else join_outputs(output, live.layout, live.rows, self.mesh)
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
