@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.layout import SequenceLayout
 from lightning_ulysses.mesh import SequenceMesh
-from lightning_ulysses.state import join_sequence
+from lightning_ulysses.sequence import join_sequence
 
 
 def _sequence_dim(tensor: Tensor, share: int) -> int | None:

@@ -186,8 +186,14 @@ def test_packed_documents_do_not_see_each_other(pool: ProcessPool) -> None:
     assert compare(result, leaking).step > 0.01
 
 
-@pytest.mark.parametrize("side", ["right", "left", "holes"])
-def test_padding_mask(pool: ProcessPool, side: str) -> None:
+@pytest.mark.parametrize(
+    ("side", "positions"),
+    [
+        *(("right", None), ("left", None), ("holes", None)),
+        *(("left", "counted"), ("left", "filled"), ("right", "filled"), ("holes", "counted")),
+    ],
+)
+def test_padding_mask(pool: ProcessPool, side: str, positions: str | None) -> None:
     batch = token_batch(4, 33, 3)
     mask = torch.ones_like(batch["input_ids"])
     for row, amount in enumerate((0, 9, 20)):
@@ -200,7 +206,30 @@ def test_padding_mask(pool: ProcessPool, side: str) -> None:
     batch["attention_mask"] = mask
     if side == "left":
         batch["labels"] = batch["labels"].masked_fill(mask == 0, -100)
+    if positions is not None:
+        batch["position_ids"] = mask.cumsum(-1) - 1
+    if positions == "filled":
+        batch["position_ids"] = batch["position_ids"].masked_fill(mask == 0, 1)
     check(pool, llama(), [batch], SplitRun())
+
+
+def test_documents_with_padding_between_them(pool: ProcessPool) -> None:
+    lengths, gaps = [7, 12, 1], [3, 4, 2, 3]
+    tokens = token_batch(3, sum(lengths) + sum(gaps))["input_ids"]
+    mask, positions = torch.zeros_like(tokens), torch.ones_like(tokens)
+    documents, begin = [], 0
+    for gap, length in zip(gaps, lengths, strict=False):
+        own = slice(begin + gap, begin + gap + length)
+        mask[:, own], positions[:, own] = 1, torch.arange(length)
+        documents.append(tokens[:, own])
+        begin = own.stop
+    labels = tokens.masked_fill(mask == 0, -100)
+    # Of a document behind padding, the first token is a target of the padding before it.
+    labels[:, gaps[0]] = -100
+    packed = {"input_ids": tokens, "labels": labels, "attention_mask": mask, "position_ids": positions}
+    reference = fit_single(llama(), [[{"input_ids": part, "labels": part} for part in documents]], count_targets)
+    for result in fit_split(pool, llama(), [packed], SplitRun()):
+        assert compare(result, reference).largest <= BOUND
 
 
 def test_regression_targets(pool: ProcessPool) -> None:

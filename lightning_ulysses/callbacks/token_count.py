@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from contextlib import suppress
-from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +84,7 @@ class TokenCountMonitor(EvaluationMonitor):
         report_dir: str | Path | None = None,
     ) -> None:
         peak: object = peak_flops
-        is_number = not isinstance(peak, bool) and isinstance(peak, Real) and 0 < float(peak) < math.inf
+        is_number = isinstance(peak, (int, float)) and not isinstance(peak, bool) and 0 < peak < math.inf
         if peak is not None and not is_number:
             raise UlyssesError(
                 f"peak_flops={peak_flops!r}",
