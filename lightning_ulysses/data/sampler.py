@@ -142,13 +142,13 @@ class SequenceShardSampler(DistributedSampler[Pack]):
         """There is none; Lightning asks before it puts a sampler of its own into a batch sampler.
 
         Raises:
-            AttributeError: In one process, where nothing has to be put into it.
-            UlyssesError: In several processes.
+            AttributeError: Without a process group, where nothing has to be put into it.
+            UlyssesError: With one.
         """
         if not (dist.is_available() and dist.is_initialized()):
             raise AttributeError("batch_size")
         raise UlyssesError(
-            "DataLoader(batch_sampler=SequenceShardSampler(...)) in a Trainer of several processes",
+            "DataLoader(batch_sampler=SequenceShardSampler(...)) in a Trainer with a distributed strategy",
             "it in the place of sampler, where Lightning leaves a distributed sampler alone",
             "use DataLoader(sampler.packed, sampler=sampler, batch_size=None, collate_fn=PackingCollator())",
         )
