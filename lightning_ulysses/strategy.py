@@ -290,11 +290,10 @@ class UlyssesDeepSpeedStrategy(upstream.AcceptsCompiled, DeepSpeedStrategy):
     @classmethod
     @override
     def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
-        offload: Mapping[str, Any] = {"stage": 3, "offload_optimizer": True, "offload_parameters": True}
         entries: dict[str, Mapping[str, Any]] = {
             "": {"stage": 2},
             **{f"_stage_{stage}": {"stage": stage} for stage in (1, 2, 3)},
-            "_stage_3_offload": offload,
+            "_stage_3_offload": {"stage": 3, "offload_optimizer": True, "offload_parameters": True},
         }
         for suffix, settings in entries.items():
             description = f"Ulysses sequence parallelism with DeepSpeed ZeRO: {dict(settings)}"
