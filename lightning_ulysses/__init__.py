@@ -12,7 +12,7 @@ from lightning_ulysses.callbacks import TokenCountMonitor
 from lightning_ulysses.data import CostModel, PackedStream, PackingCollator, SequenceDataModule, SequenceShardSampler
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.flavour import register_refusals
-from lightning_ulysses.state import gather_sequence, sequence_positions, unsharded
+from lightning_ulysses.sequence import gather_sequence, sequence_positions, unsharded
 from lightning_ulysses.strategy import UlyssesDeepSpeedStrategy
 
 __version__ = "0.1.0"

@@ -19,9 +19,11 @@ from lightning_ulysses.recognition import (
     SEQUENCE_KEYS,
     BatchRules,
     check_lengths,
+    check_whole,
     count_rows,
     entries_of,
     find_dims,
+    find_whole,
 )
 
 
@@ -35,7 +37,10 @@ class WholeBatch:
         dims: The dimension of each that carries the sequence.
         hidden: Keys in ``tensors`` that the module does not get to see.
         layout: The geometry of the cut.
-        counts: For each tensor that may hold the targets, the valid ones per rank. ``"tokens"`` counts every token.
+        counts: For each tensor that may hold the targets, the valid ones that each rank sees. ``"tokens"`` counts every
+            token.
+        whole: Keys in ``tensors`` that every rank gets whole.
+        keeps_all: Whether that is all of them, and every rank sees all targets.
     """
 
     template: Any
@@ -44,6 +49,8 @@ class WholeBatch:
     hidden: frozenset[str]
     layout: SequenceLayout
     counts: dict[str, tuple[float, ...]]
+    whole: frozenset[str] = frozenset()
+    keeps_all: bool = False
 
     @property
     def rows(self) -> int:
@@ -52,7 +59,12 @@ class WholeBatch:
 
     def counts_of_group(self) -> dict[str, float]:
         """Valid targets of the whole batch, for each tensor that may hold them."""
-        return {name: sum(values) for name, values in self.counts.items()}
+        return {name: values[0] if self.keeps_all else sum(values) for name, values in self.counts.items()}
+
+    def counts_of_rank(self, rank: int) -> dict[str, float]:
+        """One rank's part of them, also where every rank sees them all."""
+        copies = self.layout.sp_size if self.keeps_all else 1
+        return {name: values[rank] / copies for name, values in self.counts.items()}
 
     def shard(self, rank: int, *, stand_in: bool = False) -> tuple[Any, dict[str, Tensor], dict[str, float]]:
         """Cuts out one rank's slice.
@@ -67,14 +79,18 @@ class WholeBatch:
         """
         span = self.layout.span(rank)
         shards = {
-            key: tensor.narrow(self.dims[key], span.start, span.stop - span.start).contiguous()
+            key: tensor
+            if key in self.whole
+            else tensor.narrow(self.dims[key], span.start, span.stop - span.start).contiguous()
             for key, tensor in self.tensors.items()
         }
         seen = {name: counts[rank] for name, counts in self.counts.items()}
         if stand_in:
             for name in (name for name, count in seen.items() if count == 0 and name in shards):
                 shards[name] = shards[name].clone()
-                shards[name].view(-1)[0] = 1 if name in MASK_KEYS else 0
+                # A module that shifts whole labels by itself drops the first of them.
+                place = int(self.keeps_all and f"shift_{name}" in self.tensors)
+                shards[name].view(-1)[place] = 1 if name in MASK_KEYS else 0
                 seen[name] = 1.0
         return _rebuild(self.template, {k: v for k, v in shards.items() if k not in self.hidden}), shards, seen
 
@@ -123,6 +139,17 @@ def _count(tensor: Tensor, dim: int, layout: SequenceLayout, ignore_index: int, 
     return tuple(float(per_position[layout.span(rank)].sum()) for rank in range(layout.sp_size))
 
 
+def _count_samples(
+    tensors: Mapping[str, Tensor], dims: Mapping[str, int], rows: int, rules: BatchRules
+) -> dict[str, float]:
+    """Targets of a loss over samples: a class for each, (B,), and the samples where nothing is a sequence."""
+    found = {} if dims else {"tokens": float(rows)}
+    for key, tensor in tensors.items():
+        if tensor.shape == (rows,) and not tensor.is_floating_point() and tensor.dtype != torch.bool:
+            found[key] = float((tensor != rules.ignore_index).sum())
+    return found
+
+
 def read_batch(batch: Any, rules: BatchRules, sp_size: int) -> WholeBatch:
     """Understands a batch on the host.
 
@@ -138,18 +165,16 @@ def read_batch(batch: Any, rules: BatchRules, sp_size: int) -> WholeBatch:
         UlyssesError: If the batch is not understood for certain; with the shapes and the setting to add.
     """
     entries = entries_of(batch)
-    dims = find_dims(batch, entries, rules)
-    seq_len = check_lengths(entries, dims, rules)
+    if rules.keeps_all:
+        dims = find_whole(batch, entries, rules, sp_size)
+        seq_len = max((entries[key].shape[dim] for key, dim in dims.items()), default=sp_size)
+    else:
+        check_whole(entries, rules)
+        dims = find_dims(batch, entries, rules)
+        seq_len = check_lengths(entries, dims, rules)
     tensors = {key: entries[key] for key in dims}
     is_mapping = isinstance(batch, Mapping)
-    if is_mapping:
-        candidates = [key for key in tensors if key in LABEL_KEYS + MASK_KEYS]
-        candidates += [
-            key for key, t in tensors.items() if key not in SEQUENCE_KEYS and not t.is_floating_point() and t.dim() > 1
-        ]
-    else:
-        last = list(tensors)[-1]
-        candidates = [last] if len(tensors) > 1 and not tensors[last].is_floating_point() else []
+    candidates = [key for key in _candidates(tensors, is_mapping) if key not in rules.whole]
     amount = -seq_len % (rules.pad_to_multiple_of or 1)
     if amount:
         float_target = not is_mapping and len(tensors) > 1 and not candidates
@@ -157,22 +182,40 @@ def read_batch(batch: Any, rules: BatchRules, sp_size: int) -> WholeBatch:
             key: _pad(t, key, dims[key], amount, rules, (key in candidates and key not in MASK_KEYS) or float_target)
             for key, t in tensors.items()
         }
-    rows = count_rows(tensors, dims)
+    everything = {key: value for key, value in entries.items() if isinstance(value, Tensor)}
+    rows = count_rows(tensors or everything, dims)
     mask = tensors.get("attention_mask") if "attention_mask" in dims else None
+    positions = tensors.get("position_ids")
     layout = SequenceLayout(
         seq_len=seq_len + amount,
         sp_size=sp_size,
-        documents=document_runs(entries, tensors.get("position_ids"), rows, seq_len + amount, mask),
+        documents=document_runs(entries, positions, rows, seq_len + amount, mask) if dims else None,
         valid=valid_runs(mask),
         num_padding=amount,
     )
     hidden: set[str] = set()
-    if is_mapping:
+    if is_mapping or rules.keeps_all:
         _add_shifted(tensors, dims, candidates, hidden, layout, rules)
     counts = {key: _count(tensors[key], dims[key], layout, rules.ignore_index, key in MASK_KEYS) for key in candidates}
     if not amount:
         counts["tokens"] = tuple(float(rows * share) for share in layout.shares)
-    return WholeBatch(batch, tensors, dims, frozenset(hidden), layout, counts)
+    if rules.keeps_all:
+        counts = {key: (sum(values),) * sp_size for key, values in counts.items()}
+        counts |= {key: (count,) * sp_size for key, count in _count_samples(everything, dims, rows, rules).items()}
+        tensors = {**everything, **tensors}
+    whole = frozenset(tensors) if rules.keeps_all else rules.whole & set(tensors)
+    return WholeBatch(batch, tensors, dims, frozenset(hidden), layout, counts, whole, rules.keeps_all)
+
+
+def _candidates(tensors: Mapping[str, Tensor], is_mapping: bool) -> list[str]:
+    """Keys of what may hold the targets."""
+    if not is_mapping:
+        last = list(tensors)[-1:]
+        return last if len(tensors) > 1 and not tensors[last[0]].is_floating_point() else []
+    known = [key for key in tensors if key in LABEL_KEYS + MASK_KEYS]
+    return known + [
+        key for key, t in tensors.items() if key not in SEQUENCE_KEYS and not t.is_floating_point() and t.dim() > 1
+    ]
 
 
 def _add_shifted(
@@ -188,6 +231,10 @@ def _add_shifted(
     if not any(key in tensors for key in LABEL_KEYS):
         sources.append(("input_ids", "shift_input_ids", rules.ignore_index))
         hidden.add("shift_input_ids")
+    if list(tensors) == ["batch"] and not tensors["batch"].is_floating_point():
+        # Tokens that the module itself takes apart into inputs and targets.
+        sources = [("batch", "shift_batch", rules.ignore_index)]
+        hidden.add("shift_batch")
     if "shift_labels" in tensors:
         sources = sources[2:]
     for source, target, fill in sources:

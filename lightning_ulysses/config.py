@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from lightning_ulysses.batch import BatchRules
 from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.plan import SequencePlan
 
 _OWN_KEYS = {
     "gradient_accumulation_steps": "set Trainer(accumulate_grad_batches=...)",
@@ -31,6 +32,7 @@ class UlyssesConfig:
     check_model: bool = True
     targets: str | None = None
     rules: BatchRules = field(default_factory=BatchRules)
+    plan: SequencePlan | None = None
 
     def __post_init__(self) -> None:
         if self.sp_size != "auto" and (not isinstance(self.sp_size, int) or self.sp_size < 1):
@@ -44,6 +46,24 @@ class UlyssesConfig:
         multiple = self.rules.pad_to_multiple_of
         if multiple is not None and multiple < 1:
             raise UlyssesError(f"pad_to_multiple_of={multiple}", "a positive number or None", "change it")
+        if multiple is not None and self.plan is not None:
+            raise UlyssesError(
+                f"pad_to_multiple_of={multiple} with a plan",
+                "no padding, which the part of the model before the split would attend to",
+                "leave pad_to_multiple_of out; no multiple is required",
+            )
+
+
+def batch_rules(
+    sequence_dims: Mapping[str, int | None] | None,
+    pad_to_multiple_of: int | None,
+    ignore_index: int,
+    plan: SequencePlan | None,
+) -> BatchRules:
+    """How a batch is read, from arguments of `UlyssesDeepSpeedStrategy`."""
+    dims = {str(key): dim for key, dim in (sequence_dims or {}).items()}
+    whole = frozenset(plan.whole) if plan is not None else frozenset()
+    return BatchRules(dims, pad_to_multiple_of, ignore_index, whole, plan is not None and bool(plan.join))
 
 
 def check_deepspeed_config(config: Mapping[str, Any] | None) -> None:

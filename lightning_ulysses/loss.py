@@ -8,6 +8,10 @@ would minimise over the whole step is
 DeepSpeed without ``mpu`` averages gradients over all W processes, at every ZeRO stage and with ``scale_wrt_gas=False``
 sums them over micro-batches, so each rank back-propagates L_wm * n_wm * W / N. N spans every micro-batch of the step on
 every data-parallel rank; a rank's own mean never enters it.
+
+Where a plan joins the sequence inside the model, each of the P ranks of a group computes the loss of the whole batch,
+over all its n targets. Each counts for n_w = n / P of them, so that N stays the number of targets, and the same formula
+holds: the P equal losses add up to n * L. That their gradients do as well is shown in `regions.cutting`.
 """
 
 from __future__ import annotations

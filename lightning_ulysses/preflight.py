@@ -137,8 +137,20 @@ def check_intercepted(state: SequenceState, step: str, module: str, suspensions:
         suspensions: `SequenceState.suspensions` before the step; one that only generates is unsharded on purpose.
 
     Raises:
-        UlyssesError: If no attention call of any step so far was intercepted.
+        UlyssesError: If no attention call of any step so far was intercepted, or a plan did not take place.
     """
+    if state.is_planned and not state.splits and state.suspensions == suspensions:
+        raise UlyssesError(
+            f"a {step} of {module} that reached none of the submodules that the plan splits",
+            "a step that calls at least one of them",
+            "name a submodule under split that the step calls (its forward by way of the module itself, not .forward)",
+        )
+    if state.is_joined and state.place.region is not None:
+        raise UlyssesError(
+            f"a {step} of {module} that ended before it reached a submodule that the plan joins",
+            "a call of one behind each split",
+            "name a submodule under join that the step calls, or drop join and name the model's inputs under whole",
+        )
     if state.mesh.sp_size > 1 and not state.attention_calls and state.suspensions == suspensions:
         raise UlyssesError(
             f"a {step} of {module} without a single attention call intercepted",

@@ -214,6 +214,11 @@ class ProcessPool:
             connection.close()
         for process in self._processes:
             process.terminate()
-            process.join()
+        for process in self._processes:
+            process.join(timeout=5.0)
+            if process.is_alive():
+                # Lightning answers the signal with a broadcast, which waits for ranks that may be gone.
+                process.kill()
+                process.join()
         self._processes, self._connections = [], []
         atexit.unregister(self.close)

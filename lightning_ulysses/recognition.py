@@ -25,11 +25,15 @@ class BatchRules:
             that every rank gets whole.
         pad_to_multiple_of: Pads S up to a multiple of this.
         ignore_index: The label that counts as no target.
+        whole: Sequences that every rank gets whole, since a plan splits the model behind them.
+        keeps_all: Whether every rank gets the whole batch; see `find_whole`.
     """
 
     sequence_dims: Mapping[str, int | None] = field(default_factory=dict)
     pad_to_multiple_of: int | None = None
     ignore_index: int = -100
+    whole: frozenset[str] = frozenset()
+    keeps_all: bool = False
 
 
 def entries_of(batch: Any) -> dict[str, Any]:
@@ -87,12 +91,26 @@ def _usual_dim(key: str, tensor: Tensor) -> int:
     return 1
 
 
+def _check_flat(entries: Mapping[str, Any]) -> None:
+    nested = [value for value in entries.values() if isinstance(value, (Mapping, tuple, list))]
+    has_tensors = any(isinstance(value, Tensor) for value in entries.values())
+    if not has_tensors and any(isinstance(part, Tensor) for value in nested for part in entries_of(value).values()):
+        raise UlyssesError(
+            f"a batch {_describe(entries)} that holds batches, as several dataloaders together make it",
+            "one batch for each step, a mapping or tuple of tensors, whose sequence is cut and whose targets count",
+            "use one dataloader, such as over a torch.utils.data.ConcatDataset of the datasets, or flatten the batch "
+            "in the collate function",
+        )
+
+
 def find_dims(batch: Any, entries: dict[str, Any], rules: BatchRules) -> dict[str, int]:
     """The sequence dimension of every tensor that has one.
 
     Raises:
-        UlyssesError: If no sequence is found, or a tensor has another shape than its key promises.
+        UlyssesError: If no sequence is found, the batch consists of batches, or a tensor has another shape than its
+            key promises.
     """
+    _check_flat(entries)
     unknown_keys = set(rules.sequence_dims) - set(entries)
     if unknown_keys and not set(rules.sequence_dims) & set(entries):
         raise UlyssesError(
@@ -125,6 +143,26 @@ def find_dims(batch: Any, entries: dict[str, Any], rules: BatchRules) -> dict[st
     return dims
 
 
+def find_whole(batch: Any, entries: dict[str, Any], rules: BatchRules, sp_size: int) -> dict[str, int]:
+    """The sequence dimensions of a batch of which nothing is cut, as far as they are certain.
+
+    They only serve to shift and to count labels, so that any batch will do: without labels, samples are counted.
+    """
+    tensors = {key: value for key, value in entries.items() if isinstance(value, Tensor) and key not in WHOLE_KEYS}
+    named = {key: dim for key, dim in rules.sequence_dims.items() if key in tensors and dim is not None}
+    if named:
+        dims = {key: dim % tensors[key].dim() for key, dim in named.items()}
+    elif isinstance(batch, Mapping):
+        dims = {key: 1 for key, value in tensors.items() if key in SEQUENCE_KEYS and value.dim() == 2}
+    else:
+        alike = {tuple(value.shape) for value in tensors.values() if value.dim() == 2}
+        dims = dict.fromkeys(tensors, 1) if len(alike) == 1 and len(tensors) == len(entries) <= 2 else {}
+        dims = {key: 1 for key in dims if tensors[key].dim() == 2}
+    first = next((key for key in (*LABEL_KEYS, *dims) if key in dims), None)
+    length = tensors[first].shape[dims[first]] if first is not None else 0
+    return {key: dim for key, dim in dims.items() if tensors[key].shape[dim] == length >= sp_size}
+
+
 def _no_such_dim(key: str, dim: int, tensor: Tensor) -> int:
     raise UlyssesError(
         f"sequence_dims={{{key!r}: {dim}}} for a tensor of shape {tuple(tensor.shape)}",
@@ -148,7 +186,7 @@ def check_lengths(entries: dict[str, Any], dims: dict[str, int], rules: BatchRul
             "pad or cut them to one length in the collate function, or leave one out with sequence_dims={key: None}",
         )
     for key, value in entries.items():
-        settled = key in dims or key in WHOLE_KEYS or key in rules.sequence_dims
+        settled = key in dims or key in WHOLE_KEYS or key in rules.sequence_dims or key in rules.whole
         if not settled and isinstance(value, Tensor) and seq_len in value.shape:
             raise UlyssesError(
                 f"batch[{key!r}] of shape {tuple(value.shape)}, one of whose dimensions equals the sequence length "
@@ -160,7 +198,19 @@ def check_lengths(entries: dict[str, Any], dims: dict[str, int], rules: BatchRul
     return seq_len
 
 
+def check_whole(entries: Mapping[str, Any], rules: BatchRules) -> None:
+    """Raises `UlyssesError` if a plan keeps something whole that the batch does not have."""
+    if rules.whole and not rules.whole & set(entries):
+        raise UlyssesError(
+            f"a batch {_describe(entries)} without any of {sorted(rules.whole)}",
+            "the inputs that the plan keeps whole",
+            "name the batch's keys under `whole` in the plan (for a tuple, the indices '0', '1', ...)",
+        )
+
+
 def count_rows(tensors: Mapping[str, Tensor], dims: Mapping[str, int]) -> int:
     """B, from tensors (B, S, ...) where there are any: dimension 0 of others, such as (3, B, S), may be another one."""
-    found = [tensor.shape[0] for key, tensor in tensors.items() if dims[key] == 1]
-    return max(found or [tensor.shape[0] if dims[key] else 1 for key, tensor in tensors.items()])
+    found = [tensor.shape[0] for key, tensor in tensors.items() if dims.get(key) == 1]
+    found = found or [tensor.shape[0] if dims[key] else 1 for key, tensor in tensors.items() if key in dims]
+    # Nothing is known to be a sequence, and samples are counted.
+    return max(found or [tensor.shape[0] for tensor in tensors.values() if tensor.dim()], default=1)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lightning_ulysses.errors import UlyssesError
@@ -20,12 +19,21 @@ from lightning_ulysses.mesh import SequenceMesh
 
 @dataclass
 class TargetEvidence:
-    """What a cross entropy of the step was computed on; ``name`` is set where the tensor is known for certain."""
+    """What a cross entropy of the step was computed on, and its result.
+
+    Attributes:
+        target: The targets.
+        ignore_index: The one that counts as none.
+        is_mean: Whether it is a mean over them; else ``value`` is their sum, or has one entry for each.
+        name: Of the tensor with the targets, where that is known for certain.
+        value: The result.
+    """
 
     target: Tensor | None = None
     ignore_index: int = -100
     is_mean: bool = True
     name: str | None = None
+    value: Tensor | None = None
 
 
 @dataclass
@@ -41,7 +49,12 @@ class LiveBatch:
         keep: Tensors kept alive so that those addresses stay theirs.
         counts: Valid targets in this rank's slice, for each tensor that may hold the targets.
         rows: B.
-        seen: The same as the module sees it, where an empty slice shows one stand-in target.
+        seen: The same as the module sees it, where an empty slice shows one stand-in target. Where every rank gets the
+            whole batch, its targets count as spread evenly over the ranks, and each rank sees all of them.
+        whole: Keys in ``shards`` that are whole instead, since a plan splits the model and not the batch.
+        measured: The geometry of the last region that a plan split.
+        has_whole_part: Whether a part of the loss is that of the whole batch on every rank, such as a router's.
+        outside: Storages of tensors that a region's first submodule got beside those that were split, such as a text.
     """
 
     layout: SequenceLayout
@@ -53,13 +66,54 @@ class LiveBatch:
     counts: dict[str, float] = field(default_factory=dict)
     seen: dict[str, float] = field(default_factory=dict)
     rows: int = 1
+    whole: frozenset[str] = frozenset()
+    measured: SequenceLayout | None = None
+    has_whole_part: bool = False
+    outside: set[int] = field(default_factory=set)
+
+    @property
+    def split_layout(self) -> SequenceLayout:
+        """The geometry of what was split, where the batch itself says nothing of it."""
+        is_unknown = self.layout.seq_len == self.layout.sp_size
+        return self.measured if self.measured is not None and is_unknown else self.layout
+
+    def own(self, key: str, rank: int) -> Tensor | None:
+        """This rank's slice (B, S_r) of a tensor (B, S) of the batch, also where the module gets all of it."""
+        tensor = self.shards.get(key)
+        if tensor is None or key not in self.whole or tensor.shape[1:2] != (self.layout.seq_len,):
+            return tensor
+        return tensor[:, self.layout.span(rank)]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in a step a call is made.
+
+    Attributes:
+        region: What is split there; None outside of a region.
+        is_hidden: Whether nothing counts as split there, as in `unsharded`.
+        is_known: False in a backward pass, which does not say what a forward that it repeats was a part of.
+        last: The geometry of the region that ended here.
+    """
+
+    region: LiveBatch | None = None
+    is_hidden: bool = False
+    is_known: bool = True
+    last: SequenceLayout | None = None
 
 
 class SequenceState:
     """Owned by the strategy; interceptors close over it.
 
     A batch is *pending* once it has been cut and *live* while a step (and its backward) runs on it. Only a live batch
-    makes attention exchange anything.
+    makes attention exchange anything. With a plan (`regions`), a batch is live in a *region* of the step only.
+
+    Attributes:
+        is_planned: Whether a plan says where a sequence is split.
+        is_joined: Whether it also says where the sequence is joined again.
+        place: Where the step is, as far as a plan tells.
+        splits: Regions begun so far.
+        runs_uncompiled: Whether what is compiled runs as it was written.
     """
 
     def __init__(self, mesh: SequenceMesh) -> None:
@@ -71,12 +125,33 @@ class SequenceState:
         self.probing = False
         # Whether a model that was probed attends to keys that are no part of the sequence.
         self.attends_memory = False
+        self.is_planned = self.is_joined = False
+        self.place = Place()
+        self.splits = 0
+        self.runs_uncompiled = False
         self._depth = 0
 
     @property
+    def running(self) -> LiveBatch | None:
+        """The batch of the step that runs, whether or not it is split at this moment; None where that is suspended."""
+        return self.pending if self._depth > 0 and not self.place.is_hidden else None
+
+    @property
     def batch(self) -> LiveBatch | None:
-        """The live batch, or None."""
-        return self.pending if self._depth > 0 else None
+        """The live batch, or None.
+
+        Raises:
+            UlyssesError: In a backward pass that repeats a part of a planned forward in an unknown way.
+        """
+        if self.running is None or not self.is_planned:
+            return self.running
+        if not self.place.is_known:
+            raise UlyssesError(
+                "a forward repeated in the backward pass by other means than the checkpoint of torch or DeepSpeed",
+                "to know which part of the planned model it belongs to",
+                "checkpoint with torch.utils.checkpoint.checkpoint, called by its full name",
+            )
+        return self.place.region
 
     @property
     def sharded_batch(self) -> LiveBatch | None:
@@ -111,32 +186,61 @@ class SequenceState:
         return decorate
 
     @contextmanager
-    def live(self) -> Iterator[None]:
-        """Marks the pending batch as live; nests."""
+    def live(self, *, backward: bool = False) -> Iterator[None]:
+        """Marks the pending batch as live, for a step or its backward pass; nests."""
         self._depth += 1
         try:
-            yield
+            with self.placed(Place(is_known=not backward)):
+                yield
         finally:
             self._depth -= 1
 
     @contextmanager
-    def probed(self) -> Iterator[None]:
-        """Hides the live batch, and has every intercepted attention call keep tokens apart."""
-        depth, self._depth, self.probing = self._depth, 0, True
+    def placed(self, place: Place) -> Iterator[None]:
+        """Goes to another place in the step, and comes back."""
+        before, self.place = self.place, place
         try:
             yield
         finally:
-            self._depth, self.probing = depth, False
+            self.place = before
+
+    @contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """Runs what is compiled as it was written."""
+        before, self.runs_uncompiled = self.runs_uncompiled, True
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            self.runs_uncompiled = before
+
+    @contextmanager
+    def probed(self, batch: LiveBatch | None = None) -> Iterator[None]:
+        """Puts another batch, or none, in the place of the live one, and has attention calls keep tokens apart."""
+        before = self._depth, self.probing, self.pending
+        self._depth, self.probing, self.pending = int(batch is not None), True, batch
+        try:
+            with self.placed(Place(batch)):
+                yield
+        finally:
+            self._depth, self.probing, self.pending = before
+
+    @contextmanager
+    def plain(self) -> Iterator[None]:
+        """Leaves attention alone, also while it is probed."""
+        probing, self.probing = self.probing, False
+        try:
+            with self.placed(Place(is_hidden=True)):
+                yield
+        finally:
+            self.probing = probing
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """Hides the live batch, so that attention is plain."""
         self.suspensions += 1
-        depth, self._depth = self._depth, 0
-        try:
+        with self.placed(Place(is_hidden=True)):
             yield
-        finally:
-            self._depth = depth
 
 
 class _Slot:
@@ -171,89 +275,9 @@ def eager_while_live(function: F) -> F:
     @functools.wraps(function)
     def choose(*args: Any, **kwargs: Any) -> Any:
         state = _Slot.state
-        if state is not None and (state.probing or state.sharded_batch is not None):
+        # Also before and behind the region of a plan, where the batch may be cut and the model is not.
+        if state is not None and (state.probing or (state.running is not None and state.mesh.sp_size > 1)):
             return outside(*args, **kwargs)
         return function(*args, **kwargs)
 
     return choose  # type: ignore[return-value]
-
-
-@contextmanager
-def unsharded() -> Iterator[None]:
-    """Plain attention inside a step: for a forward on tensors that are whole on every rank.
-
-    Example:
-        >>> with lightning_ulysses.unsharded():
-        ...     sample = self.model(prompt)
-    """
-    state = _Slot.state
-    if state is None:
-        yield
-        return
-    with state.suspended():
-        yield
-
-
-def check_share(length: int, layout: SequenceLayout, rank: int, what: str) -> None:
-    """Raises `UlyssesError` unless ``length`` is this rank's share of the live batch."""
-    share = layout.shares[rank]
-    if length != share:
-        raise UlyssesError(
-            f"{what} over {length} tokens while this rank holds {share} of the batch's {layout.seq_len}",
-            f"a length of {share}",
-            "run a forward on other data inside `with lightning_ulysses.unsharded():`",
-        )
-
-
-@eager_while_live
-def sequence_positions(x: Tensor, dim: int = 1) -> Tensor:
-    """Positions of this rank's tokens in the whole sequence, in place of ``torch.arange(x.shape[dim])``.
-
-    Args:
-        x: Any tensor that carries the sequence, (B, S_r) or (B, S_r, ...).
-        dim: The dimension of ``x`` that carries the sequence.
-
-    Returns:
-        (S_r,) int64 on the device of ``x``; 0 ... S-1 when nothing is sharded.
-
-    Raises:
-        UlyssesError: If a batch is live and ``x`` does not have this rank's share of it along ``dim``.
-    """
-    length, offset = x.shape[dim], 0
-    state = sharded_state()
-    if state is not None and state.sharded_batch is not None:
-        layout, rank = state.sharded_batch.layout, state.mesh.sp_rank
-        check_share(length, layout, rank, f"sequence_positions(x, dim={dim})")
-        offset = layout.start(rank)
-    return torch.arange(offset, offset + length, device=x.device)
-
-
-def join_sequence(x: Tensor, shares: tuple[int, ...], dim: int, group: dist.ProcessGroup) -> Tensor:
-    """All-gathers slices of S_r tokens along ``dim`` into the whole sequence; not differentiable."""
-    # (..., S_r, ...) -> (S_r, ...), then padded to the largest share
-    local = x.detach().movedim(dim, 0)
-    padded = local.new_zeros(max(shares), *local.shape[1:])
-    padded[: local.shape[0]] = local
-    parts = [torch.empty_like(padded) for _ in shares]
-    dist.all_gather(parts, padded, group=group)
-    # Each (S_i, ...) -> (S, ...) -> (..., S, ...)
-    return torch.cat([part[:share] for part, share in zip(parts, shares, strict=True)]).movedim(0, dim).contiguous()
-
-
-@eager_while_live
-def gather_sequence(x: Tensor, dim: int = 1) -> Tensor:
-    """The whole sequence from this rank's slice: (B, S_r, ...) -> (B, S, ...), the same on every rank of the group.
-
-    Every rank of the sequence-parallel group has to call it. Gradients do not flow through it. ``x`` comes back as it
-    is when nothing is sharded.
-
-    Raises:
-        UlyssesError: If ``x`` does not have this rank's share of the live batch along ``dim``.
-    """
-    state = sharded_state()
-    if state is None or state.sharded_batch is None or state.mesh.sp_group is None:
-        return x
-    layout = state.sharded_batch.layout
-    check_share(x.shape[dim], layout, state.mesh.sp_rank, f"gather_sequence(x, dim={dim})")
-    whole = join_sequence(x, layout.shares, dim, state.mesh.sp_group)
-    return whole.narrow(dim, 0, layout.seq_len - layout.num_padding)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,13 +18,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_ulysses import upstream
-from lightning_ulysses.batch import BatchRules
-from lightning_ulysses.config import UlyssesConfig, check_deepspeed_config, check_stage
+from lightning_ulysses.config import UlyssesConfig, batch_rules, check_deepspeed_config, check_stage
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.interception import install_interceptors
 from lightning_ulysses.mesh import SequenceMesh, resolve_sizes
 from lightning_ulysses.outputs import join_outputs
 from lightning_ulysses.pipeline import BatchPipeline
+from lightning_ulysses.plan import read_plan
 from lightning_ulysses.preflight import check_intercepted, check_output, check_trainer
 from lightning_ulysses.probing import ModelProbe
 from lightning_ulysses.state import SequenceState, activate
@@ -55,6 +56,8 @@ class UlyssesDeepSpeedStrategy(upstream.AcceptsCompiled, DeepSpeedStrategy):
         pad_to_multiple_of: Pads every batch's S up to a multiple; no multiple is required.
         check_model: Runs the model on a few tokens in the first step, and refuses it if they mix outside of attention
             or restart their positions; see `probing`.
+        plan: Where a model that cannot take slices is split and joined instead: ``"litgpt"``, ``"litgpt_unjoined"``,
+            ``"diffusers"``, or a mapping of submodules to inputs or outputs with their dimension; see `SequencePlan`.
         config: A DeepSpeed config or the path of one; replaces all arguments of DeepSpeedStrategy.
         **kwargs: Every other argument of Lightning's ``DeepSpeedStrategy``.
 
@@ -79,11 +82,12 @@ class UlyssesDeepSpeedStrategy(upstream.AcceptsCompiled, DeepSpeedStrategy):
         ignore_index: int = -100,
         pad_to_multiple_of: int | None = None,
         check_model: bool = True,
+        plan: str | dict[str, Any] | None = None,
         config: str | Path | dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         check_stage(stage if kwargs.get("zero_optimization", True) else 0)
-        dims = {str(key): dim for key, dim in (sequence_dims or {}).items()}
+        read = read_plan(plan)
         self.ulysses = UlyssesConfig(
             sp_size=sp_size,
             dp_shard_size=dp_shard_size,
@@ -91,7 +95,8 @@ class UlyssesDeepSpeedStrategy(upstream.AcceptsCompiled, DeepSpeedStrategy):
             loss_weighting=loss_weighting,
             targets=targets,
             check_model=check_model,
-            rules=BatchRules(dims, pad_to_multiple_of, ignore_index),
+            rules=batch_rules(sequence_dims, pad_to_multiple_of, ignore_index, read),
+            plan=read,
         )
         super().__init__(stage=stage, config=config, **kwargs)
         assert isinstance(self.config, dict)
@@ -139,13 +144,8 @@ class UlyssesDeepSpeedStrategy(upstream.AcceptsCompiled, DeepSpeedStrategy):
     @override
     def setup_distributed(self) -> None:
         self.set_world_ranks()
-        sizes = resolve_sizes(
-            self.world_size,
-            self.num_processes,
-            self.ulysses.sp_size,
-            self.ulysses.dp_shard_size,
-            self.ulysses.dp_replicate_size,
-        )
+        wanted = (self.ulysses.sp_size, self.ulysses.dp_shard_size, self.ulysses.dp_replicate_size)
+        sizes = resolve_sizes(self.world_size, self.num_processes, *wanted)
         upstream.use_accelerator(self.root_device.type)
         with upstream.without_shared_memory_op() if self.root_device.type == "cpu" else nullcontext():
             super().setup_distributed()
@@ -182,11 +182,9 @@ class UlyssesDeepSpeedStrategy(upstream.AcceptsCompiled, DeepSpeedStrategy):
         super().setup(trainer)
         upstream.set_device_mesh(self.lightning_module, self.mesh.device_mesh)
         self.weights = StepWeights(self.ulysses, self.mesh, self.root_device)
-        self._handle = install_interceptors(self._state, self.lightning_module, self.zero_stage_3)
-        if self.ulysses.check_model:
-            self._probe = ModelProbe(
-                self._state, self.lightning_module, lambda: upstream.forget_trace(self.deepspeed_engine)
-            )
+        self._handle = install_interceptors(self._state, self.lightning_module, self.zero_stage_3, self.ulysses.plan)
+        forget = partial(upstream.forget_trace, self.deepspeed_engine)
+        self._probe = ModelProbe(self._state, self.lightning_module, forget, self.ulysses.check_model)
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
@@ -202,19 +200,21 @@ class UlyssesDeepSpeedStrategy(upstream.AcceptsCompiled, DeepSpeedStrategy):
         trainer = self.lightning_module.trainer
         whole = self._pipeline.read(batch, training=trainer.training)
         move = super().batch_to_device
-        result, self.state.pending = self._pipeline.cut(
-            whole, trainer.training, lambda sharded: move(sharded, device, dataloader_idx)
-        )
+        with self._pipeline.drawing("batch_to_device", trainer):
+            result, self.state.pending = self._pipeline.cut(
+                whole, trainer.training, lambda sharded: move(sharded, device, dataloader_idx)
+            )
         self.state.collect_evidence = self.weights.needs_evidence
         if trainer.training:
             self.weights.begin(whole.counts_of_group(), self._pipeline.use())
         return result
 
     def _step(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        suspensions = self.state.suspensions
-        with self.state.live(), self._probe.watch() if self._probe is not None else nullcontext():
+        assert self.lightning_module is not None and self._pipeline is not None and self._probe is not None
+        suspensions, drawing = self.state.suspensions, self._pipeline.drawing(name, self.lightning_module.trainer)
+        with drawing, self.state.live(), self._probe.watch():
             output = getattr(super(), name)(*args, **kwargs)
-        check_intercepted(self.state, name, type(self.lightning_module).__name__, suspensions)
+            check_intercepted(self.state, name, type(self.lightning_module).__name__, suspensions)
         return output
 
     @override
@@ -241,18 +241,19 @@ class UlyssesDeepSpeedStrategy(upstream.AcceptsCompiled, DeepSpeedStrategy):
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         output = self._step("predict_step", *args, **kwargs)
         assert self.state.pending is not None
-        return join_outputs(output, self.state.pending.layout, self.state.pending.rows, self.mesh)
+        # A plan that joins has done it already.
+        return output if self.state.is_joined else join_outputs(output, self.state.pending, self.mesh)
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         assert self.lightning_module is not None and self.weights is not None
-        assert self.state.pending is not None
+        assert self.state.pending is not None and self._probe is not None
         module = self.lightning_module
         # Lightning has divided by it already; the window's own weights take its place.
         repeats = module.trainer.accumulate_grad_batches if module.automatic_optimization else 1
         loss = self.weights.apply(closure_loss * repeats, self.state.pending, repeats, module.automatic_optimization)
         # Activation checkpointing calls attention again from here.
-        with self.state.live():
+        with self.state.live(backward=True), self._probe.settled():
             return super().backward(loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     @override

@@ -216,6 +216,17 @@ def test_counts_of_masks_are_their_sums() -> None:
     assert whole.counts_of_group()["loss_mask"] == pytest.approx(float(mask.double().sum()))
 
 
+def test_classes_of_samples_are_counted_where_a_plan_keeps_all() -> None:
+    batch = {"images": torch.zeros(4, 3, 8, 8), "labels": torch.tensor([1, -100, 0, 2]), "weight": torch.ones(4)}
+    whole = read_batch(batch, BatchRules(keeps_all=True), P)
+    assert whole.counts_of_group() == {"labels": 3, "tokens": 4}
+    assert sum(whole.counts_of_rank(rank)["labels"] for rank in range(P)) == pytest.approx(3)
+    part, _, seen = whole.shard(1)
+    assert seen == {"labels": 3, "tokens": 4} and part["images"].shape == (4, 3, 8, 8)
+    text = read_batch({"input_ids": ids(), "labels": torch.tensor([1, 0])}, BatchRules(keeps_all=True), P)
+    assert text.counts_of_group() == {"shift_input_ids": 20, "labels": 2, "tokens": 22}
+
+
 def test_another_ignore_index() -> None:
     batch = {"input_ids": ids(), "labels": labels().masked_fill(labels() == -100, -1)}
     whole = read_batch(batch, BatchRules(ignore_index=-1), P)

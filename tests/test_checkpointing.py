@@ -120,8 +120,11 @@ def dead_in_backward(rank: int, make: Any, batches: Any, run: SplitRun) -> Any:
 
     backward = UlyssesDeepSpeedStrategy.backward
 
+    def dead(state: SequenceState, **kwargs: Any) -> Any:
+        return state.suspended()
+
     def hidden(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with mock.patch.object(SequenceState, "live", SequenceState.suspended):
+        with mock.patch.object(SequenceState, "live", dead):
             return backward(self, *args, **kwargs)
 
     with mock.patch.object(UlyssesDeepSpeedStrategy, "backward", hidden):

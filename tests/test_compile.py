@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from models import HandWritten, LlamaModule, count_targets, pair_batch, token_batch
+from planned import LitModule
 from test_exactness import BOUND, fit_broken
 from test_probing import Between, Conv, refused
 from torch import Tensor
@@ -74,6 +75,15 @@ class CompiledByHand(HandWritten):
             block.compile(backend=backend)
 
 
+class CompiledBlocks(LitModule):
+    """What a plan splits, compiled block by block."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for block in self.gpt.transformer.h:
+            block.compile(backend=watched)
+
+
 def whole(make: Any) -> Any:
     """``module = torch.compile(module)``."""
     return torch.compile(make(), backend=watched)
@@ -87,11 +97,18 @@ def itself(make: Any) -> Any:
 
 
 LLAMA, HAND = partial(LlamaModule, layers=1, lr=0.2), partial(HandWritten, lr=0.2)
-ZERO_3 = SplitRun(strategy={"stage": 3})
+ZERO_3, PLANNED = SplitRun(strategy={"stage": 3}), SplitRun(strategy={"plan": "litgpt"})
 CASES: dict[str, tuple[Any, Any, list[Any], SplitRun]] = {
     "whole": (partial(whole, LLAMA), LLAMA, TOKENS, SplitRun()),
     "itself": (partial(itself, HAND), HAND, PAIRS, SplitRun()),
     "blocks, checkpointed": (partial(CompiledByHand, "blocks", checkpointing=True), HAND, PAIRS[:1], SplitRun()),
+    "whole, with a plan": (partial(whole, LitModule), LitModule, TOKENS, PLANNED),
+    "blocks, checkpointed, with a plan": (
+        partial(CompiledBlocks, checkpoints="block"),
+        partial(LitModule, checkpoints="block"),
+        TOKENS,
+        PLANNED,
+    ),
     "blocks, zero 3": (partial(CompiledByHand, "blocks"), HAND, PAIRS[:1], ZERO_3),
 }
 

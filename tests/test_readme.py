@@ -22,7 +22,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
-from models import HandWritten, LlamaModule, count_targets, llama, pair_batch, token_batch
+from models import HandWritten, LlamaModule, count_targets, hand_written, llama, pair_batch, token_batch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -32,6 +32,7 @@ from lightning_ulysses.batch import read_batch
 from lightning_ulysses.cli.main import _parser as command_line
 from lightning_ulysses.layout import SequenceLayout
 from lightning_ulysses.mesh import MeshSizes, SequenceMesh
+from lightning_ulysses.plan import SHIPPED, read_plan
 from lightning_ulysses.processes import ProcessPool
 from lightning_ulysses.state import LiveBatch, SequenceState
 from lightning_ulysses.testing import (
@@ -105,6 +106,18 @@ WHOLE = [{key: tensor[None] for key, tensor in row.items()} for row in ROWS]
 
 def given(folder: str) -> Names:
     return {"module": LlamaModule(lr=0.1), "data": DataLoader(ROWS, batch_size=1)}
+
+
+def given_positions(folder: str) -> Names:
+    return {"module": HandWritten(positions="own", lr=0.1), "data": DataLoader(ROWS, batch_size=1)}
+
+
+def check_plan(names: Names) -> None:
+    assert names["trainer"].global_step == 4
+    whole = [[{**batch, "shift_labels": F.pad(batch["labels"][:, 1:], (0, 1), value=-100)}] for batch in WHOLE]
+    order = list(names["trainer"].train_dataloader.sampler)
+    trained(names, fit_single(hand_written(lr=0.1), [whole[index] for index in order], count_targets))
+    assert {"litgpt", "litgpt_unjoined", "diffusers"} == set(SHIPPED)
 
 
 def given_whole(folder: str) -> Names:
@@ -327,6 +340,7 @@ USES: dict[str, Use] = {
     "README.md / Data / 1": Use(check_files, given_files),
     "README.md / Data / 2": Use(check_sampler, given_documents),
     "README.md / Data / 3": Use(check_stream, given_documents, world=1),
+    "README.md / Models split inside / 2": Use(check_plan, given_positions),
     "README.md / Models / 1": Use(check_tiny_gpt),
     "README.md / Models / 2": Use(check_explicit_attention, given_heads, world=1),
     "README.md / Models / 3": Use(check_unsharded),
@@ -390,9 +404,10 @@ def test_yaml(tmp_path: Path, block: Block) -> None:
     assert isinstance(strategy, UlyssesDeepSpeedStrategy)
     written = settings["strategy"]["init_args"]
     assert strategy.ulysses.sp_size == written["sp_size"]
-    assert strategy.config["zero_optimization"]["stage"] == written["stage"]
-    assert ("offload_optimizer" in strategy.config["zero_optimization"]) == written["offload_optimizer"]
-    for callback in settings["callbacks"]:
+    assert strategy.ulysses.plan == read_plan(written.get("plan"))
+    assert strategy.config["zero_optimization"]["stage"] == written.get("stage", 2)
+    assert ("offload_optimizer" in strategy.config["zero_optimization"]) == written.get("offload_optimizer", False)
+    for callback in settings.get("callbacks", []):
         kind = getattr(lightning_ulysses, callback["class_path"].rpartition(".")[2])
         assert any(isinstance(found, kind) for found in cli.trainer.callbacks)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from zoo import ENTRIES, PAGE, ZOO, run_one, table
+from guests import GUESTS, Guest
+from zoo import ENTRIES, PAGE, ZOO, run_guest, run_one, table
 
 from lightning_ulysses.processes import ProcessPool
 
@@ -14,6 +15,14 @@ def test_one_step(pool: ProcessPool, name: str) -> None:
     assert result == ("exact" if ZOO[name].exact else "refused"), message
     if not ZOO[name].exact:
         assert ZOO[name].why in message
+
+
+@pytest.mark.parametrize("guest", GUESTS, ids=lambda guest: f"{guest.name}, {'planned' if guest.plan else 'plain'}")
+def test_one_step_of_others(pool: ProcessPool, guest: Guest) -> None:
+    result, message = run_guest(pool, guest)
+    assert result == ("exact" if guest.exact else "refused"), message
+    if not guest.exact:
+        assert guest.why in message
 
 
 def test_the_page_is_current() -> None:

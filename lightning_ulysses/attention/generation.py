@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor
 
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.handle import Handle
-from lightning_ulysses.state import SequenceState, join_sequence
+from lightning_ulysses.sequence import join_sequence
+from lightning_ulysses.state import SequenceState
 
 
 def install_generate(state: SequenceState, handle: Handle, sync_steps: bool) -> None:
@@ -31,7 +33,9 @@ def install_generate(state: SequenceState, handle: Handle, sync_steps: bool) -> 
             # Under ZeRO-3 every forward gathers parameters, so all ranks must take equally many steps.
             kwargs.setdefault("synced_gpus", True)
         if batch is None or group is None:
-            return original(self, inputs, *args, **kwargs)
+            # Outside of a region of a plan, prompts are whole; its hooks must not take them for a batch.
+            with state.suspended() if state.is_planned else nullcontext():
+                return original(self, inputs, *args, **kwargs)
         named = {key: kwargs.get(key) for key in ("input_ids", "attention_mask", "position_ids", "inputs_embeds")}
         shards = {shard.untyped_storage().data_ptr(): shard for shard in batch.shards.values()}
 

@@ -20,6 +20,8 @@ from lightning_ulysses.attention.explicit import Extras
 from lightning_ulysses.attention.generation import install_generate
 from lightning_ulysses.attention.masks import find_mask, install_masks
 from lightning_ulysses.attention.model_inputs import supply_inputs
+from lightning_ulysses.attention.numbering import Numbering
+from lightning_ulysses.attention.router import check_router, install_router
 from lightning_ulysses.attention.stand_in import probe_attention
 from lightning_ulysses.attention.ulysses import local_mask_error, sharded_attention
 from lightning_ulysses.errors import UlyssesError
@@ -158,12 +160,7 @@ def check_model(model: PreTrainedModel, mesh: SequenceMesh, names: list[str]) ->
             "a model with one sequence",
             "train it without sequence parallelism (sp_size=1)",
         )
-    if getattr(config, "output_router_logits", False):
-        raise UlyssesError(
-            f"{name} with output_router_logits=True",
-            "a loss that is a mean over tokens; the router's auxiliary loss is not",
-            "set config.output_router_logits = False",
-        )
+    check_router(model)
 
 
 def install(state: SequenceState, root: nn.Module, *, sync_steps: bool = False) -> Handle:
@@ -188,12 +185,15 @@ def install(state: SequenceState, root: nn.Module, *, sync_steps: bool = False) 
         install_masks(state, handle, (*names, "eager"))
         _install_attention(state, handle, root, names)
         install_generate(state, handle, sync_steps)
-        for model in root.modules():
-            if isinstance(model, PreTrainedModel):
-                if state.mesh.sp_size > 1:
-                    check_model(model, state.mesh, names)
-                hook = model.register_forward_pre_hook(supply_inputs(state, model), with_kwargs=True)
-                handle.add(hook.remove)
+        models = [model for model in root.modules() if isinstance(model, PreTrainedModel)]
+        numbering = Numbering(state)
+        for model in models:
+            if state.mesh.sp_size > 1:
+                check_model(model, state.mesh, names)
+            hook = model.register_forward_pre_hook(supply_inputs(state, model, numbering), with_kwargs=True)
+            handle.add(hook.remove)
+        numbering.install(root, handle)
+        install_router(state, handle, models)
     except BaseException:
         handle.remove()
         raise

@@ -16,7 +16,8 @@ from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.graphs import eager
 from lightning_ulysses.heads import head_layout
 from lightning_ulysses.layout import Runs, SequenceLayout, cu_seqlens_to_runs
-from lightning_ulysses.state import SequenceState, check_share, current_state, eager_while_live, sharded_state
+from lightning_ulysses.sequence import check_share
+from lightning_ulysses.state import SequenceState, current_state, eager_while_live, sharded_state
 
 Compute = Callable[[Tensor, Tensor, Tensor, slice, tuple[int, ...] | None], Tensor]
 

@@ -95,7 +95,9 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
-def find_padding(tails: _Floats, live: LiveBatch, name: str | None, end: int, ignore_index: int) -> Tensor | None:
+def find_padding(
+    tails: _Floats, live: LiveBatch, name: str | None, end: int, ignore_index: int, rank: int = 0
+) -> Tensor | None:
     """What of the slice is padding that a collate function put into a document of its own at the end of a row.
 
     That is told by the tokens: one repeated token without a single target. Each rank judges its own slice of the
@@ -107,11 +109,12 @@ def find_padding(tails: _Floats, live: LiveBatch, name: str | None, end: int, ig
         name: The tensor with the targets.
         end: Tokens of the slice that the strategy did not add.
         ignore_index: The label of no target.
+        rank: Rank in the sequence-parallel group.
 
     Returns:
         (3,) on the device: padding, documents and pairs that `count_slice` took for real; None if there is none.
     """
-    tokens, targets = live.shards.get("input_ids"), live.shards.get(name or "")
+    tokens, targets = live.own("input_ids", rank), live.own(name or "", rank)
     if not len(tails) or tokens is None or targets is None or tokens.dim() != 2 or targets.shape != tokens.shape:
         return None
     begin = int(tails[:, 0].min())
@@ -167,7 +170,7 @@ class StepLedger:
 
     def add(self, live: LiveBatch, name: str | None) -> None:
         """Adds a micro-batch; ``name`` is the tensor that holds its targets."""
-        layout, rank = live.layout, self._mesh.sp_rank
+        layout, rank = live.split_layout, self._mesh.sp_rank
         counts = count_slice(layout, live.rows, rank)
         name = name if name is not None else next((key for key in ("shift_labels", "labels") if key in live.counts), "")
         work = self.operations.of(counts.tokens, counts.squares * self._head_share)
@@ -182,7 +185,7 @@ class StepLedger:
             0.0,
         )
         end = min(layout.shares[rank], layout.seq_len - layout.num_padding - layout.start(rank))
-        found = find_padding(counts.tails, live, name, end, self._ignore_index)
+        found = find_padding(counts.tails, live, name, end, self._ignore_index, rank)
         if found is not None:
             self._padding = found if self._padding is None else self._padding + found
 

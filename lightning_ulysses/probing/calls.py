@@ -36,10 +36,22 @@ def rebuild(value: Any, change: Callable[[str, Tensor], Tensor], name: str = "")
     return value
 
 
-def choose_length(module: nn.Module, share: int, sp_size: int, rows: int) -> int | None:
-    """How many tokens to run on: few, and a number that no size of the model or the batch has."""
+def has_dim(value: Any, sizes: set[int]) -> bool:
+    """Whether a tensor in nested tuples, lists and dicts has a dimension of one of ``sizes``."""
+    found: list[bool] = []
+
+    def look(name: str, tensor: Tensor) -> Tensor:
+        found.append(not sizes.isdisjoint(tensor.shape))
+        return tensor
+
+    rebuild(value, look)
+    return any(found)
+
+
+def choose_length(module: nn.Module, share: int, sp_size: int, rows: int, others: set[int]) -> int | None:
+    """How many tokens to run on: few, and a number that no size of the model or the batch is, nor in ``others``."""
     sizes = {size for parameter in module.parameters() for size in getattr(parameter, "ds_shape", parameter.shape)}
-    sizes |= {rows, *(getattr(sub, "num_heads", 0) for sub in module.modules() if isinstance(sub, nn.Module))}
+    sizes |= {rows, *others, *(getattr(sub, "num_heads", 0) for sub in module.modules() if isinstance(sub, nn.Module))}
     fitting = (n for n in _LENGTHS if sp_size <= n <= share and n not in sizes and n * rows not in sizes)
     return next(fitting, None)
 
@@ -53,14 +65,18 @@ class Call:
         args: Its positional arguments.
         kwargs: Its keyword arguments.
         share: S_r.
+        outside: Storages of tensors that carry no sequence, whatever their shape.
     """
 
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     share: int
+    outside: frozenset[int] = frozenset()
 
     def _dim(self, tensor: Tensor) -> int | None:
+        if tensor.untyped_storage().data_ptr() in self.outside:
+            return None
         dims = [dim for dim, size in enumerate(tensor.shape) if size == self.share]
         return (1 if 1 in dims else dims[0]) if dims else None
 
@@ -78,16 +94,21 @@ class Call:
         return max(found, default=1)
 
     @property
-    def has_tokens(self) -> bool:
-        """Whether an argument carries the sequence."""
-        found: list[bool] = []
+    def other_sizes(self) -> set[int]:
+        """Lengths of all dimensions that do not carry the sequence."""
+        found: set[int] = set()
 
         def look(name: str, tensor: Tensor) -> Tensor:
-            found.append(self._dim(tensor) is not None)
+            found.update(size for dim, size in enumerate(tensor.shape) if dim != self._dim(tensor))
             return tensor
 
         rebuild((self.args, self.kwargs), look)
-        return any(found)
+        return found
+
+    @property
+    def has_tokens(self) -> bool:
+        """Whether an argument carries the sequence."""
+        return has_dim((self.args, self.kwargs), {self.share})
 
     def counts_from_zero(self, known: set[int]) -> bool:
         """Whether an argument is 0, 1, 2, ... S_r - 1 and no tensor of the batch, whose storages are ``known``."""
@@ -112,7 +133,7 @@ class Call:
             return tensor if dim is None else tensor.narrow(dim, span.start, span.stop - span.start).clone()
 
         args, kwargs = rebuild((self.args, self.kwargs), narrow)
-        return Call(self.module, args, kwargs, span.stop - span.start)
+        return Call(self.module, args, kwargs, span.stop - span.start, self.outside)
 
     def with_token(self, changed: int) -> Call | None:
         """The same call with the content of another token in place of token ``changed``; None if all are alike."""
@@ -132,7 +153,7 @@ class Call:
             return by_token.movedim(0, dim)
 
         args, kwargs = rebuild((self.args, self.kwargs), replace)
-        return Call(self.module, args, kwargs, self.share) if moved else None
+        return Call(self.module, args, kwargs, self.share, self.outside) if moved else None
 
     def run(self) -> Any:
         """Calls the module."""

@@ -2,13 +2,13 @@
 
 In the first step, the model runs on a few tokens with every intercepted attention replaced by a stand-in that keeps
 tokens apart. One token is changed, and nothing may move in another one. Then tokens with their true positions alone
-must come out as they do among the others.
+must come out as they do among the others. What has no tokens any more is followed to the loss, see `pooling`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -19,8 +19,9 @@ from torch import nn
 
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.layout import SequenceLayout
-from lightning_ulysses.probing.calls import Call, choose_length
+from lightning_ulysses.probing.calls import Call, choose_length, has_dim
 from lightning_ulysses.probing.compiled import call_around, is_compiled_in_place, outermost_compiled, uncompile_steps
+from lightning_ulysses.probing.pooling import PoolingWatch, Suspects, shapes_that_stay
 from lightning_ulysses.probing.recording import Recording, first_to_depend_on_place, first_to_move, record
 from lightning_ulysses.state import LiveBatch, SequenceState
 
@@ -34,43 +35,58 @@ class ModelProbe:
         state: The strategy's state.
         root: The user's LightningModule.
         forget: Called behind each look, for whoever keeps count of the module calls of a step.
+        enabled: False looks at nothing.
     """
 
-    def __init__(self, state: SequenceState, root: nn.Module, forget: Callable[[], None]) -> None:
+    def __init__(self, state: SequenceState, root: nn.Module, forget: Callable[[], None], enabled: bool = True) -> None:
         self._forget = forget
         self._state = state
         self._root = root
         self._names = {id(module): name for name, module in root.named_modules()}
-        self._done: set[bool] = set()
-        self._depth = 0
+        # Training, evaluation or both, which need no look any more.
+        self._done: set[bool] = set() if enabled else {False, True}
+        # For each module that runs, whether it was called with something split.
+        self._open: list[bool] = []
         self._calls = 0
+        self._suspects: Suspects = {}
+        self._pooling = PoolingWatch(state.mesh, root)
 
     @contextmanager
     def watch(self) -> Iterator[None]:
         """Probes the calls made inside, unless that has been done for this mode, training or evaluation."""
         training = self._root.training
-        if self._state.sharded_batch is None or training in self._done:
+        if self._state.running is None or self._state.mesh.sp_size == 1 or training in self._done:
             yield
             return
         self._done.add(training)
-        self._depth, self._calls, self._root_calls = 0, 0, 0
+        self._open, self._calls, self._root_calls = [], 0, 0
+        if training:
+            self._pooling.begin()
         with ExitStack() as stack:
             # A step that is compiled as a whole runs as it was written, once: no call inside could be looked at.
             stack.callback(uncompile_steps(self._root).remove)
             # The strategy calls a step by way of the root's own forward.
             hook = self._root.register_forward_pre_hook(self._enter_root, with_kwargs=True)
             stack.callback(hook.remove)
-            for module in outermost_compiled(self._root):
-                if module is self._root:
-                    continue
-                if is_compiled_in_place(module):
-                    stack.callback(call_around(module, self._enter, self._leave).remove)
-                    continue
-                hook = module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=True)
-                stack.callback(hook.remove)
-                stack.callback(module.register_forward_hook(self._leave, always_call=True).remove)
+            if self._state.is_planned:
+                # What is split may begin inside of what is compiled.
+                stack.enter_context(self._state.uncompiled())
+            self._hook_submodules(stack)
             stack.callback(self._root.register_forward_hook(self._leave_root, always_call=True).remove)
             yield
+
+    def _hook_submodules(self, stack: ExitStack) -> None:
+        planned = self._state.is_planned
+        for module in self._root.modules() if planned else outermost_compiled(self._root):
+            if module is self._root:
+                continue
+            if is_compiled_in_place(module) and not planned:
+                stack.callback(call_around(module, self._enter, self._leave).remove)
+                continue
+            # With a plan, behind the hook that splits.
+            hook = module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=not planned)
+            stack.callback(hook.remove)
+            stack.callback(module.register_forward_hook(self._leave, always_call=True).remove)
 
     def _enter_root(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._root_calls += 1
@@ -78,30 +94,51 @@ class ModelProbe:
             self._enter(module, args, kwargs)
 
     def _leave_root(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._depth:
-            self._depth -= 1
+        if self._open:
+            self._open.pop()
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         # A module that is held twice, compiled and not, has its hooks in the graph as well.
         if torch.compiler.is_compiling():
             return
-        self._depth += 1
-        if self._depth > 1 or self._calls >= _MOST_CALLS or self._state.sharded_batch is None:
+        batch = self._state.sharded_batch
+        is_inside = any(self._open)
+        self._open.append(batch is not None)
+        if is_inside or batch is None:
             return
-        self._calls += 1
-        # Calls made by the probe itself go deeper and are not looked at.
-        self._probe(module, args, kwargs)
+        # Ranks may call a part of the model unequally often on less than their slices, and none must wait for another.
+        if self._calls < _MOST_CALLS and has_dim((args, kwargs), {*batch.layout.shares}):
+            self._calls += 1
+            # Calls made by the probe itself go deeper and are not looked at.
+            self._probe(module, args, kwargs)
+        self._pooling.follow_inputs(module, (args, kwargs), self._sizes())
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self._depth -= 1
+        if not self._open or torch.compiler.is_compiling():
+            return
+        self._open.pop()
+        if not any(self._open) and self._state.sharded_batch is not None:
+            self._pooling.note_outputs(output, self._sizes())
+
+    def _sizes(self) -> tuple[int, int]:
+        """B and S_r."""
+        batch = self._state.sharded_batch
+        assert batch is not None
+        return batch.rows, batch.layout.shares[self._state.mesh.sp_rank]
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """Around each backward; behind the first one, refuses tokens that were pooled on the way to the loss."""
+        yield
+        self._pooling.settle()
 
     def _probe(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         batch, mesh = self._state.sharded_batch, self._state.mesh
         assert batch is not None
-        call = Call(module, args, kwargs, batch.layout.shares[mesh.sp_rank])
+        call = Call(module, args, kwargs, batch.layout.shares[mesh.sp_rank], frozenset(batch.outside))
         error: UlyssesError | None = None
-        depth = self._depth
+        opened = list(self._open)
+        self._suspects = {}
         try:
             error = self._verdict(call, batch)
         except UlyssesError as refusal:
@@ -112,13 +149,14 @@ class ModelProbe:
                 f"{type(module).__name__} could not be checked for layers that mix tokens outside of attention: "
                 f"{failure!r}"
             )
-        self._depth = depth
+        self._open = opened
         self._forget()
-        errors: list[Any] = [None] * mesh.world_size
-        dist.all_gather_object(errors, error)
-        for found in errors:
+        answers: list[Any] = [None] * mesh.world_size
+        dist.all_gather_object(answers, (error, self._suspects))
+        for found, _ in answers:
             if found is not None:
                 raise found
+        self._pooling.follow_outputs(module, [suspects for _, suspects in answers], (batch.rows, call.share))
 
     def _verdict(self, call: Call, batch: LiveBatch) -> UlyssesError | None:
         """What is wrong with the call's module, if anything."""
@@ -129,7 +167,7 @@ class ModelProbe:
         if mesh.sp_rank and call.counts_from_zero(known):
             return _restarts(name, ("", type(call.module).__name__))
         rows = call.rows
-        tokens = choose_length(call.module, min(batch.layout.shares), mesh.sp_size, rows)
+        tokens = choose_length(call.module, min(batch.layout.shares), mesh.sp_size, rows, call.other_sizes)
         if tokens is None:
             return None
         small = call.cut(slice(0, tokens))
@@ -152,20 +190,16 @@ class ModelProbe:
                 for module, mode in training.items():
                     module.training = mode
             found = first_to_depend_on_place(whole, part, span, tokens, rows, 10 * tolerance)
+            self._suspects = shapes_that_stay(whole, part, tokens, rows, 10 * tolerance)
         return _restarts(name, found) if found is not None else None
 
     def _record(self, call: Call, layout: SequenceLayout | None) -> Recording:
         """One run; with ``layout`` as this rank's share of it, else whole."""
-        state = self._state
-        pending, state.pending = state.pending, LiveBatch(layout) if layout is not None else None
-        live = state.live() if layout is not None else nullcontext()
-        try:
-            uncompiled = torch.compiler.set_stance("force_eager")
-            with uncompiled, isolate_rng(), state.probed(), live, record(call.module) as recording:
-                torch.manual_seed(0)
-                call.run()
-        finally:
-            state.pending = pending
+        batch = LiveBatch(layout) if layout is not None else None
+        uncompiled = torch.compiler.set_stance("force_eager")
+        with uncompiled, isolate_rng(), self._state.probed(batch), record(call.module) as recording:
+            torch.manual_seed(0)
+            call.run()
         return recording
 
 
@@ -203,7 +237,8 @@ def _restarts(outer: str, found: tuple[str, str]) -> UlyssesError:
         f"positions that start at 0 again on every rank, first seen in {_name(outer, found)}",
         "a token's position in the whole sequence",
         "use lightning_ulysses.sequence_positions(x) in place of torch.arange(x.shape[1]); for a transformers model "
-        "that numbers tokens in its own way, put position_ids into the batch",
+        "that numbers tokens in its own way, put position_ids into the batch; to leave the model as it is, have it "
+        "split behind its positions by plan=... in the strategy",
     )
 
 

@@ -24,7 +24,7 @@ from lightning_ulysses.verification.report import Finding, ParityReport
 from lightning_ulysses.verification.run import Job, Record, has_parameters, run_single, run_split
 from lightning_ulysses.verification.shrink import cut_batch, shrink_module, without_checkpointing
 
-SETTINGS = ("sequence_dims", "loss_weighting", "targets", "ignore_index")
+SETTINGS = ("sequence_dims", "loss_weighting", "targets", "ignore_index", "plan")
 
 
 def verify_parity(
@@ -50,8 +50,8 @@ def verify_parity(
         batch: A whole batch, or a list of them; B, S and the keys as the dataloader yields them.
         sp_size: P.
         steps: Batches to compare; all that were given if None.
-        strategy: ``sequence_dims``, ``loss_weighting``, ``targets`` and ``ignore_index`` of `UlyssesDeepSpeedStrategy`;
-            its other arguments do not change what a step computes.
+        strategy: ``sequence_dims``, ``loss_weighting``, ``targets``, ``ignore_index`` and ``plan`` of
+            `UlyssesDeepSpeedStrategy`; its other arguments do not change what a step computes.
         tolerance: The largest relative difference that counts as equal.
         layers: Builds transformers models anew with at most so many layers, from random weights: for a model too large
             for one process. One that ``configure_model`` builds never exists whole.
@@ -77,7 +77,7 @@ def verify_parity(
         )
     with tempfile.TemporaryDirectory() as folder:
         job, seq_len, notes = _make_job(folder, batch, sp_size, steps, strategy, layers, max_tokens, accelerator)
-        shares = read_batch(job.batches[0], job.rules, sp_size).layout.shares
+        layout = read_batch(job.batches[0], job.rules, sp_size).layout
         notes += _save_module(module, Path(folder) / "module.pt", layers)
         with nullcontext(pool) if pool is not None else ProcessPool(sp_size, timeout=600.0) as processes:
             single, ranks = _run(job, processes)
@@ -95,6 +95,8 @@ def verify_parity(
     )
     if report.exact and not any(rank.error for rank in ranks):
         return report
+    # A plan tells S only once it has split something.
+    shares = next((rank.shares for rank in ranks if rank.shares), layout.shares)
     finding = _find(single, ranks, shares, tolerance, type(module).__name__)
     return ParityReport(**{**vars(report), "finding": finding})
 

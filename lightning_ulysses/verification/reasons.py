@@ -16,7 +16,8 @@ _REASONS = {
     ),
     "positions": (
         "positions restart at 0 on every rank",
-        "use lightning_ulysses.sequence_positions(x) in place of torch.arange(x.shape[1]), also to index a table",
+        "use lightning_ulysses.sequence_positions(x) in place of torch.arange(x.shape[1]), also to index a table; "
+        "to leave the model as it is, have it split behind its positions by plan=... in the strategy",
     ),
     "mixing": (
         "a layer mixes tokens along the sequence outside attention, and sees only this rank's slice",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import linecache
 import os
@@ -73,9 +74,9 @@ def tensors_of(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def _is_foreign(frame: FrameType) -> bool:
-    """Whether a frame belongs to torch, or to what it generates."""
+    """Whether a frame belongs to torch, to what it generates, or to what enters a context manager."""
     name = frame.f_code.co_filename
-    return name.startswith((_TORCH, "<")) or name == __file__
+    return name.startswith((_TORCH, "<")) or name in (__file__, contextlib.__file__)
 
 
 def calling_line(through: bool) -> str | None:

@@ -21,7 +21,9 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_ulysses.batch import BatchRules, read_batch
+from lightning_ulysses.config import batch_rules
 from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.plan import read_plan
 from lightning_ulysses.strategy import UlyssesDeepSpeedStrategy
 from lightning_ulysses.testing import QUIET
 from lightning_ulysses.verification.dropout import dropout_off, silence_modules
@@ -54,9 +56,11 @@ class Job:
     @property
     def rules(self) -> BatchRules:
         """How the strategy reads a batch."""
-        return BatchRules(
-            sequence_dims={str(key): dim for key, dim in (self.strategy.get("sequence_dims") or {}).items()},
-            ignore_index=self.strategy.get("ignore_index", -100),
+        return batch_rules(
+            self.strategy.get("sequence_dims"),
+            None,
+            self.strategy.get("ignore_index", -100),
+            read_plan(self.strategy.get("plan")),
         )
 
     def path(self, rank: int | None) -> Path:
@@ -74,6 +78,7 @@ class Record:
         calls: First calls of submodules with the first batch, in the order in which they returned.
         suspects: Calls that depend on where a slice begins or ends.
         notes: What was changed in the module.
+        shares: S_r of each rank in what a plan split.
         error: What ended the run: a `UlyssesError`, or a traceback.
     """
 
@@ -82,6 +87,7 @@ class Record:
     calls: dict[str, Call] = field(default_factory=dict)
     suspects: list[Suspect] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    shares: tuple[int, ...] = ()
     error: UlyssesError | str | None = None
 
 
@@ -180,7 +186,9 @@ class _Keeper(pl.Callback):
     ) -> None:
         strategy = trainer.strategy
         if isinstance(strategy, UlyssesDeepSpeedStrategy):
-            assert strategy.weights is not None
+            assert strategy.weights is not None and strategy.state.pending is not None
+            if strategy.state.pending.measured is not None and not self.record.shares:
+                self.record.shares = strategy.state.pending.measured.shares
             self.record.losses.append(float(strategy.weights.global_loss()))
         else:
             self.record.losses.append(float(outputs["loss"] if isinstance(outputs, dict) else outputs))

@@ -1,0 +1,136 @@
+"""Where inside a model a sequence is split and joined: what a user writes, understood and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning_ulysses.errors import UlyssesError
+
+Dims = Mapping[str, int | None]
+ONLY_OUTPUT = ""
+
+
+@dataclass(frozen=True)
+class SequencePlan:
+    """Where a model is split along the sequence, and where it is joined.
+
+    Names of submodules are patterns: parts between dots, each of which may hold ``*`` and ``?``. They count from a
+    model that lies anywhere below the LightningModule: ``transformer.h.*`` is also ``self.gpt.transformer.h.0``. All
+    patterns of a plan count from the same model.
+
+    Attributes:
+        split: For submodules the inputs that carry the sequence, by name of the parameter or by position, with the
+            dimension. The first of them to be called begins the region in which each rank holds its slice. ``None`` is
+            the only dimension that is as long as the sequence.
+        join: For submodules the outputs that carry it, by index or key; ``""`` for an output that is one tensor. The
+            region ends there. Without any, it ends with the step.
+        local: Submodules inside a region whose attention is plain, since its keys are whole on every rank, such as
+            cross-attention to a text.
+        whole: Keys of the batch (or indices of a tuple, as strings) that every rank gets whole. With ``join`` the
+            whole batch is.
+        is_family: Fits several models: a pattern or an input that a model does not have is passed over.
+    """
+
+    split: Mapping[str, Dims]
+    join: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    local: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
+    is_family: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.split:
+            raise _error("nothing to split", "name at least one submodule and its inputs under split")
+        if self.join and self.whole:
+            raise _error(
+                "both join and whole", "drop whole: where the sequence is joined again, every rank gets the whole batch"
+            )
+        if not self.join and not self.whole:
+            raise _error(
+                "neither join nor whole, so that the model would get a batch that is cut already",
+                "join the output, or name the model's inputs under whole and take the loss of each rank's slice",
+            )
+
+
+_LITGPT: dict[str, Dims] = {"transformer.h.*": {"x": 1, "cos": -2, "sin": -2}}
+# Parameters of the blocks of many models: tokens, and positions in whatever shape they come.
+_BLOCK: Dims = {
+    "hidden_states": 1,
+    "rotary_emb": None,
+    "image_rotary_emb": None,
+    "rotary_embedding": None,
+}
+
+SHIPPED: dict[str, SequencePlan] = {
+    "litgpt": SequencePlan(_LITGPT, {"lm_head": {ONLY_OUTPUT: 1}}),
+    "litgpt_unjoined": SequencePlan(_LITGPT, whole=("input_ids", "0")),
+    "diffusers": SequencePlan(
+        {"transformer_blocks.*": _BLOCK, "blocks.*": _BLOCK},
+        {"proj_out": {ONLY_OUTPUT: 1}, "proj_out_2": {ONLY_OUTPUT: 1}},
+        local=("transformer_blocks.*.attn2", "blocks.*.attn2"),
+        is_family=True,
+    ),
+}
+
+_FORM = "{'split': {submodule: {input: dim}}, 'join': {submodule: dim}, 'local': [submodule], 'whole': [batch key]}"
+
+
+def _error(got: str, fix: str) -> UlyssesError:
+    return UlyssesError(f"a plan with {got}", f"the name of a shipped plan, {sorted(SHIPPED)}, or {_FORM}", fix)
+
+
+def read_plan(plan: str | Mapping[str, Any] | SequencePlan | None) -> SequencePlan | None:
+    """The plan that a user's argument stands for.
+
+    Args:
+        plan: None, the name of a shipped plan, or a mapping with ``split`` and ``join``, ``local`` or ``whole``, as
+            YAML can write it.
+
+    Raises:
+        UlyssesError: If it is none of them, or contradicts itself.
+    """
+    if plan is None or isinstance(plan, SequencePlan):
+        return plan
+    if isinstance(plan, str):
+        if plan not in SHIPPED:
+            raise _error(f"the name {plan!r}", "change the name")
+        return SHIPPED[plan]
+    if not isinstance(plan, Mapping):
+        raise _error(f"the value {plan!r}", "write a mapping")
+    unknown = sorted(set(map(str, plan)) - {"split", "join", "local", "whole"})
+    if unknown:
+        raise _error(f"the keys {unknown}", f"drop or rename {unknown[0]!r}")
+    return SequencePlan(
+        split={name: _dims("split", name, dims) for name, dims in _mapping("split", plan.get("split")).items()},
+        join={name: _outputs(name, dims) for name, dims in _mapping("join", plan.get("join")).items()},
+        local=_names("local", plan.get("local")),
+        whole=_names("whole", plan.get("whole")),
+    )
+
+
+def _mapping(key: str, value: Any) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise _error(f"{key}={value!r}", f"write {key} as a mapping from names of submodules")
+    return {str(name): entry for name, entry in value.items()}
+
+
+def _dims(key: str, name: str, value: Any) -> dict[str, int]:
+    good = isinstance(value, Mapping) and value and all(type(dim) is int for dim in value.values())
+    if not good:
+        raise _error(f"{key}[{name!r}]={value!r}", "give each of them its dimension, such as {hidden_states: 1}")
+    return {str(part): dim for part, dim in value.items()}
+
+
+def _outputs(name: str, value: Any) -> dict[str, int]:
+    return {ONLY_OUTPUT: value} if type(value) is int else _dims("join", name, value)
+
+
+def _names(key: str, value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise _error(f"{key}={value!r}", f"write {key} as a list")
+    return tuple(map(str, value))

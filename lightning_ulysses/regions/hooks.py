@@ -1,0 +1,297 @@
+"""Splits the inputs of submodules and joins their outputs, and so begins and ends the regions of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.graphs import eager
+from lightning_ulysses.handle import Handle
+from lightning_ulysses.layout import SequenceLayout
+from lightning_ulysses.plan import ONLY_OUTPUT, SequencePlan
+from lightning_ulysses.regions import recompute
+from lightning_ulysses.regions.agreement import check_same_inputs
+from lightning_ulysses.regions.cutting import cut, join
+from lightning_ulysses.regions.matching import Inputs, Matcher
+from lightning_ulysses.state import LiveBatch, Place, SequenceState
+
+_CHECKED_REGIONS = 3
+
+
+def _describe(leaves: Mapping[str, list[Tensor]]) -> str:
+    return ", ".join(f"{name} {' and '.join(str(tuple(t.shape)) for t in tensors)}" for name, tensors in leaves.items())
+
+
+class Splitter:
+    """Cuts the inputs of one submodule, and begins a region where none is open.
+
+    Args:
+        state: The strategy's state.
+        name: Of the submodule.
+        inputs: What to cut.
+    """
+
+    def __init__(self, state: SequenceState, name: str, inputs: Inputs) -> None:
+        self._state = state
+        self._name = name
+        self._inputs = inputs
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A forward pre-hook."""
+        state = self._state
+        given = self._inputs.get(args, kwargs)
+        leaves = {key: self._tensors(key, value) for key, value in given.items()}
+        region = state.batch
+        if region is None:
+            region = self._begin(leaves)
+            others = self._inputs.put(args, kwargs, dict.fromkeys(given))
+            beside = [leaf for leaf in tree_flatten(others)[0] if isinstance(leaf, Tensor)]
+            region.outside = {leaf.untyped_storage().data_ptr() for leaf in beside}
+            # So that those addresses stay theirs.
+            region.keep += beside
+        new = {key: self._cut(key, value, leaves, region.layout) for key, value in given.items()}
+        state.place = Place(region)
+        return self._inputs.put(args, kwargs, new)
+
+    def _tensors(self, key: str, value: Any) -> list[Tensor]:
+        tensors = [leaf for leaf in tree_flatten(value)[0] if leaf is not None]
+        if not all(isinstance(leaf, Tensor) for leaf in tensors):
+            raise UlyssesError(
+                f"{key} of {self._name} of type {type(value).__name__}",
+                "a tensor, or a tuple, list or dict of tensors",
+                f"drop {key!r} from the plan's split",
+            )
+        return tensors
+
+    def _sizes(self, leaves: Mapping[str, list[Tensor]]) -> set[int]:
+        sizes = set()
+        for key, tensors in leaves.items():
+            dim = self._inputs.dims[key]
+            for tensor in tensors:
+                if dim is None:
+                    continue
+                if not -tensor.dim() <= dim < tensor.dim():
+                    raise self._refusal(leaves, f"{key} to have a dimension {dim}")
+                sizes.add(tensor.shape[dim])
+        return sizes
+
+    def _refusal(self, leaves: Mapping[str, list[Tensor]], expected: str) -> UlyssesError:
+        return UlyssesError(
+            f"inputs of {self._name} of shapes {_describe(leaves)}",
+            expected,
+            f"change split[{self._name!r}] in the plan, or run a forward on other data inside "
+            "`with lightning_ulysses.unsharded():`",
+        )
+
+    def _begin(self, leaves: Mapping[str, list[Tensor]]) -> LiveBatch:
+        """A region as long as the inputs, which are whole, since nothing is split yet."""
+        state = self._state
+        running, sizes = state.running, self._sizes(leaves)
+        assert running is not None
+        known = running.layout.seq_len
+        if not state.is_joined:
+            if known not in sizes:
+                raise self._refusal(leaves, f"at least one that is as long as the batch, {known}")
+            region = running
+        else:
+            if len(sizes) != 1 or min(sizes) < state.mesh.sp_size:
+                raise self._refusal(
+                    leaves, f"one length S of at least {state.mesh.sp_size} along the dimensions {self._inputs.dims}"
+                )
+            seq_len = sizes.pop()
+            # Documents and padding are those of the batch, where that is what is split.
+            layout = running.layout if seq_len == known else SequenceLayout(seq_len, state.mesh.sp_size)
+            region = LiveBatch(layout, rows=running.rows)
+            running.measured = layout
+        if state.splits < _CHECKED_REGIONS:
+            check_same_inputs(state.mesh, self._name, leaves)
+        state.splits += 1
+        return region
+
+    def _cut(self, key: str, value: Any, leaves: Mapping[str, list[Tensor]], layout: SequenceLayout) -> Any:
+        rank, wanted = self._state.mesh.sp_rank, self._inputs.dims[key]
+        share = layout.shares[rank]
+        flat, spec = tree_flatten(value)
+        for index, tensor in enumerate(flat):
+            if tensor is None:
+                continue
+            dim = wanted if wanted is not None else self._only_dim(key, tensor, leaves, layout.seq_len, share)
+            if not -tensor.dim() <= dim < tensor.dim() or tensor.shape[dim] not in (share, layout.seq_len):
+                raise self._refusal(
+                    leaves, f"{key} to be {layout.seq_len} long along dimension {dim}, or {share}, this rank's share"
+                )
+            if tensor.shape[dim] != share:
+                flat[index] = cut(tensor, dim, layout, rank)
+        return tree_unflatten(flat, spec)
+
+    def _only_dim(self, key: str, tensor: Tensor, leaves: Mapping[str, list[Tensor]], seq_len: int, share: int) -> int:
+        for length in (seq_len, share):
+            dims = [dim for dim, size in enumerate(tensor.shape) if size == length]
+            if dims:
+                break
+        if len(dims) == 1:
+            return dims[0]
+        raise self._refusal(leaves, f"{key} to have exactly one dimension that is {seq_len} long")
+
+
+class Joiner:
+    """Joins outputs of one submodule, and ends the region.
+
+    Args:
+        state: The strategy's state.
+        name: Of the submodule.
+        dims: What to join.
+    """
+
+    def __init__(self, state: SequenceState, name: str, dims: Mapping[str, int]) -> None:
+        self._state = state
+        self._name = name
+        self._dims = dims
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """A forward hook."""
+        state = self._state
+        region = state.batch
+        if region is None:
+            self._check_whole(output)
+            return None
+        parts = {key: self._part(key, output) for key in self._dims}
+        joined = {key: self._join(key, part, region.layout) for key, part in parts.items()}
+        state.place = Place(last=region.layout)
+        return self._rebuild(output, joined)
+
+    def _part(self, key: str, output: Any) -> Tensor:
+        try:
+            part = output if key == ONLY_OUTPUT else output[int(key) if key.isdigit() else key]
+        except (LookupError, TypeError, ValueError):
+            part = None
+        if not isinstance(part, Tensor):
+            raise UlyssesError(
+                f"an output of {self._name} of type {type(output).__name__}, of which the plan joins {key or 'all'}",
+                "a tensor there",
+                f"give join[{self._name!r}] the index or key of the tensor with its dimension, such as {{0: 1}}",
+            )
+        return part
+
+    def _refusal(self, part: Tensor, expected: str) -> UlyssesError:
+        return UlyssesError(
+            f"an output of {self._name} of shape {tuple(part.shape)}",
+            expected,
+            f"change join[{self._name!r}] in the plan",
+        )
+
+    def _join(self, key: str, part: Tensor, layout: SequenceLayout) -> Tensor:
+        mesh, dim = self._state.mesh, self._dims[key]
+        share = layout.shares[mesh.sp_rank]
+        if not -part.dim() <= dim < part.dim() or part.shape[dim] != share:
+            raise self._refusal(part, f"this rank's share, {share}, along dimension {dim}")
+        assert mesh.sp_group is not None
+        return join(part, dim, layout, mesh.sp_rank, mesh.sp_group)
+
+    def _check_whole(self, output: Any) -> None:
+        """Refuses a slice of a region that has ended: nobody would join it."""
+        last = self._state.place.last
+        if last is None:
+            return
+        for key, dim in self._dims.items():
+            part = self._part(key, output)
+            if -part.dim() <= dim < part.dim() and part.shape[dim] == last.shares[self._state.mesh.sp_rank]:
+                raise self._refusal(
+                    part, "one join behind each split; this one comes when the sequence is joined already"
+                )
+
+    @staticmethod
+    def _rebuild(output: Any, joined: Mapping[str, Tensor]) -> Any:
+        if ONLY_OUTPUT in joined:
+            return joined[ONLY_OUTPUT]
+        if isinstance(output, tuple):
+            parts = [joined.get(str(index), part) for index, part in enumerate(output)]
+            return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
+        # A list, a dict, or an output of transformers or diffusers; its type stays.
+        for key, part in joined.items():
+            output[int(key) if key.isdigit() else key] = part
+        return output
+
+
+class Local:
+    """Leaves attention inside one submodule plain."""
+
+    def __init__(self, state: SequenceState) -> None:
+        self._state = state
+        self._open: list[ExitStack] = []
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        """A forward pre-hook."""
+        stack = ExitStack()
+        stack.enter_context(self._state.plain())
+        self._open.append(stack)
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """A forward hook that also runs behind an exception."""
+        if self._open:
+            self._open.pop().close()
+
+
+def _in_steps(state: SequenceState, hook: Callable[..., Any]) -> Callable[..., Any]:
+    """``hook`` where there is something to split or to join, and out of compiled graphs."""
+    outside = eager(hook)
+
+    def choose(*args: Any) -> Any:
+        return None if state.probing or state.running is None else outside(*args)
+
+    return choose
+
+
+def install(state: SequenceState, root: nn.Module, plan: SequencePlan) -> Handle:
+    """Has a plan decide where in a step the sequence is split.
+
+    Args:
+        state: The strategy's state; P > 1.
+        root: The user's LightningModule.
+        plan: The plan.
+
+    Returns:
+        A handle whose ``remove()`` takes all hooks off.
+
+    Raises:
+        UlyssesError: If the plan names a submodule or an input that is not there.
+    """
+    matcher = Matcher(root, plan)
+    handle = Handle()
+    inputs: dict[str, tuple[nn.Module, dict[str, int | None]]] = {}
+    for pattern, dims in plan.split.items():
+        for name, module in matcher.find("split", pattern):
+            inputs.setdefault(name, (module, {}))[1].update(dims)
+    splitters = [
+        (module, Splitter(state, name, Inputs(name, module, dims, plan.is_family)))
+        for name, (module, dims) in inputs.items()
+    ]
+    joiners = [
+        (module, Joiner(state, name, dims))
+        for pattern, dims in plan.join.items()
+        for name, module in matcher.find("join", pattern)
+    ]
+    if plan.join and not joiners:
+        raise matcher.nothing("join", list(plan.join))
+    local = [module for pattern in plan.local for _, module in matcher.find("local", pattern)]
+    for module, splitter in splitters:
+        handle.add(module.register_forward_pre_hook(_in_steps(state, splitter), with_kwargs=True).remove)
+    for module, joiner in joiners:
+        handle.add(module.register_forward_hook(_in_steps(state, joiner)).remove)
+    for module in local:
+        hooks = Local(state)
+        handle.add(module.register_forward_pre_hook(eager(hooks.enter)).remove)
+        handle.add(module.register_forward_hook(eager(hooks.leave), always_call=True).remove)
+    recompute.install(state, root, handle)
+    state.is_planned, state.is_joined = True, bool(plan.join)
+
+    def reset() -> None:
+        state.is_planned = state.is_joined = False
+
+    handle.add(reset)
+    return handle

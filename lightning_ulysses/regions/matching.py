@@ -1,0 +1,158 @@
+"""Which submodules of a model the patterns of a plan mean, and which of their inputs."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.plan import Dims, SequencePlan
+
+# What wrappers for compiling and checkpointing put into the names of what they wrap.
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+
+Parts = tuple[str, ...]
+
+
+def _submodules(root: nn.Module) -> dict[Parts, nn.Module]:
+    """Every submodule by the parts of its name; of a wrapper and what it wraps, the latter, which has the inputs."""
+    found: dict[Parts, nn.Module] = {}
+    for name, module in root.named_modules():
+        found[tuple(part for part in name.split(".") if part and part not in _WRAPPERS)] = module
+    return found
+
+
+def _fits(parts: Parts, pattern: Parts) -> bool:
+    return len(parts) == len(pattern) and all(map(fnmatchcase, parts, pattern))
+
+
+class Matcher:
+    """Resolves a plan's patterns, which all count from the same models.
+
+    Args:
+        root: The user's LightningModule.
+        plan: The plan.
+
+    Raises:
+        UlyssesError: If a pattern of ``split`` means no submodule.
+    """
+
+    def __init__(self, root: nn.Module, plan: SequencePlan) -> None:
+        self._root = root
+        self._plan = plan
+        self._submodules = _submodules(root)
+        first = list(plan.split) if plan.is_family else list(plan.split)[:1]
+        self._prefixes = self._find_prefixes(first)
+        if not self._prefixes:
+            raise self.nothing("split", first)
+
+    def _find_prefixes(self, patterns: Iterable[str]) -> set[Parts]:
+        prefixes = set()
+        for pattern in (tuple(pattern.split(".")) for pattern in patterns):
+            for parts in self._submodules:
+                if len(parts) >= len(pattern) and _fits(parts[-len(pattern) :], pattern):
+                    prefixes.add(parts[: -len(pattern)])
+        # A model inside a block that is split would be split twice.
+        return {each for each in prefixes if not any(each != other and self._inside(each, other) for other in prefixes)}
+
+    def _inside(self, inner: Parts, outer: Parts) -> bool:
+        """Whether a model lies inside a submodule that is split as part of another model."""
+        rest = inner[len(outer) :]
+        patterns = [tuple(pattern.split(".")) for pattern in self._plan.split]
+        return inner[: len(outer)] == outer and any(_fits(rest[: len(pattern)], pattern) for pattern in patterns)
+
+    def find(self, key: str, pattern: str) -> list[tuple[str, nn.Module]]:
+        """The submodules that a pattern means, by name.
+
+        Raises:
+            UlyssesError: If there are none.
+        """
+        wanted = tuple(pattern.split("."))
+        found = [
+            (".".join(parts), module)
+            for parts, module in self._submodules.items()
+            for prefix in self._prefixes
+            if parts[: len(prefix)] == prefix and _fits(parts[len(prefix) :], wanted)
+        ]
+        if not found and not self._plan.is_family:
+            raise self.nothing(key, [pattern])
+        return found
+
+    def nothing(self, key: str, patterns: list[str]) -> UlyssesError:
+        """For patterns that mean no submodule; with names that are near."""
+        names = {".".join(parts) for parts in self._submodules if parts}
+        near: list[str] = []
+        for pattern in patterns:
+            near += difflib.get_close_matches(pattern, sorted(names), n=5, cutoff=0.4)
+        last = patterns[0].split(".")[-1]
+        near += [name for name in sorted(names) if last != "*" and name.split(".")[-1] == last]
+        near = list(dict.fromkeys(near)) or sorted(name for name in names if "." not in name)
+        return UlyssesError(
+            f"a plan whose {key} names {' or '.join(map(repr, patterns))}, which {type(self._root).__name__} lacks",
+            f"submodules, such as {near[:8]}",
+            f"change the name under {key}; * stands for one part between dots",
+        )
+
+
+class Inputs:
+    """Finds the inputs that a plan names in a call of a submodule.
+
+    Args:
+        name: Of the submodule.
+        module: The submodule.
+        dims: The inputs and the dimension of each.
+        is_family: Whether an input that the submodule does not have is passed over.
+
+    Raises:
+        UlyssesError: If it has no such input.
+    """
+
+    def __init__(self, name: str, module: nn.Module, dims: Dims, is_family: bool) -> None:
+        parameters = inspect.signature(module.forward).parameters.values()
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        self._positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        names = [*self._positional, *(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)]
+        many = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+        self.dims: dict[str, int | None] = {}
+        for key, dim in dims.items():
+            known = (int(key) < len(self._positional) or many) if key.isdigit() else key in names or takes_any
+            if known:
+                by_name = key.isdigit() and int(key) < len(self._positional)
+                self.dims[self._positional[int(key)] if by_name else key] = dim
+            elif not is_family:
+                raise UlyssesError(
+                    f"a plan that splits the input {key!r} of {name} ({type(module).__name__})",
+                    f"one of its inputs, {names}",
+                    f"change the name under split[{name!r}]",
+                )
+
+    def get(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The inputs of a call that are there and not None."""
+        found = {}
+        for key in self.dims:
+            index = self._index(key)
+            value = args[index] if index is not None and index < len(args) else kwargs.get(key)
+            if value is not None:
+                found[key] = value
+        return found
+
+    def put(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], new: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The call with other inputs."""
+        changed, keywords = list(args), dict(kwargs)
+        for key, value in new.items():
+            index = self._index(key)
+            if index is not None and index < len(args):
+                changed[index] = value
+            else:
+                keywords[key] = value
+        return tuple(changed), keywords
+
+    def _index(self, key: str) -> int | None:
+        return int(key) if key.isdigit() else self._positional.index(key) if key in self._positional else None
