@@ -19,6 +19,7 @@ from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.layout import SequenceLayout
 from lightning_ulysses.mesh import SequenceMesh
 from lightning_ulysses.sequence import join_sequence
+from lightning_ulysses.state import LiveBatch
 
 # Entries that are enough to see that two ranks hold different tensors.
 _SAMPLE = 2**16
@@ -164,7 +165,7 @@ def _warn(message: str, mesh: SequenceMesh) -> None:
         warnings.warn(message, stacklevel=2)
 
 
-def join_outputs(output: Any, layout: SequenceLayout, rows: int, mesh: SequenceMesh) -> Any:
+def join_outputs(output: Any, live: LiveBatch, mesh: SequenceMesh) -> Any:
     """Every sequence of a nested output joined, (B, S_r, ...) -> (B, S, ...), on every rank of the group.
 
     Where B = 1, (S_r, ...) -> (S, ...) as well. A floating-point tensor that is the same on every rank, and not the
@@ -172,8 +173,7 @@ def join_outputs(output: Any, layout: SequenceLayout, rows: int, mesh: SequenceM
 
     Args:
         output: What ``predict_step`` returned.
-        layout: The geometry of the batch.
-        rows: B.
+        live: The batch that it was computed on.
         mesh: Sizes and groups.
 
     Raises:
@@ -181,6 +181,7 @@ def join_outputs(output: Any, layout: SequenceLayout, rows: int, mesh: SequenceM
     """
     if mesh.sp_group is None:
         return output
+    layout, rows = live.split_layout, live.rows
     leaves, spec = tree_flatten(output)
     named = zip(_names(output, len(leaves)), leaves, strict=True)
     everyone: list[Any] = [None] * mesh.sp_size

@@ -240,10 +240,9 @@ class UlyssesDeepSpeedStrategy(upstream.AcceptsCompiled, DeepSpeedStrategy):
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
         output = self._step("predict_step", *args, **kwargs)
-        live = self.state.pending
-        assert live is not None
+        assert self.state.pending is not None
         # A plan that joins has done it already.
-        return output if self.state.is_joined else join_outputs(output, live.layout, live.rows, self.mesh)
+        return output if self.state.is_joined else join_outputs(output, self.state.pending, self.mesh)
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -290,10 +289,11 @@ class UlyssesDeepSpeedStrategy(upstream.AcceptsCompiled, DeepSpeedStrategy):
     @classmethod
     @override
     def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+        offload: Mapping[str, Any] = {"stage": 3, "offload_optimizer": True, "offload_parameters": True}
         entries: dict[str, Mapping[str, Any]] = {
             "": {"stage": 2},
             **{f"_stage_{stage}": {"stage": stage} for stage in (1, 2, 3)},
-            "_stage_3_offload": {"stage": 3, "offload_optimizer": True, "offload_parameters": True},
+            "_stage_3_offload": offload,
         }
         for suffix, settings in entries.items():
             description = f"Ulysses sequence parallelism with DeepSpeed ZeRO: {dict(settings)}"

@@ -17,6 +17,7 @@ from lightning_ulysses.layout import SequenceLayout
 from lightning_ulysses.mesh import SequenceMesh
 from lightning_ulysses.outputs import join_outputs
 from lightning_ulysses.processes import ProcessPool
+from lightning_ulysses.state import LiveBatch
 from lightning_ulysses.testing import SplitRun, split_loader, split_trainer
 
 
@@ -56,7 +57,7 @@ def try_all(rank: int, case: Case, outputs: dict[str, Make]) -> dict[str, tuple[
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                result = join_outputs(make(case, rank), case.layout, case.rows, mesh)
+                result = join_outputs(make(case, rank), LiveBatch(case.layout, rows=case.rows), mesh)
             except UlyssesError as error:
                 result = str(error)
         found[name] = result, [str(warning.message) for warning in caught]
