@@ -56,6 +56,7 @@ def _on_wire(rank: int, sp_size: int) -> range:
 
 def _columns(rows: Tensor, widths: list[int], sizes: list[int]) -> list[Tensor]:
     """The tensors that lie side by side in ``rows``: (tokens, B, sum of heads * D) -> each (tokens, B, heads, D)."""
+    # (tokens, B, sum of heads * D) -> each (tokens, B, heads * D) -> (tokens, B, heads, D)
     parts = rows.split([width * size for width, size in zip(widths, sizes, strict=True)], dim=2)
     return [part.unflatten(2, (width, size)) for part, width, size in zip(parts, widths, sizes, strict=True)]
 
@@ -64,6 +65,7 @@ def _exchange(
     recv: Tensor, send: Tensor, recv_sizes: list[int], send_sizes: list[int], group: dist.ProcessGroup
 ) -> None:
     """One all-to-all between contiguous tensors; the sizes count elements, by rank."""
+    # (...) -> (elements,)
     dist.all_to_all_single(recv.view(-1), send.view(-1), recv_sizes, send_sizes, group=group)
 
 
@@ -80,15 +82,18 @@ def _pack_heads(send: Tensor, tensors: tuple[Tensor, ...], ranges: tuple[Ranges,
     sizes = [tensor.shape[3] for tensor in tensors]
     if all(_is_uniform(ends) for ends in ranges):
         widths = _widths(ranges, 0)
+        # (elements,) -> (peers * S_r, B, sum of heads * D) -> each (peers * S_r, B, heads, D)
         columns = _columns(send.view(len(peers) * share, batch, -1), widths, sizes)
         for column, tensor, width in zip(columns, tensors, widths, strict=True):
             heads = tensor[:, peers.start * width : peers.stop * width]
             # (B, peers * heads, S_r, D) -> (B, peers, heads, S_r, D) -> (peers, S_r, B, heads, D)
             heads = heads.unflatten(1, (len(peers), width)).permute(1, 3, 0, 2, 4)
+            # (peers * S_r, B, heads, D) -> (peers, S_r, B, heads, D)
             column.unflatten(0, (len(peers), share)).copy_(heads)
         return
     rows = _row_sizes(ranges, sizes)
     for peer, chunk in zip(peers, send.split([share * batch * rows[peer] for peer in peers]), strict=True):
+        # (elements,) -> (S_r, B, sum of heads * D) -> each (S_r, B, heads, D)
         columns = _columns(chunk.view(share, batch, rows[peer]), _widths(ranges, peer), sizes)
         for column, tensor, ends in zip(columns, tensors, ranges, strict=True):
             # (B, heads, S_r, D) -> (S_r, B, heads, D)
@@ -117,8 +122,9 @@ def _scatter_heads(
     recv_sizes = [chunk.numel() * (peer in peers) for peer, chunk in enumerate(chunks)]
     _exchange(recv, send, recv_sizes, send_sizes, group)
     if rank not in peers:
+        # (S_r, B, sum of heads * D) -> (elements,)
         _pack_heads(chunks[rank].view(-1), tensors, ranges, range(rank, rank + 1))
-    # (S, B, heads, D) -> (B, heads, S, D), views of the received buffer
+    # (S, B, sum of heads * D) -> each (S, B, heads, D) -> (B, heads, S, D), views of the received buffer
     return tuple(column.permute(1, 2, 0, 3) for column in _columns(whole, _widths(ranges, rank), sizes))
 
 
@@ -147,10 +153,11 @@ def _pack_tokens(
         peers: The ranks to pack for.
     """
     sizes = [tensor.shape[3] for tensor in tensors]
+    # (elements,) -> (tokens of all peers, B, sum of heads * D) -> for each peer, each (S_i, B, heads, D)
     chunks = send.view(-1, tensors[0].shape[0], sum(w * d for w, d in zip(widths, sizes, strict=True)))
     columns = [_columns(chunk, widths, sizes) for chunk in chunks.split([shares[peer] for peer in peers])]
     for index, tensor in enumerate(tensors):
-        # (B, heads, S, D) -> (S, B, heads, D)
+        # (B, heads, S, D) -> (S, B, heads, D) -> for each rank (S_i, B, heads, D)
         tokens = tensor.permute(2, 0, 1, 3).split(shares)
         for column, peer in zip(columns, peers, strict=True):
             column[index].copy_(tokens[peer])
@@ -185,6 +192,7 @@ def _gather_heads(
     recv = send.new_empty(sum(recv_sizes))
     _exchange(recv, send, recv_sizes, send_sizes, group)
     parts = [
+        # (elements,) -> (S_r, B, sum of heads * D) -> each (S_r, B, heads, D)
         _columns(chunk.view(share, batch, row), width, sizes)
         for chunk, row, width in zip(recv.split(recv_sizes), rows, widths, strict=True)
         if chunk.numel()

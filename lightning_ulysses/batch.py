@@ -184,11 +184,13 @@ def read_batch(batch: Any, rules: BatchRules, sp_size: int) -> WholeBatch:
         }
     everything = {key: value for key, value in entries.items() if isinstance(value, Tensor)}
     rows = count_rows(tensors or everything, dims)
+    mask = tensors.get("attention_mask") if "attention_mask" in dims else None
+    positions = tensors.get("position_ids")
     layout = SequenceLayout(
         seq_len=seq_len + amount,
         sp_size=sp_size,
-        documents=document_runs(entries, tensors.get("position_ids"), rows, seq_len + amount) if dims else None,
-        valid=valid_runs(tensors.get("attention_mask") if "attention_mask" in dims else None),
+        documents=document_runs(entries, positions, rows, seq_len + amount, mask) if dims else None,
+        valid=valid_runs(mask),
         num_padding=amount,
     )
     hidden: set[str] = set()

@@ -12,16 +12,35 @@ from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.layout import Runs, cu_seqlens_to_runs, runs_from_starts
 
 
+def _restarts(positions: Tensor, kept: Tensor) -> Tensor:
+    """(B, S): kept tokens whose position follows that of the kept token before them neither in number nor in place.
+
+    Padding is passed over: it may carry any position, be counted or not, and is no document of its own.
+
+    Args:
+        positions: (B, S).
+        kept: (B, S) of bool, what is no padding.
+    """
+    places = torch.arange(kept.shape[1], device=kept.device)
+    last = torch.where(kept, places, -1).cummax(dim=1).values
+    before = torch.nn.functional.pad(last[:, :-1], (1, 0), value=-1)
+    step = positions - positions.gather(1, before.clamp_min(0))
+    return kept & (before >= 0) & (step != 1) & (step != places - before)
+
+
 def document_runs(
-    entries: Mapping[str, Any], positions: Tensor | None, rows: int, seq_len: int
+    entries: Mapping[str, Any], positions: Tensor | None, rows: int, seq_len: int, attention_mask: Tensor | None = None
 ) -> tuple[Runs, ...] | None:
     """The documents of each row, from ``cu_seqlens`` or else from where ``position_ids`` do not grow by one.
+
+    Padding belongs to the document before it, left padding to the first.
 
     Args:
         entries: The batch.
         positions: Its ``position_ids``, padded.
         rows: B.
         seq_len: S, padding included.
+        attention_mask: (B, S) where it is a padding mask, padded.
 
     Returns:
         Runs for each row, or None when every row is one document.
@@ -41,10 +60,13 @@ def document_runs(
     if positions is None or positions.dim() > 2:
         return None
     # (S,) or (1, S) or (B, S) -> (B, S)
-    breaks = torch.diff(positions.expand(rows, -1), dim=1) != 1
-    if not bool(breaks.any()):
+    positions = positions.expand(rows, -1)
+    if attention_mask is None or attention_mask.dim() != 2:
+        attention_mask = torch.ones_like(positions)
+    begins = _restarts(positions, attention_mask.bool().expand(rows, -1))
+    if not bool(begins.any()):
         return None
-    return tuple(runs_from_starts((row.nonzero().flatten() + 1).tolist(), seq_len) for row in breaks)
+    return tuple(runs_from_starts(row.nonzero().flatten().tolist(), seq_len) for row in begins)
 
 
 def valid_runs(attention_mask: Tensor | None) -> tuple[Runs, ...] | None:

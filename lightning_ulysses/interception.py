@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_ulysses import regions, targets, upstream
-from lightning_ulysses.attention import adapters, flash_attn, flex, multihead, sdpa
+from lightning_ulysses.attention import adapters, dropout, flash_attn, flex, multihead, sdpa
 from lightning_ulysses.handle import Handle
 from lightning_ulysses.plan import SequencePlan
 from lightning_ulysses.state import SequenceState
@@ -39,6 +39,7 @@ def install_interceptors(
     handle.add(torch.compiler.reset)
     handle.add(upstream.keep_checkpoint_inputs().remove)
     handle.add(targets.install(state).remove)
+    handle.add(dropout.install(state).remove)
     handle.add(sdpa.install(state, module).remove)
     handle.add(multihead.install(state).remove)
     handle.add(flash_attn.install(state, module).remove)

@@ -2,32 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import random
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
-import torch
-from lightning.pytorch.utilities.seed import isolate_rng
-
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.loss import WindowPlan
-
-
-@contextmanager
-def _seeded(*parts: object) -> Iterator[None]:
-    """Draws random numbers from a stream of its own, named by ``parts``, and leaves the process's streams alone."""
-    seed = int.from_bytes(hashlib.blake2s(repr(parts).encode(), digest_size=4).digest(), "little")
-    with isolate_rng(include_cuda=False):
-        torch.default_generator.manual_seed(seed)
-        random.seed(seed)
-        if "numpy" in sys.modules:
-            sys.modules["numpy"].random.seed(seed)
-        yield
+from lightning_ulysses.randomness import named_stream
 
 
 class SeededLoader:
@@ -61,11 +43,11 @@ class SeededLoader:
         set_epoch = getattr(getattr(self._loader, "dataset", None), "set_epoch", None)
         if callable(set_epoch):
             set_epoch(epoch)
-        with _seeded(*self._key, epoch, "workers"):
+        with named_stream(*self._key, epoch, "workers"):
             iterator = iter(self._loader)
         index = first
         while True:
-            with _seeded(*self._key, epoch, index):
+            with named_stream(*self._key, epoch, index):
                 try:
                     batch = next(iterator)
                 except StopIteration:
@@ -143,10 +125,9 @@ class TrainLoader(SeededLoader):
             if not batches:
                 return
             counts = tuple(self._count(batch) for batch in batches) if len(batches) > 1 else ()
-            totals: dict[str, float] = {}
-            for count in counts:
-                for name, value in count.items():
-                    totals[name] = totals.get(name, 0.0) + value
+            # A sum over some of the micro-batches is none.
+            names = set.intersection(*map(set, counts)) if counts else set()
+            totals = {name: sum(count[name] for count in counts) for name in sorted(names)}
             self.plans.append(WindowPlan(len(batches), totals, counts))
             position += len(batches)
             yield from batches

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from lightning_ulysses.loader import SeededLoader, TrainLoader
 from lightning_ulysses.loss import WindowPlan
 from lightning_ulysses.mesh import SequenceMesh
 from lightning_ulysses.preflight import check_same_batch
+from lightning_ulysses.randomness import named_stream
 from lightning_ulysses.state import LiveBatch
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ class BatchPipeline:
         self._seed = seed
         self._checked = {True: 0, False: 0}
         self._train_loader: TrainLoader | None = None
+        self._evaluations = 0
 
     def wrap(self, dataloader: Any, trainer: pl.Trainer, look_ahead: bool) -> SeededLoader:
         """The dataloader with random numbers that a sequence group shares and, in training, a look ahead.
@@ -103,6 +106,21 @@ class BatchPipeline:
             whole=whole.whole,
         )
         return result, live
+
+    def drawing(self, where: str, trainer: pl.Trainer) -> AbstractContextManager[None]:
+        """Random numbers that the ranks of a sequence group share, and that a resumed run draws again.
+
+        A step may draw what concerns a sample as a whole, such as its noise level, or whether a layer is left out, and
+        then ranks that draw otherwise train on another sample, or wait for each other forever.
+        """
+        if self._mesh.sp_size == 1:
+            return nullcontext()
+        when: tuple[object, ...] = (trainer.current_epoch, trainer.fit_loop.total_batch_idx)
+        if not trainer.training:
+            self._evaluations += 1
+            when = (trainer.global_step, self._evaluations)
+        name = (self._seed, self._mesh.dp_rank, str(trainer.state.stage), where, *when)
+        return named_stream(*name, device=self._device)
 
     def use(self) -> deque[WindowPlan] | None:
         """Notes that a training batch is used; the windows that the dataloader has looked ahead over."""

@@ -91,12 +91,26 @@ def _usual_dim(key: str, tensor: Tensor) -> int:
     return 1
 
 
+def _check_flat(entries: Mapping[str, Any]) -> None:
+    nested = [value for value in entries.values() if isinstance(value, (Mapping, tuple, list))]
+    has_tensors = any(isinstance(value, Tensor) for value in entries.values())
+    if not has_tensors and any(isinstance(part, Tensor) for value in nested for part in entries_of(value).values()):
+        raise UlyssesError(
+            f"a batch {_describe(entries)} that holds batches, as several dataloaders together make it",
+            "one batch for each step, a mapping or tuple of tensors, whose sequence is cut and whose targets count",
+            "use one dataloader, such as over a torch.utils.data.ConcatDataset of the datasets, or flatten the batch "
+            "in the collate function",
+        )
+
+
 def find_dims(batch: Any, entries: dict[str, Any], rules: BatchRules) -> dict[str, int]:
     """The sequence dimension of every tensor that has one.
 
     Raises:
-        UlyssesError: If no sequence is found, or a tensor has another shape than its key promises.
+        UlyssesError: If no sequence is found, the batch consists of batches, or a tensor has another shape than its
+            key promises.
     """
+    _check_flat(entries)
     unknown_keys = set(rules.sequence_dims) - set(entries)
     if unknown_keys and not set(rules.sequence_dims) & set(entries):
         raise UlyssesError(

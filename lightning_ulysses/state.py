@@ -19,12 +19,21 @@ from lightning_ulysses.mesh import SequenceMesh
 
 @dataclass
 class TargetEvidence:
-    """What a cross entropy of the step was computed on; ``name`` is set where the tensor is known for certain."""
+    """What a cross entropy of the step was computed on, and its result.
+
+    Attributes:
+        target: The targets.
+        ignore_index: The one that counts as none.
+        is_mean: Whether it is a mean over them; else ``value`` is their sum, or has one entry for each.
+        name: Of the tensor with the targets, where that is known for certain.
+        value: The result.
+    """
 
     target: Tensor | None = None
     ignore_index: int = -100
     is_mean: bool = True
     name: str | None = None
+    value: Tensor | None = None
 
 
 @dataclass
@@ -44,6 +53,7 @@ class LiveBatch:
             whole batch, its targets count as spread evenly over the ranks, and each rank sees all of them.
         whole: Keys in ``shards`` that are whole instead, since a plan splits the model and not the batch.
         measured: The geometry of the last region that a plan split.
+        has_whole_part: Whether a part of the loss is that of the whole batch on every rank, such as a router's.
         outside: Storages of tensors that a region's first submodule got beside those that were split, such as a text.
     """
 
@@ -58,6 +68,7 @@ class LiveBatch:
     rows: int = 1
     whole: frozenset[str] = frozenset()
     measured: SequenceLayout | None = None
+    has_whole_part: bool = False
     outside: set[int] = field(default_factory=set)
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,7 +27,6 @@ from lightning_ulysses.pipeline import BatchPipeline
 from lightning_ulysses.plan import read_plan
 from lightning_ulysses.preflight import check_intercepted, check_output, check_trainer
 from lightning_ulysses.probing import ModelProbe
-from lightning_ulysses.regions import share_random_state
 from lightning_ulysses.state import SequenceState, activate
 from lightning_ulysses.weighting import StepWeights
 
@@ -144,10 +144,8 @@ class UlyssesDeepSpeedStrategy(upstream.AcceptsCompiled, DeepSpeedStrategy):
     @override
     def setup_distributed(self) -> None:
         self.set_world_ranks()
-        own = self.ulysses
-        sizes = resolve_sizes(
-            self.world_size, self.num_processes, own.sp_size, own.dp_shard_size, own.dp_replicate_size
-        )
+        wanted = (self.ulysses.sp_size, self.ulysses.dp_shard_size, self.ulysses.dp_replicate_size)
+        sizes = resolve_sizes(self.world_size, self.num_processes, *wanted)
         upstream.use_accelerator(self.root_device.type)
         with upstream.without_shared_memory_op() if self.root_device.type == "cpu" else nullcontext():
             super().setup_distributed()
@@ -185,17 +183,16 @@ class UlyssesDeepSpeedStrategy(upstream.AcceptsCompiled, DeepSpeedStrategy):
         upstream.set_device_mesh(self.lightning_module, self.mesh.device_mesh)
         self.weights = StepWeights(self.ulysses, self.mesh, self.root_device)
         self._handle = install_interceptors(self._state, self.lightning_module, self.zero_stage_3, self.ulysses.plan)
-        if self.ulysses.check_model:
-            self._probe = ModelProbe(
-                self._state, self.lightning_module, lambda: upstream.forget_trace(self.deepspeed_engine)
-            )
+        forget = partial(upstream.forget_trace, self.deepspeed_engine)
+        self._probe = ModelProbe(self._state, self.lightning_module, forget, self.ulysses.check_model)
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
         assert self.lightning_module is not None
         if self._pipeline is None:
             self._pipeline = BatchPipeline(self.ulysses.rules, self.mesh, self.root_device, self._base_seed)
-        return self._pipeline.wrap(dataloader, self.lightning_module.trainer, self.ulysses.loss_weighting == "tokens")
+        look_ahead = self.ulysses.loss_weighting == "tokens"
+        return self._pipeline.wrap(dataloader, self.lightning_module.trainer, look_ahead)
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
@@ -203,18 +200,19 @@ class UlyssesDeepSpeedStrategy(upstream.AcceptsCompiled, DeepSpeedStrategy):
         trainer = self.lightning_module.trainer
         whole = self._pipeline.read(batch, training=trainer.training)
         move = super().batch_to_device
-        result, self.state.pending = self._pipeline.cut(
-            whole, trainer.training, lambda sharded: move(sharded, device, dataloader_idx)
-        )
+        with self._pipeline.drawing("batch_to_device", trainer):
+            result, self.state.pending = self._pipeline.cut(
+                whole, trainer.training, lambda sharded: move(sharded, device, dataloader_idx)
+            )
         self.state.collect_evidence = self.weights.needs_evidence
         if trainer.training:
             self.weights.begin(whole.counts_of_group(), self._pipeline.use())
         return result
 
     def _step(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        suspensions = self.state.suspensions
-        share_random_state(self.state, self.root_device)
-        with self.state.live(), self._probe.watch() if self._probe is not None else nullcontext():
+        assert self.lightning_module is not None and self._pipeline is not None and self._probe is not None
+        suspensions, drawing = self.state.suspensions, self._pipeline.drawing(name, self.lightning_module.trainer)
+        with drawing, self.state.live(), self._probe.watch():
             output = getattr(super(), name)(*args, **kwargs)
             check_intercepted(self.state, name, type(self.lightning_module).__name__, suspensions)
         return output
@@ -244,17 +242,18 @@ class UlyssesDeepSpeedStrategy(upstream.AcceptsCompiled, DeepSpeedStrategy):
         output = self._step("predict_step", *args, **kwargs)
         assert self.state.pending is not None
         # A plan that joins has done it already.
-        return output if self.state.is_joined else join_outputs(output, self.state.pending.layout, self.mesh)
+        return output if self.state.is_joined else join_outputs(output, self.state.pending, self.mesh)
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
-        assert self.lightning_module is not None and self.weights is not None and self.state.pending is not None
+        assert self.lightning_module is not None and self.weights is not None
+        assert self.state.pending is not None and self._probe is not None
         module = self.lightning_module
         # Lightning has divided by it already; the window's own weights take its place.
         repeats = module.trainer.accumulate_grad_batches if module.automatic_optimization else 1
         loss = self.weights.apply(closure_loss * repeats, self.state.pending, repeats, module.automatic_optimization)
         # Activation checkpointing calls attention again from here.
-        with self.state.live(backward=True):
+        with self.state.live(backward=True), self._probe.settled():
             return super().backward(loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     @override
@@ -290,10 +289,11 @@ class UlyssesDeepSpeedStrategy(upstream.AcceptsCompiled, DeepSpeedStrategy):
     @classmethod
     @override
     def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
+        offload: Mapping[str, Any] = {"stage": 3, "offload_optimizer": True, "offload_parameters": True}
         entries: dict[str, Mapping[str, Any]] = {
             "": {"stage": 2},
             **{f"_stage_{stage}": {"stage": stage} for stage in (1, 2, 3)},
-            "_stage_3_offload": {"stage": 3, "offload_optimizer": True, "offload_parameters": True},
+            "_stage_3_offload": offload,
         }
         for suffix, settings in entries.items():
             description = f"Ulysses sequence parallelism with DeepSpeed ZeRO: {dict(settings)}"

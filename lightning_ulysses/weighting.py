@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_ulysses.config import UlyssesConfig
 from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.loss import LossWindow, TokenMean, WindowPlan, token_weight
+from lightning_ulysses.evaluation_loss import EvaluationLoss
+from lightning_ulysses.loss import LossWindow, WindowPlan, token_weight
+from lightning_ulysses.loss_form import judge, loss_form, votes
 from lightning_ulysses.mesh import SequenceMesh
 from lightning_ulysses.state import LiveBatch
 from lightning_ulysses.targets import TargetResolver
@@ -43,11 +48,12 @@ class StepWeights:
         self.target_name: str | None = None
         self._backwards = 0
         self._unstepped = 0
+        self._warned = False
 
     @property
     def needs_evidence(self) -> bool:
         """Whether it is still open which tensor holds the targets."""
-        return self._config.loss_weighting == "tokens" and not self._resolver.is_settled
+        return self._config.loss_weighting == "tokens" and self._resolver.settled is None
 
     def _agree(self, scores: Tensor) -> Tensor:
         shared = scores.to(self._device)
@@ -55,12 +61,18 @@ class StepWeights:
         return shared.cpu()
 
     def _over_replicas(self, totals: Mapping[str, float]) -> dict[str, float]:
-        if self._mesh.dp_group is None or not totals:
+        """Sums over data-parallel ranks, of the names that all of them have."""
+        if self._mesh.dp_group is None:
             return dict(totals)
-        names = sorted(totals)
-        shared = torch.tensor([totals[name] for name in names], dtype=torch.float64, device=self._device)
+        names = [self._resolver.settled] if self._resolver.settled is not None else self._shared_names(totals)
+        shared = torch.tensor([totals.get(name, math.nan) for name in names], dtype=torch.float64, device=self._device)
         dist.all_reduce(shared, group=self._mesh.dp_group)
         return dict(zip(names, shared.tolist(), strict=True))
+
+    def _shared_names(self, totals: Mapping[str, float]) -> list[str]:
+        everyone: list[Any] = [None] * self._mesh.dp_size
+        dist.all_gather_object(everyone, set(totals), group=self._mesh.dp_group)
+        return sorted(set.intersection(*everyone))
 
     def begin(self, counts: Mapping[str, float], plans: deque[WindowPlan] | None) -> None:
         """Takes note of a micro-batch that is about to be trained on.
@@ -77,7 +89,9 @@ class StepWeights:
             return
         if self._window is None or self._window.is_last:
             self._plan = plans.popleft() if plans else WindowPlan(1, counts)
-            self._window = LossWindow(self._plan.size, self._over_replicas(self._plan.totals or counts))
+            totals = self._plan.totals if self._plan.counts else counts
+            self._window = LossWindow(self._plan.size, self._over_replicas(totals))
+            self._resolver.check(self._window.totals)
         else:
             self._window.index += 1
         planned = self._plan.counts if self._plan is not None else ()
@@ -127,13 +141,25 @@ class StepWeights:
             self._window.add(loss.detach().float() / (self._mesh.world_size * micro_batches))
             return loss / micro_batches
         assert self._window is not None
-        name = self.target_name = self._resolver.resolve(live)
+        name = self.target_name = self._target(loss, live, self._window.totals)
         weight = token_weight(live.counts[name], self._window.totals[name], self._mesh.world_size)
         if not self._window.totals[name]:
             loss = torch.nan_to_num(loss)
         weighted = loss.float() * weight
         self._window.add(weighted.detach() / self._mesh.world_size)
         return weighted
+
+    def _target(self, loss: Tensor, live: LiveBatch, totals: Mapping[str, float]) -> str:
+        """The tensor that the loss is a mean over; while it is open, the loss is looked at as well."""
+        if self._resolver.settled is not None:
+            return self._resolver.resolve(live, totals)
+        name = self._resolver.resolve(live, totals)
+        verdict = self._agree(torch.tensor(votes(loss_form(loss, name, live)), dtype=torch.int64))
+        warning = judge(verdict.tolist(), name, totals[name])
+        if warning is not None and not self._warned:
+            self._warned = True
+            rank_zero_warn(warning)
+        return name
 
     def stepped(self) -> None:
         """Closes the window; called after the optimizer has stepped."""
@@ -169,9 +195,7 @@ class StepWeights:
             dist.all_reduce(self._global)
         return self._global
 
-    def evaluate(self, mean: TokenMean, loss: Tensor, live: LiveBatch) -> None:
-        """Adds the loss of an evaluation step to a mean over targets; collective until the targets are known."""
-        if self._config.loss_weighting == "none":
-            mean.update(loss, 1.0)
-        else:
-            mean.update(loss, live.counts[self._resolver.resolve(live)])
+    def evaluation(self) -> EvaluationLoss:
+        """For the loss of one evaluation dataloader, from now on."""
+        by_targets = self._config.loss_weighting == "tokens"
+        return EvaluationLoss(self._resolver.settled if by_targets else None, by_targets, self._device)

@@ -23,9 +23,11 @@ from lightning_ulysses.layout import Runs, runs_from_starts
 
 def chunk_of(spec: MaskSpec, row: int, place: int) -> int:
     """Chunks are counted from the document's first token, or from the first one that is no left padding."""
-    first = spec.valid[row][0][0] if spec.valid and spec.valid[row] and not spec.documents else 0
+    left = spec.valid[row][0][0] if spec.valid and spec.valid[row] else 0
+    first = left
     for begin, end in spec.documents[row] if spec.documents else ():
-        first = begin if begin <= place < end else first
+        if begin <= place < end:
+            first = left if begin == 0 and left < end else begin
     return 0 if spec.chunk is None else (place - first) // spec.chunk
 
 

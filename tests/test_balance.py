@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,8 +36,8 @@ def test_cost_of_a_transformers_config() -> None:
     assert model == CostModel(2 * parameters, 2 * 12 * 768)
 
 
-@pytest.mark.parametrize("costs", [(-1.0, 1.0), (0.0, 0.0), (float("inf"), 1.0)])
-def test_costs_that_cannot_be(costs: tuple[float, float]) -> None:
+@pytest.mark.parametrize("costs", [(-1.0, 1.0), (0.0, 0.0), (float("inf"), 1.0), ("1", 1.0)])
+def test_costs_that_cannot_be(costs: Any) -> None:
     with pytest.raises(UlyssesError, match="cost model"):
         CostModel(*costs)
     with pytest.raises(UlyssesError, match="vocab_size"):

@@ -207,6 +207,19 @@ BAD: dict[str, tuple[Any, tuple[str, ...]]] = {
         lambda p: TokenCache(p, byt5).load(Corpus(write(p, "jsonl"))),
         ("no tokenized data", "prepare_data"),
     ),
+    "window": (lambda p: SequenceDataModule("x/y", byt5, window=0), ("window=0", "from 2")),
+    "overlong": (lambda p: SequenceDataModule("x/y", byt5, overlong="cut"), ("overlong='cut'", "truncate")),
+    "cost": (lambda p: SequenceDataModule("x/y", byt5, cost={"per_token": 1}), ("cost={'per_token': 1}", "CostModel")),
+    "tokens": (lambda p: SequenceDataModule("x/y", byt5, max_tokens=None), ("max_tokens=None",)),
+    "rows": (lambda p: SequenceDataModule("x/y", byt5, rows_per_batch="2"), ("rows_per_batch='2'",)),
+    "no setup": (
+        lambda p: SequenceDataModule("x/y", byt5).train_dataloader(),
+        ("train dataloader before setup", "data.setup('fit')"),
+    ),
+    "no setup for validation": (
+        lambda p: SequenceDataModule("x/y", byt5, validation=0.5).val_dataloader(),
+        ("validation dataloader before setup",),
+    ),
     "too long": (
         lambda p: module(p, write(p, "jsonl"), max_tokens=8, overlong="error").train_dataloader(),
         ("document 0 of 17 tokens", "max_tokens=8"),

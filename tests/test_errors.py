@@ -128,6 +128,12 @@ BATCHES: dict[str, tuple[Any, dict[str, Any], tuple[str, ...]]] = {
     "unequal pair": ((ones(2, 33), ones(2)), {}, ("'1': (2,) int64", "sequence_dims=")),
     "bare floats": (torch.zeros(2, 33), {}, ("'batch': (2, 33) float32", "sequence_dims={'batch': 1}")),
     "no tensors": ("text", {}, ("a batch of type str", "return a dict")),
+    "several loaders": (
+        {"a": {"input_ids": ones(2, 33)}, "b": {"input_ids": ones(2, 20)}},
+        {"sequence_dims": {"input_ids": 1}},
+        ("{'a': dict, 'b': dict}", "several dataloaders", "use one dataloader", "ConcatDataset"),
+    ),
+    "a list of loaders": ([(ones(2, 33), ones(2, 33))] * 2, {}, ("{'0': tuple, '1': tuple}", "use one dataloader")),
     "ambiguous": (
         {"input_ids": ones(2, 33), "scores": torch.zeros(2, 5, 33)},
         {},

@@ -103,11 +103,9 @@ class Wrapper(L.LightningModule):
         import transformers
 
         sizes = {"vocab_size": VOCAB, "num_attention_heads": 2, "num_hidden_layers": 1}
-        if kind == "mixtral":
-            config = transformers.MixtralConfig(
-                **sizes, hidden_size=8, intermediate_size=8, num_key_value_heads=2, output_router_logits=True
-            )
-            return transformers.MixtralForCausalLM(config)
+        if kind == "doge":
+            small = {"hidden_size": 8, "intermediate_size": 8, "num_key_value_heads": 2}
+            return transformers.DogeForCausalLM(transformers.DogeConfig(**sizes, **small, output_router_logits=True))
         config = transformers.BartConfig(
             vocab_size=VOCAB,
             d_model=8,
@@ -187,7 +185,7 @@ CASES: dict[str, tuple[Any, list[Any], SplitRun, tuple[str, ...]]] = {
         ("LlamaForCausalLM", "attn_implementation='eager'", "attn_implementation='sdpa'"),
     ),
     "encoder-decoder": (partial(Wrapper, "bart"), TOKENS, run(), ("BartForConditionalGeneration", "encoder-decoder")),
-    "router": (partial(Wrapper, "mixtral"), TOKENS, run(), ("MixtralForCausalLM", "output_router_logits=True")),
+    "router": (partial(Wrapper, "doge"), TOKENS, run(), ("DogeForCausalLM", "output_router_logits=True")),
     "labels of its own": (
         OwnLabels,
         TOKENS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -185,8 +186,14 @@ def test_packed_documents_do_not_see_each_other(pool: ProcessPool) -> None:
     assert compare(result, leaking).step > 0.01
 
 
-@pytest.mark.parametrize("side", ["right", "left", "holes"])
-def test_padding_mask(pool: ProcessPool, side: str) -> None:
+@pytest.mark.parametrize(
+    ("side", "positions"),
+    [
+        *(("right", None), ("left", None), ("holes", None)),
+        *(("left", "counted"), ("left", "filled"), ("right", "filled"), ("holes", "counted")),
+    ],
+)
+def test_padding_mask(pool: ProcessPool, side: str, positions: str | None) -> None:
     batch = token_batch(4, 33, 3)
     mask = torch.ones_like(batch["input_ids"])
     for row, amount in enumerate((0, 9, 20)):
@@ -199,7 +206,30 @@ def test_padding_mask(pool: ProcessPool, side: str) -> None:
     batch["attention_mask"] = mask
     if side == "left":
         batch["labels"] = batch["labels"].masked_fill(mask == 0, -100)
+    if positions is not None:
+        batch["position_ids"] = mask.cumsum(-1) - 1
+    if positions == "filled":
+        batch["position_ids"] = batch["position_ids"].masked_fill(mask == 0, 1)
     check(pool, llama(), [batch], SplitRun())
+
+
+def test_documents_with_padding_between_them(pool: ProcessPool) -> None:
+    lengths, gaps = [7, 12, 1], [3, 4, 2, 3]
+    tokens = token_batch(3, sum(lengths) + sum(gaps))["input_ids"]
+    mask, positions = torch.zeros_like(tokens), torch.ones_like(tokens)
+    documents, begin = [], 0
+    for gap, length in zip(gaps, lengths, strict=False):
+        own = slice(begin + gap, begin + gap + length)
+        mask[:, own], positions[:, own] = 1, torch.arange(length)
+        documents.append(tokens[:, own])
+        begin = own.stop
+    labels = tokens.masked_fill(mask == 0, -100)
+    # Of a document behind padding, the first token is a target of the padding before it.
+    labels[:, gaps[0]] = -100
+    packed = {"input_ids": tokens, "labels": labels, "attention_mask": mask, "position_ids": positions}
+    reference = fit_single(llama(), [[{"input_ids": part, "labels": part} for part in documents]], count_targets)
+    for result in fit_split(pool, llama(), [packed], SplitRun()):
+        assert compare(result, reference).largest <= BOUND
 
 
 def test_regression_targets(pool: ProcessPool) -> None:
@@ -236,11 +266,24 @@ class AsTheyAre(HandWritten):
         return F.cross_entropy(self(batch["input_ids"]).flatten(0, 1), batch["labels"].flatten())
 
 
-def test_loss_weighting_none_averages_over_ranks(pool: ProcessPool) -> None:
-    batches = [pair_batch(s, 32) for s in range(2)]
-    run = SplitRun(4, 2, {"loss_weighting": "none"})
-    reference = fit_single(hand_written(), [batches], count_targets)
-    assert compare(fit_split(pool, hand_written(), batches, run)[0], reference).largest <= BOUND
+class MeanOfSlices(HandWritten):
+    """The mean over equal slices of each one's own mean, however many targets it has."""
+
+    def _loss(self, batch: Any) -> torch.Tensor:
+        # (B, S, V) -> 2 of (B, S / 2, V)
+        slices = zip(self(batch[0]).chunk(2, dim=1), batch[1].chunk(2, dim=1), strict=True)
+        return torch.stack([F.cross_entropy(logits.flatten(0, 1), y.flatten()) for logits, y in slices]).mean()
+
+
+@pytest.mark.parametrize(("run", "make"), [(SplitRun(2, 1), hand_written()), (SplitRun(4, 2), MeanOfSlices)])
+def test_loss_weighting_none_averages_over_ranks(pool: ProcessPool, run: SplitRun, make: Any) -> None:
+    batches = [pair_batch(s, 32, 1, "uneven") for s in range(2)]
+    run = replace(run, strategy={"loss_weighting": "none"})
+    reference = fit_single(make, [batches], lambda batch: 1.0)
+    result = fit_split(pool, hand_written(), batches, run)[0]
+    assert compare(result, reference).largest <= BOUND
+    by_targets = fit_single(hand_written(), [batches], count_targets)
+    assert compare(result, by_targets).step > 1e-3
 
 
 def fit_broken(rank: int, make: Any, batches: list[Any], run: SplitRun, target: str, replacement: Any) -> Any:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -58,3 +63,41 @@ def test_environment(pool: ProcessPool, kind: str, environment: type) -> None:
     for name, result in pool.run(launched, kind, 4, world_size=4):
         assert name == environment.__name__
         assert compare(result, reference).largest <= 1e-5
+
+
+SCRIPT = """
+import json, os
+from models import hand_written, pair_batch
+from lightning_ulysses.testing import SplitRun, StepRecorder, split_loader, split_trainer
+
+run, rank, recorder = SplitRun(2, 2), int(os.environ["RANK"]), StepRecorder()
+trainer = split_trainer(run, [recorder])
+trainer.fit(hand_written()(), split_loader([pair_batch(seed, 33) for seed in range(3)], run, rank))
+mesh = trainer.strategy.mesh
+found = [type(trainer.strategy.cluster_environment).__name__, mesh.world_size, mesh.sp_size, mesh.sp_rank]
+with open(f"{rank}.json", "w") as file:
+    json.dump([found, recorder.losses], file)
+"""
+
+
+def test_torchrun(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (tmp_path / "train.py").write_text(SCRIPT)
+    root = Path(__file__).parents[1]
+    paths = os.pathsep.join([str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    done = subprocess.run(
+        [*command, "train.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    ranks = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert [found for found, _ in ranks] == [["TorchElasticEnvironment", 2, 2, rank] for rank in range(2)]
+    assert ranks[0][1] == ranks[1][1] and len(ranks[0][1]) == 3

@@ -93,6 +93,53 @@ def test_documents_from_positions(rows: list[list[int]], offset: int) -> None:
     assert [ids(found, seq_len) for found in runs] == [ids_of_lengths(lengths) for lengths in rows]
 
 
+def padded_positions(lengths: list[int], gaps: list[int], fill: str) -> tuple[list[int], list[bool], list[int]]:
+    """Positions, what is no padding, and where documents begin: documents with a gap of padding before each and behind.
+
+    The padding's positions go on counting, stay as they are, or are 1, as they come from
+    ``attention_mask.cumsum(-1) - 1`` and from a ``masked_fill`` of it.
+    """
+    positions: list[int] = []
+    kept: list[bool] = []
+    begins = [0]
+    for length, gap in zip([*lengths, 0], gaps, strict=True):
+        last = positions[-1] if positions else -1
+        going_on = range(last + 1, last + 1 + gap)
+        positions += {"counts": list(going_on), "stays": [last] * gap, "fixed": [1] * gap}[fill]
+        kept += [False] * gap
+        begins += [len(kept)] if length and any(kept) else []
+        positions += range(length)
+        kept += [True] * length
+    return positions, kept, begins
+
+
+@relaxed
+@given(row_lengths, st.data(), st.sampled_from(["counts", "stays", "fixed"]))
+def test_padding_is_no_document(lengths: list[int], data: st.DataObject, fill: str) -> None:
+    gaps = data.draw(st.lists(st.integers(0, 4), min_size=len(lengths) + 1, max_size=len(lengths) + 1))
+    positions, kept, begins = padded_positions(lengths, gaps, fill)
+    seq_len = len(kept)
+    for dtype in (torch.bool, torch.int64, torch.float32):
+        mask = torch.tensor([kept]).to(dtype)
+        found = document_runs({}, torch.tensor([positions]), 1, seq_len, mask)
+        assert found == ((runs_from_starts(begins, seq_len),) if len(begins) > 1 else None)
+
+
+@relaxed
+@given(st.lists(st.lists(st.booleans(), min_size=9, max_size=9), min_size=1, max_size=3), st.booleans())
+def test_positions_that_go_on_over_padding_mark_no_documents(rows: list[list[bool]], counted: bool) -> None:
+    """Whether padding is counted or not, and for any padding in between."""
+    mask = torch.tensor(rows).long()
+    positions = mask.cumsum(dim=1) - 1 if counted else torch.arange(9).expand(len(rows), 9)
+    assert document_runs({}, positions, len(rows), 9, mask) is None
+    assert document_runs({}, positions.masked_fill(mask == 0, 1), len(rows), 9, mask) is None
+
+
+def test_a_mask_of_one_row_and_a_jump_ahead() -> None:
+    positions, mask = torch.tensor([[0, 0, 1, 9, 9, 10]]), torch.tensor([[0, 1, 1, 1, 0, 1]])
+    assert document_runs({}, positions, 2, 6, mask) == (((0, 3), (3, 6)),) * 2
+
+
 def test_positions_shared_by_all_rows() -> None:
     shared = torch.tensor([[0, 1, 2, 0, 1]])
     for positions in (shared, shared[0]):

@@ -24,10 +24,11 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_ulysses"
 
 
-def in_fresh_python(code: str) -> Any:
+def in_fresh_python(code: str, cwd: Path = ROOT, **environment: str) -> Any:
     """What a new interpreter prints last, as JSON."""
+    env = {**os.environ, **environment}
     found = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=240
+        [sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=240
     )
     assert found.returncode == 0, found.stderr
     return json.loads(found.stdout.splitlines()[-1])
@@ -52,8 +53,8 @@ def test_the_import_stays_light() -> None:
 
 
 OTHER_FLAVOUR = """
-import json
-import pytorch_lightning, lightning_ulysses
+import json, sys
+import {first}, {second}
 errors = []
 for strategy in ("ulysses_deepspeed", "ulysses_deepspeed_stage_3", lightning_ulysses.UlyssesDeepSpeedStrategy()):
     try:
@@ -61,12 +62,16 @@ for strategy in ("ulysses_deepspeed", "ulysses_deepspeed_stage_3", lightning_uly
     except Exception as error:
         errors.append([type(error).__name__, str(error)])
 registered = [name for name in pytorch_lightning.strategies.StrategyRegistry if name.startswith("ulysses")]
-print(json.dumps([errors, registered]))
+waiting = [type(finder).__module__ for finder in sys.meta_path]
+print(json.dumps([errors, registered, waiting]))
 """
 
 
-def test_a_trainer_of_the_other_flavour_says_what_to_import() -> None:
-    errors, registered = in_fresh_python(OTHER_FLAVOUR)
+@pytest.mark.parametrize(
+    "order", [("pytorch_lightning", "lightning_ulysses"), ("lightning_ulysses", "pytorch_lightning")]
+)
+def test_a_trainer_of_the_other_flavour_says_what_to_import(order: tuple[str, str]) -> None:
+    errors, registered, waiting = in_fresh_python(OTHER_FLAVOUR.format(first=order[0], second=order[1]))
     for (kind, text), name in zip(errors, ("ulysses_deepspeed", "ulysses_deepspeed_stage_3"), strict=False):
         assert kind == "UlyssesError" and f"strategy={name!r}" in text
         assert "Trainer of pytorch_lightning" in text and "import lightning" in text
@@ -75,6 +80,7 @@ def test_a_trainer_of_the_other_flavour_says_what_to_import() -> None:
     assert kind == "ValueError" and "pytorch_lightning.strategies.Strategy" in text
     assert "lightning_ulysses.strategy.UlyssesDeepSpeedStrategy" in text
     assert sorted(registered) == sorted(name for name in registry() if name.startswith("ulysses"))
+    assert not any("lightning_ulysses" in name for name in waiting)
 
 
 def registry() -> list[str]:
@@ -99,7 +105,8 @@ def test_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from hatchling.build import build_wheel
 
     monkeypatch.chdir(ROOT)
-    with zipfile.ZipFile(tmp_path / build_wheel(str(tmp_path))) as wheel:
+    path = tmp_path / build_wheel(str(tmp_path))
+    with zipfile.ZipFile(path) as wheel:
         names = set(wheel.namelist())
         info = next(name for name in names if name.endswith(".dist-info/METADATA"))
         metadata = Parser().parsestr(wheel.read(info).decode())
@@ -113,6 +120,27 @@ def test_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # What runs have to have is not an extra.
     always = " ".join(line for line in required if "extra" not in line)
     assert all(name in always for name in ("torch>=", "lightning<", "deepspeed<")) and "transformers" not in always
+    check_installed(path, tmp_path / "site")
+
+
+INSTALLED = """
+import json, runpy, sys
+import lightning_ulysses
+sys.argv = ["lightning-ulysses", "--help"]
+try:
+    runpy.run_path({script!r}, run_name="__main__")
+except SystemExit as end:
+    print(json.dumps([lightning_ulysses.__file__, end.code]))
+"""
+
+
+def check_installed(wheel: Path, target: Path) -> None:
+    """The package and its command from the wheel itself, not from the sources."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
+    subprocess.run([*pip, "--target", str(target), str(wheel)], check=True, timeout=240)
+    script = str(target / "bin" / "lightning-ulysses")
+    file, code = in_fresh_python(INSTALLED.format(script=script), cwd=target, PYTHONPATH=str(target))
+    assert file == str(target / "lightning_ulysses" / "__init__.py") and code == 0
 
 
 def test_upstream_is_the_release_that_the_private_hooks_were_read_from() -> None:

@@ -73,7 +73,7 @@ def test_as_batch_sampler_of_any_dataset() -> None:
 
 def test_a_piece_is_no_index() -> None:
     for dataset in ([1, 2, 3], np.arange(3), torch.arange(3)):
-        with pytest.raises((TypeError, IndexError)):
+        with pytest.raises((TypeError, IndexError, UlyssesError)):
             dataset[Piece(1, 0, 1)]  # type: ignore[index]
 
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,16 @@ from lightning_ulysses.mesh import SequenceMesh
 from lightning_ulysses.plan import read_plan
 from lightning_ulysses.processes import ProcessPool
 from lightning_ulysses.state import SequenceState
-from lightning_ulysses.testing import SplitRun, compare, fit_rank, fit_single, fit_split, split_loader, split_trainer
+from lightning_ulysses.testing import (
+    SplitRun,
+    StepRecorder,
+    StepResult,
+    compare,
+    fit_rank,
+    fit_single,
+    split_loader,
+    split_trainer,
+)
 from lightning_ulysses.verification import verify_parity
 
 ROOT = Path(__file__).parent.parent
@@ -157,23 +167,34 @@ def test_every_rank_refuses(pool: ProcessPool, case: str) -> None:
 
 
 class Apart(Denoiser):
-    """Draws noise from the default generator, whose seed differs over ranks."""
+    """Draws noise from the default generator, whose seed differs over ranks; ``noise`` takes its place."""
 
-    def __init__(self) -> None:
-        super().__init__(seed="default")
-        # What the first rank draws, for the reference.
-        torch.manual_seed(100)
+    def __init__(self, noise: list[Tensor] | None = None) -> None:
+        super().__init__()
+        self.noise, self.drawn = list(noise or []), []
 
     def on_train_start(self) -> None:
         torch.manual_seed(100 + self.global_rank)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.drawn.append(self.noise.pop(0) if self.noise else torch.randn(batch["images"].shape))
+        return super().training_step({**batch, "noise": self.drawn[-1]}, batch_idx)
+
+
+def fit_drawing(rank: int, batches: list[Any], run: SplitRun) -> tuple[StepResult, list[Tensor]]:
+    module, recorder = Apart(), StepRecorder()
+    split_trainer(run, [recorder]).fit(module, split_loader(batches, run, rank))
+    return recorder.result(), module.drawn
 
 
 def test_a_group_draws_the_same_noise(pool: ProcessPool) -> None:
     run = SplitRun(2, 2, {"plan": "diffusers"}, {"accumulate_grad_batches": 2})
     batches = [image_batch(1), image_batch(2)]
-    reference = fit_single(Apart, [batches], count_samples)
-    for result in fit_split(pool, Apart, batches, run):
-        assert compare(result, reference).largest <= 1e-5
+    (result, drawn), (other, drawn_there) = pool.run(fit_drawing, batches, run, world_size=2)
+    assert all(torch.equal(a, b) for a, b in zip(drawn, drawn_there, strict=True))
+    assert not torch.equal(drawn[0], drawn[1])
+    reference = fit_single(partial(Apart, drawn), [batches], count_samples)
+    assert max(compare(each, reference).largest for each in (result, other)) <= 1e-5
 
 
 class Looking(LitModule):

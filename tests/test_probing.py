@@ -161,7 +161,35 @@ def layer(width: int) -> nn.Module:
     return nn.TransformerEncoderLayer(width, 4, 2 * width, dropout=0.0, batch_first=True)
 
 
+class Collecting(Between):
+    """Collects a part of the loss from a submodule in a list that the step empties, and counts calls."""
+
+    def __init__(self) -> None:
+        super().__init__(Noting)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.between.found.clear()
+        loss = super().training_step(batch, batch_idx)
+        assert self.between.calls == batch_idx + 1
+        return loss + torch.stack(self.between.found).sum() / len(self.between.seen)
+
+
+class Noting(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.found: list[Tensor] = []
+        self.seen: set[str] = set()
+        self.calls = 0
+
+    def forward(self, h: Tensor) -> Tensor:
+        self.found.append(h.pow(2).mean())
+        self.seen.add(f"{h.requires_grad}")
+        self.calls += 1
+        return h
+
+
 EXACT: dict[str, tuple[Any, list[Any], SplitRun]] = {
+    "losses in a list": (Collecting, PAIRS, SplitRun()),
     "nothing between": (between(nn.LayerNorm), PAIRS, SplitRun()),
     "an encoder layer": (between(layer), PAIRS, SplitRun(4, 4)),
     "bf16 weights": (llama(), TOKENS, SplitRun(trainer={"precision": "bf16-true"})),

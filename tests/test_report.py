@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from lightning_ulysses import UlyssesError
@@ -109,6 +110,22 @@ def test_report_from_the_command_line(
     assert printed.strip().splitlines()[:-1] == again.strip().splitlines()[: len(printed.strip().splitlines()) - 1]
     for part in ("rank", "targets", "padding", "imbalance", f"steps 1 to {steps}"):
         assert part in printed
+
+
+@pytest.mark.parametrize("ranks", [2, 16])
+@pytest.mark.parametrize("factor", [0.5, 10.0])
+def test_tokens_and_targets_stay_inside_the_frame(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, factor: float
+) -> None:
+    made = table(ranks=ranks)
+    made["targets"] = factor * (made["tokens"] - made["padding"])
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: figures.append(figure))
+    draw(made, tmp_path / PNG_NAME)
+    axes = figures[0].axes[0]
+    highest = max(float(np.max(line.get_ydata())) for line in axes.lines)
+    low, high = axes.get_ylim()
+    assert low == 0 and highest <= max(100, made["targets"].max()) <= high <= 1.2 * max(100, made["targets"].max())
 
 
 def test_nothing_is_drawn_before_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,13 +6,18 @@ import pickle
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
+from datasets import Dataset as HuggingFace
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from packs import every_token, lengths_of, ranks, sampler, tokens
+from torch.utils.data import DataLoader, Dataset
 
-from lightning_ulysses.data.packing import Overlong
+from lightning_ulysses.data import PackingCollator, SequenceShardSampler
+from lightning_ulysses.data.packing import Overlong, Pack
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.mesh import SequenceMesh
 from lightning_ulysses.state import SequenceState, activate
@@ -125,6 +130,8 @@ def test_places_that_cannot_be(strategy: Any) -> None:
         ({"seed": -1}, "seed=-1"),
         ({"seed": True}, "seed=True"),
         ({"max_tokens": 30}, "document 1 of 50 tokens"),
+        ({"cost": {"per_token": 1}}, r"cost=\{'per_token': 1\}.*CostModel\(per_token"),
+        ({"overlong": "cut"}, "overlong='cut'"),
     ],
 )
 def test_settings_that_cannot_be(arguments: dict[str, Any], words: str) -> None:
@@ -143,6 +150,50 @@ def test_lost_documents_are_reported() -> None:
     with pytest.warns(UserWarning, match="2 of 4 documents .* loses 27 of 34 tokens"):
         report = sampler([3, 12, 15, 4], max_tokens=10, overlong="drop").report()
     assert (report.documents, report.overlong, report.tokens, report.lost_tokens) == (4, 2, 7, 27)
+
+
+class Rows(Dataset[Any]):
+    """Asks a list for one row."""
+
+    def __init__(self, rows: list[Any]) -> None:
+        self.rows = rows
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.rows[index]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+UNPACKED: dict[str, Any] = {
+    "list": lambda documents: documents,
+    "dataset": Rows,
+    "hugging face": HuggingFace.from_list,
+}
+
+
+@pytest.mark.parametrize("rows_per_batch", [None, 2])
+@pytest.mark.parametrize("kind", UNPACKED)
+def test_documents_in_the_place_of_packs(kind: str, rows_per_batch: int | None) -> None:
+    documents = [{"input_ids": [number] * 20} for number in range(9)]
+    one = SequenceShardSampler(documents, "input_ids", 64)
+    dataset = UNPACKED[kind](documents)
+    loader = DataLoader(dataset, sampler=one, batch_size=rows_per_batch, collate_fn=PackingCollator())
+    with pytest.raises(UlyssesError, match=r"give the DataLoader sampler\.packed as its dataset"):
+        next(iter(loader))
+
+
+def test_a_part_of_a_document_is_no_number() -> None:
+    one = SequenceShardSampler([[1] * 50], [50], 30, overlong="split")
+    with pytest.raises(UlyssesError, match=r"asked for tokens \d+ to \d+ of document 0.*sampler.packed"):
+        next(iter(DataLoader([[1] * 50], batch_sampler=one, collate_fn=PackingCollator())))  # type: ignore[arg-type]
+
+
+def test_arrays_take_a_pack_as_numbers() -> None:
+    pack = next(iter(sampler([20] * 9)))
+    assert type(pack) is Pack and pack == list(pack) and len(pack) == 5
+    assert np.arange(9)[pack].tolist() == torch.arange(9)[pack].tolist() == list(pack)
+    assert type(pickle.loads(pickle.dumps(pack))) is Pack
 
 
 def test_samplers_can_be_pickled() -> None:

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_ulysses import UlyssesDeepSpeedStrategy
+from lightning_ulysses import UlyssesDeepSpeedStrategy, UlyssesError
 from lightning_ulysses.data import PackingCollator, SequenceShardSampler
 from lightning_ulysses.processes import ProcessPool
 from lightning_ulysses.testing import QUIET
@@ -123,6 +123,24 @@ def test_limited_epochs(pool: ProcessPool) -> None:
 def test_steps_are_known_to_configure_optimizers(pool: ProcessPool) -> None:
     for seen, steps in pool.run(fit, "ulysses", 0, {}, world_size=4):
         assert steps == sum(map(len, seen.values()))
+
+
+def fit_batch_sampler(rank: int) -> str:
+    sampler = SequenceShardSampler(documents(), "input_ids", 80)
+    loader = DataLoader(documents(), batch_sampler=sampler, collate_fn=collate)  # type: ignore[arg-type]
+    run = UlyssesDeepSpeedStrategy(sp_size=2, sequence_dims={"real": 1})
+    with pytest.raises(UlyssesError) as caught:
+        L.Trainer(accelerator="cpu", devices=2, strategy=run, max_steps=1, **QUIET).fit(Attention(), loader)
+    return str(caught.value)
+
+
+def test_batch_samplers_are_told_their_place(pool: ProcessPool) -> None:
+    for text in pool.run(fit_batch_sampler, world_size=2):
+        assert "batch_sampler=SequenceShardSampler" in text
+        assert "sampler=sampler, batch_size=None" in text
+    alone = SequenceShardSampler(documents(), "input_ids", 80, num_replicas=1, rank=0)
+    loader = DataLoader(documents(), batch_sampler=alone, collate_fn=collate)  # type: ignore[arg-type]
+    assert not hasattr(alone, "batch_size") and len(list(loader)) == len(alone)
 
 
 def test_one_process() -> None:

@@ -40,7 +40,7 @@ class Recording(HandWritten):
         return super().training_step(batch, batch_idx)
 
 
-def record(rank: int, workers: int, seed: int | None) -> list[Tensor]:
+def record(rank: int, world_size: int, workers: int, seed: int | None) -> list[Tensor]:
     if seed is not None:
         L.seed_everything(seed, workers=True, verbose=False)
     else:
@@ -48,29 +48,41 @@ def record(rank: int, workers: int, seed: int | None) -> list[Tensor]:
     module = Recording()
     torch.rand(rank)
     trainer = split_trainer(
-        SplitRun(4, 2, trainer={"max_epochs": 1 if workers else 2, "use_distributed_sampler": True})
+        SplitRun(world_size, 2, trainer={"max_epochs": 1 if workers else 2, "use_distributed_sampler": True})
     )
-    trainer.fit(module, DataLoader(Rotated(), batch_size=1, num_workers=workers))
+    # A forked worker would inherit threads of the process group that spin.
+    context = "spawn" if workers else None
+    trainer.fit(module, DataLoader(Rotated(), batch_size=1, num_workers=workers, multiprocessing_context=context))
     return module.seen
 
 
-@pytest.mark.parametrize(("workers", "seed"), [(0, 3), (0, None)])
-def test_one_sample_per_group(pool: ProcessPool, workers: int, seed: int | None) -> None:
-    seen = pool.run(record, workers, seed, world_size=4)
-    rows: list[list[Tensor]] = [[], []]
-    for group in range(2):
-        for first, second in zip(seen[2 * group], seen[2 * group + 1], strict=True):
-            row = torch.cat([first, second], dim=1)
-            assert row.shape == (1, S)
-            assert torch.equal(row.diff(dim=1) % VOCAB, torch.ones(1, S - 1, dtype=torch.long))
-            rows[group].append(row)
-    assert len(rows[0]) == (3 if workers else 6)
-    assert not all(torch.equal(a, b) for a, b in zip(*rows, strict=True))
-    assert workers or not torch.equal(rows[0][0], rows[0][3]), "the second epoch repeats the first one's augmentations"
+def join(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
+    """The rows that two ranks of one group were trained on, which fit together."""
+    # (1, S_r) of each rank -> (1, S)
+    rows = [torch.cat(slices, dim=1) for slices in zip(first, second, strict=True)]
+    for row in rows:
+        assert row.shape == (1, S)
+        assert torch.equal(row.diff(dim=1) % VOCAB, torch.ones(1, S - 1, dtype=torch.long))
+    return rows
+
+
+@pytest.mark.parametrize("seed", [3, None])
+def test_one_sample_per_group(pool: ProcessPool, seed: int | None) -> None:
+    seen = pool.run(record, 4, 0, seed, world_size=4)
+    rows, others = join(*seen[:2]), join(*seen[2:])
+    assert len(rows) == 6
+    assert not all(torch.equal(a, b) for a, b in zip(rows, others, strict=True))
+    assert not torch.equal(rows[0], rows[3]), "the second epoch repeats the first one's augmentations"
+
+
+def test_workers_of_a_group_draw_the_same(pool: ProcessPool) -> None:
+    rows = join(*pool.run(record, 2, 1, None, world_size=2))
+    assert len(rows) == 6
+    assert len({int(row[0, 0]) for row in rows}) > 1
 
 
 def test_seed_makes_runs_repeatable(pool: ProcessPool) -> None:
-    first, second = (pool.run(record, 0, 3, world_size=4) for _ in range(2))
-    other = pool.run(record, 0, 4, world_size=4)
+    first, second = (pool.run(record, 4, 0, 3, world_size=4) for _ in range(2))
+    other = pool.run(record, 4, 0, 4, world_size=4)
     assert all(torch.equal(a, b) for a, b in zip(first[0], second[0], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(first[0], other[0], strict=True))

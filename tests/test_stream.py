@@ -19,12 +19,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lightning.fabric.utilities.data import sized_len
 from models import LlamaModule, count_targets, llama
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lightning_ulysses import UlyssesError
-from lightning_ulysses.data import PackedStream, PackingCollator
+from lightning_ulysses.data import PackedStream, PackingCollator, SequenceShardSampler
 from lightning_ulysses.data import stream as stream_module
 from lightning_ulysses.mesh import SequenceMesh
 from lightning_ulysses.processes import ProcessPool
@@ -522,6 +523,15 @@ def test_bad_input(case: str) -> None:
     call, message = BAD[case]
     with pytest.raises(UlyssesError, match=message):
         call()
+
+
+def test_there_is_no_length() -> None:
+    stream = raw(Documents([1, 2]), 4)
+    with pytest.raises(TypeError, match=r"PackedStream has no length.*max_steps.*SequenceShardSampler"):
+        len(DataLoader(stream, batch_size=None))
+    assert stream and list(stream) and sized_len(DataLoader(stream, batch_size=None)) is None
+    with pytest.raises(UlyssesError, match="PackedStream without a length"):
+        SequenceShardSampler(stream, [1, 2], 4)
 
 
 def test_rows_shorter_than_the_group_are_refused() -> None:

@@ -53,8 +53,8 @@ class Agreement:
         return torch.stack([scores, *(torch.tensor(other) for other in self.others)]).amin(0)
 
 
-def resolve(batch: LiveBatch, explicit: str | None = None) -> str:
-    return TargetResolver(explicit, Agreement()).resolve(batch)
+def resolve(batch: LiveBatch, resolver: TargetResolver | None = None) -> str:
+    return (resolver or TargetResolver(None, Agreement())).resolve(batch, batch.counts)
 
 
 CASES: dict[str, tuple[LiveBatch, str]] = {
@@ -131,52 +131,53 @@ def test_padding_that_no_tensor_can_mark_is_refused() -> None:
 def test_an_explicit_answer_needs_no_evidence() -> None:
     agree = Agreement()
     resolver = TargetResolver("labels", agree)
-    assert resolver.is_settled and resolver.resolve(live(mean(torch.arange(2)), labels=LABELS)) == "labels"
+    assert resolver.settled is not None and resolve(live(mean(torch.arange(2)), labels=LABELS), resolver) == "labels"
     assert agree.calls == 0
     with pytest.raises(UlyssesError, match=r"targets='labels'.*\['tokens', 'y'\]"):
-        resolver.resolve(live(y=LABELS))
+        resolve(live(y=LABELS), resolver)
 
 
 def test_every_rank_has_to_agree() -> None:
     # In the order of the names: labels, other, tokens, and whether all counts are equal.
     batch = live(mean(LABELS), labels=LABELS, other=SHIFTED)
-    assert TargetResolver(None, Agreement()).resolve(batch) == "labels"
-    assert TargetResolver(None, Agreement([0, 2, 0, 1])).resolve(batch) == "other"
+    assert resolve(batch, TargetResolver(None, Agreement())) == "labels"
+    assert resolve(batch, TargetResolver(None, Agreement([0, 2, 0, 1]))) == "other"
     with pytest.raises(UlyssesError, match="on some rank"):
-        TargetResolver(None, Agreement([0, 0, 0, 1])).resolve(batch)
+        resolve(batch, TargetResolver(None, Agreement([0, 0, 0, 1])))
     undecided = live(labels=LABELS, other=SHIFTED)
-    assert TargetResolver(None, Agreement([1, 1, 1, 1])).resolve(undecided) == "labels"
+    assert resolve(undecided, TargetResolver(None, Agreement([1, 1, 1, 1]))) == "labels"
     with pytest.raises(UlyssesError, match="any of"):
-        TargetResolver(None, Agreement([1, 1, 1, 0])).resolve(undecided)
+        resolve(undecided, TargetResolver(None, Agreement([1, 1, 1, 0])))
 
 
 def test_certain_evidence_settles_at_once() -> None:
     agree = Agreement()
     resolver = TargetResolver(None, agree)
-    assert not resolver.is_settled
-    assert resolver.resolve(live(mean(SHIFTED), labels=LABELS, shift_labels=SHIFTED)) == "shift_labels"
-    assert resolver.is_settled
-    assert resolver.resolve(live(mean(torch.arange(1)), labels=LABELS, shift_labels=SHIFTED)) == "shift_labels"
+    assert resolver.settled is None
+    assert resolve(live(mean(SHIFTED), labels=LABELS, shift_labels=SHIFTED), resolver) == "shift_labels"
+    assert resolver.settled is not None
+    assert resolve(live(mean(torch.arange(1)), labels=LABELS, shift_labels=SHIFTED), resolver) == "shift_labels"
     assert agree.calls == 1
-    # A batch without it, such as one of another dataloader, is looked at anew.
-    assert resolver.resolve(live(y=LABELS)) == "y" and agree.calls == 2
+    # By now no rank asks the others any more.
+    with pytest.raises(UlyssesError, match=r"a batch without 'shift_labels'.*\['tokens', 'y'\].*collate function"):
+        resolve(live(y=LABELS), resolver)
 
 
 def test_weak_evidence_settles_after_some_batches() -> None:
     agree = Agreement()
     resolver = TargetResolver(None, agree)
     for attempt in range(3):
-        assert not resolver.is_settled
-        assert resolver.resolve(live(mean(torch.arange(4)), y=LABELS)) == "y"
+        assert resolver.settled is None
+        assert resolve(live(mean(torch.arange(4)), y=LABELS), resolver) == "y"
         assert agree.calls == attempt + 1
-    assert resolver.is_settled
+    assert resolver.settled is not None
 
 
 def test_a_tie_never_settles() -> None:
     resolver = TargetResolver(None, Agreement())
     for _ in range(5):
-        assert resolver.resolve(live(a=LABELS, b=SHIFTED)) == "a"
-    assert not resolver.is_settled
+        assert resolve(live(a=LABELS, b=SHIFTED), resolver) == "a"
+    assert resolver.settled is None
 
 
 @contextmanager

@@ -454,7 +454,7 @@ def test_peaks_by_name(name: str, peak: float | None) -> None:
     assert peak_of_name(name) == peak
 
 
-@pytest.mark.parametrize("peak", [0.0, -1.0, math.inf, math.nan])
-def test_a_peak_that_is_none(peak: float) -> None:
+@pytest.mark.parametrize("peak", [0.0, -1.0, math.inf, math.nan, "989e12", True])
+def test_a_peak_that_is_none(peak: Any) -> None:
     with pytest.raises(UlyssesError, match=r"peak_flops=.*operations per second of one device.*989e12"):
         TokenCountMonitor(peak_flops=peak)

@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import LlamaModule, count_targets, hand_written, llama, token_batch
+from torch.nn.functional import scaled_dot_product_attention as early_bound
 from torch.utils.data import DataLoader
 
-from lightning_ulysses import TokenCountMonitor, UlyssesDeepSpeedStrategy, gather_sequence
+from lightning_ulysses import TokenCountMonitor, UlyssesDeepSpeedStrategy, gather_sequence, upstream
 from lightning_ulysses.processes import ProcessPool
 from lightning_ulysses.testing import QUIET, SplitRun, compare, fit_single, fit_split, split_loader, split_trainer
 
@@ -189,9 +190,14 @@ def test_configure_model(pool: ProcessPool, stage: int) -> None:
 
 
 def restore(rank: int) -> list[bool]:
+    from deepspeed.runtime.activation_checkpointing import checkpointing
+    from torch.nn.attention import flex_attention, varlen
     from transformers import GenerationMixin
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.modeling_utils import AttentionInterface
+
+    class Early(LlamaModule):
+        attend = staticmethod(early_bound)
 
     def seen() -> list[Any]:
         registered = [
@@ -200,7 +206,10 @@ def restore(rank: int) -> list[bool]:
             for key in ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
         ]
         registered += [AttentionInterface.get_interface, AttentionMaskInterface._global_mapping["eager"]]
-        return [F.linear, F.scaled_dot_product_attention, F.cross_entropy, GenerationMixin.generate, *registered]
+        functions = [F.linear, F.scaled_dot_product_attention, F.cross_entropy, F.multi_head_attention_forward]
+        functions += [varlen.varlen_attn, flex_attention.flex_attention, GenerationMixin.generate]
+        functions += [getattr(checkpointing, name) for name in upstream._EMPTYING]
+        return [*functions, early_bound, vars(Early)["attend"], torch.backends.mha.get_fastpath_enabled(), *registered]
 
     class Peek(L.Callback):
         def __init__(self) -> None:
@@ -211,7 +220,7 @@ def restore(rank: int) -> list[bool]:
 
     # ZeRO-3, under which DeepSpeed replaces a function of its own.
     before, run, peek = seen(), SplitRun(strategy={"stage": 3}), Peek()
-    module = LlamaModule()
+    module = Early()
     split_trainer(run, [peek]).fit(module, split_loader(batches(), run, rank))
     patched = all(a is not b for a, b in zip(before, peek.inside, strict=True))
     restored = all(a is b for a, b in zip(before, seen(), strict=True))

@@ -26,6 +26,7 @@ SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "nu
 GROUPED = {**SIZES, "num_key_value_heads": 2}
 HEADS = {**GROUPED, "head_dim": 8}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+BALANCED = {"output_router_logits": True, "router_aux_loss_coef": 1.0}
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 SEQ_LEN, BOUND = 33, 1e-5
 
@@ -41,6 +42,7 @@ class Entry:
         exact: Whether it is; else it is refused.
         why: A part of the refusal; else what the row is about.
         config: Its configuration class, where it has another name.
+        variant: What tells it from another row of the same class.
     """
 
     family: str
@@ -49,11 +51,17 @@ class Entry:
     exact: bool = True
     why: str = ""
     config: str = ""
+    variant: str = ""
+
+    @property
+    def kind(self) -> str:
+        """The model class."""
+        return self.family + self.head
 
     @property
     def name(self) -> str:
-        """The model class."""
-        return self.family + self.head
+        """The row's."""
+        return f"{self.kind} {self.variant}".strip()
 
 
 ENTRIES = [
@@ -62,7 +70,19 @@ ENTRIES = [
     Entry("Qwen3", sizes=HEADS),
     Entry("Mistral", sizes={**GROUPED, "sliding_window": 7}, why="sliding window"),
     Entry("Mixtral", sizes={**GROUPED, "num_local_experts": 4, "num_experts_per_tok": 2}, why="experts"),
+    Entry(
+        "Mixtral",
+        sizes={**GROUPED, **BALANCED, "num_local_experts": 4, "num_experts_per_tok": 2},
+        why="experts, auxiliary loss",
+        variant="balanced",
+    ),
     Entry("Qwen3Moe", sizes={**HEADS, **EXPERTS, "num_experts": 4}, why="experts"),
+    Entry(
+        "Qwen3Moe",
+        sizes={**HEADS, **EXPERTS, **BALANCED, "num_experts": 4},
+        why="experts, auxiliary loss",
+        variant="balanced",
+    ),
     Entry("Gemma", sizes=HEADS),
     Entry(
         "Gemma2",
@@ -114,7 +134,7 @@ ENTRIES = [
     Entry("StableLm"),
     Entry("Glm", sizes=HEADS),
     Entry("Bert", "ForMaskedLM", SIZES),
-    Entry("Roberta", "ForMaskedLM", SIZES, exact=False, why="positions that start at 0 again on every rank"),
+    Entry("Roberta", "ForMaskedLM", SIZES, why="positions counted from the padding"),
     Entry(
         "ModernBert",
         "ForMaskedLM",
@@ -179,7 +199,7 @@ class Specimen(L.LightningModule):
         )
         for key in [k for k, v in vars(config).items() if isinstance(v, float) and ("dropout" in k or "pdrop" in k)]:
             setattr(config, key, 0.0)
-        kind = getattr(transformers, name)
+        kind = getattr(transformers, entry.kind)
         config._attn_implementation = "sdpa" if kind._supports_sdpa else "eager"
         self.model = kind(config)
 

@@ -28,7 +28,8 @@ class MaskSpec:
         valid: Per row, the runs of keys that a padding mask keeps.
         num_padding: Keys at the end of every row that nothing may see.
         ahead: With ``window`` and without ``causal``, query i sees keys up to i + ahead only.
-        chunk: Queries see keys of their own chunk of so many tokens only, counted from the start of the document.
+        chunk: Queries see keys of their own chunk of so many tokens only, counted from the start of the document, or
+            behind the left padding of the row.
     """
 
     causal: bool
@@ -59,6 +60,7 @@ def _cat(parts: list[Tensor]) -> Tensor:
     """Joins (B, H, S_i, D) along S, laid out in memory as (B, S, H, D), which the way back sends without a copy."""
     if len(parts) == 1:
         return parts[0]
+    # Each (B, H, S_i, D) -> (B, S_i, H, D) -> (B, S, H, D) -> (B, H, S, D)
     return torch.cat([part.transpose(1, 2) for part in parts], dim=1).transpose(1, 2)
 
 
@@ -70,6 +72,7 @@ def _split(tensor: Tensor, lengths: list[int]) -> list[Tensor]:
     """
     if len(lengths) == 1:
         return [tensor]
+    # (B, H, S, D) -> (B, S, H, D) -> each (B, S_i, H, D) -> (B, H, S_i, D)
     return [part.transpose(1, 2) for part in tensor.transpose(1, 2).split(lengths, dim=1)]
 
 
@@ -159,10 +162,11 @@ def _row_runs(spec: MaskSpec, row: int, length: int) -> tuple[Runs, Runs | None]
         valid = _clip(valid if valid is not None else ((0, length),), 0, length - spec.num_padding)
     if spec.chunk is not None:
         # Left padding is no part of the first chunk; behind it, a document's chunks are documents of their own.
-        left = valid[0][0] if valid and spec.documents is None else 0
-        parts = [(0, left), (left, length)] if left else documents
+        left = valid[0][0] if valid else 0
+        if 0 < left < documents[0][1]:
+            documents = ((0, left), (left, documents[0][1]), *documents[1:])
         documents = tuple(
-            (place, min(place + spec.chunk, end)) for begin, end in parts for place in range(begin, end, spec.chunk)
+            (place, min(place + spec.chunk, end)) for begin, end in documents for place in range(begin, end, spec.chunk)
         )
     return documents, valid
 

@@ -42,6 +42,7 @@ class Extras:
 
 def _by_group(tensor: Tensor, heads: int) -> Tensor:
     """(H,) -> (heads, H / heads, 1, 1), to go with scores (B, heads, H / heads, S_q, S_k)."""
+    # (H,) -> (heads, H / heads, 1, 1)
     return tensor.view(heads, -1, 1, 1)
 
 
@@ -68,7 +69,8 @@ def _block(
 ) -> Tensor:
     """One block of queries: q (B, H, S_q, D), k (B, heads, S_k, D), v (B, heads, S_k, D_v) -> (B, H, S_q, D_v)."""
     heads, length = k.shape[1], q.shape[2]
-    # (B, H, S_q, D) -> (B, heads, H / heads * S_q, D), as one product for each head of k
+    # One product for each head of k:
+    # (B, H, S_q, D) -> (B, heads, H / heads, S_q, D) -> (B, heads, H / heads * S_q, D)
     rows = q.unflatten(1, (heads, -1)).flatten(2, 3)
     # (B, heads, H / heads * S_q, S_k) -> (B, heads, H / heads, S_q, S_k)
     scores = (rows @ k.transpose(2, 3)).unflatten(2, (-1, length)).to(torch.promote_types(q.dtype, torch.float32))
@@ -87,8 +89,10 @@ def _block(
     else:
         weights = scores.softmax(dim=-1)
     weights = torch.nn.functional.dropout(weights.to(v.dtype), dropout_p)
-    # (B, heads, H / heads, S_q, S_k) -> (B, heads, H / heads * S_q, S_k) -> (B, H, S_q, D_v)
-    return (weights.flatten(2, 3) @ v).unflatten(2, (-1, length)).flatten(1, 2)
+    # (B, heads, H / heads, S_q, S_k) -> (B, heads, H / heads * S_q, S_k)
+    rows = weights.flatten(2, 3)
+    # (B, heads, H / heads * S_q, D_v) -> (B, heads, H / heads, S_q, D_v) -> (B, H, S_q, D_v)
+    return (rows @ v).unflatten(2, (-1, length)).flatten(1, 2)
 
 
 def explicit_attention(

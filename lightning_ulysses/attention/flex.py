@@ -9,7 +9,7 @@ Source: torch ``nn/attention/flex_attention.py``.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,6 +72,32 @@ def _of_heads(block_mask: BlockMask, heads: slice) -> BlockMask:
     )
 
 
+def _kernel(
+    original: Callable[..., Any],
+    score_mod: Mod | None,
+    block_mask: BlockMask | None,
+    layout: SequenceLayout,
+    settings: Mapping[str, Any],
+) -> Callable[..., Tensor]:
+    """Computes some heads over the whole sequence, once they are exchanged."""
+    real = layout.seq_len - layout.num_padding
+
+    def compute(q: Tensor, k: Tensor, v: Tensor, heads: slice, kv_index: tuple[int, ...] | None) -> Tensor:
+        q, k, v = (t[:, :, :real] for t in (q, k, v))
+        # Fused kernels want equal groups, of a size that is a power of two.
+        if kv_index is None and (ratio := q.shape[1] // k.shape[1]) & (ratio - 1):
+            kv_index = tuple(head // ratio for head in range(q.shape[1]))
+        if kv_index is not None:
+            index = torch.tensor(kv_index, device=k.device)
+            k, v = k.index_select(1, index), v.index_select(1, index)
+        score = None if score_mod is None else _shifted(score_mod, heads.start, 2)
+        mask = None if block_mask is None else _of_heads(block_mask, heads)
+        out: Tensor = original(q, k, v, score, mask, enable_gqa=q.shape[1] != k.shape[1], **settings)
+        return nn.functional.pad(out, (0, 0, 0, layout.num_padding))
+
+    return compute
+
+
 def _wrap(state: SequenceState, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def flex_attention(
@@ -99,23 +125,8 @@ def _wrap(state: SequenceState, original: Callable[..., Any]) -> Callable[..., A
                 "a call for the output alone",
                 "leave out return_lse and return_aux, or train without sequence parallelism (sp_size=1)",
             )
-        layout = batch.layout
-        _check_block_mask(block_mask, query.shape[1], layout)
-        real = layout.seq_len - layout.num_padding
-
-        def compute(q: Tensor, k: Tensor, v: Tensor, heads: slice, kv_index: tuple[int, ...] | None) -> Tensor:
-            q, k, v = (t[:, :, :real] for t in (q, k, v))
-            # Fused kernels want equal groups, of a size that is a power of two.
-            if kv_index is None and (ratio := q.shape[1] // k.shape[1]) & (ratio - 1):
-                kv_index = tuple(head // ratio for head in range(q.shape[1]))
-            if kv_index is not None:
-                index = torch.tensor(kv_index, device=k.device)
-                k, v = k.index_select(1, index), v.index_select(1, index)
-            score = None if score_mod is None else _shifted(score_mod, heads.start, 2)
-            mask = None if block_mask is None else _of_heads(block_mask, heads)
-            out: Tensor = original(q, k, v, score, mask, enable_gqa=q.shape[1] != k.shape[1], **settings)
-            return nn.functional.pad(out, (0, 0, 0, layout.num_padding))
-
+        _check_block_mask(block_mask, query.shape[1], batch.layout)
+        compute = _kernel(original, score_mod, block_mask, batch.layout, settings)
         return exchanged(state, query, key, value, compute)
 
     return flex_attention

@@ -8,8 +8,9 @@ Sources: transformers ``integrations/sdpa_attention.py``, ``integrations/flash_a
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from lightning_ulysses.attention.explicit import Extras
 from lightning_ulysses.attention.generation import install_generate
 from lightning_ulysses.attention.masks import find_mask, install_masks
 from lightning_ulysses.attention.model_inputs import supply_inputs
+from lightning_ulysses.attention.numbering import Numbering
+from lightning_ulysses.attention.router import check_router, install_router
 from lightning_ulysses.attention.stand_in import probe_attention
 from lightning_ulysses.attention.ulysses import local_mask_error, sharded_attention
 from lightning_ulysses.errors import UlyssesError
@@ -69,65 +72,67 @@ def _stranger(module: nn.Module) -> UlyssesError:
     )
 
 
+def _check_features(module: nn.Module, arguments: Mapping[str, Any]) -> None:
+    present = [feature for feature in _UNSUPPORTED_FEATURES if arguments.get(feature) is not None]
+    if present:
+        raise UlyssesError(
+            f"{type(module).__name__} with {', '.join(present)}",
+            "attention that is plain softmax over queries, keys and values",
+            "train this model without sequence parallelism (sp_size=1)",
+        )
+
+
+def _wrap(
+    state: SequenceState,
+    known: weakref.WeakSet[nn.Module],
+    tried: set[tuple[type, Any]],
+    name: str,
+    original: Callable[..., Any],
+) -> Callable[..., Any]:
+    """The replacement of one function; ``tried`` collects the eager ones whose formula has been checked."""
+
+    @state.takes_over(original)
+    def attention_forward(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        is_causal: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        if state.probing:
+            # (B, H, S, D_v) -> (B, S, H, D_v)
+            return probe_attention(state, query, key, value).transpose(1, 2).contiguous(), None
+        batch = state.described_batch
+        whole = state.mesh.sp_size == 1
+        if batch is None or (whole and (attention_mask is None or find_mask(batch, attention_mask) is None)):
+            settings = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
+            out: tuple[Tensor, None] = original(module, query, key, value, attention_mask, **settings)
+            return out
+        if not whole and module not in known:
+            raise _stranger(module)
+        _check_features(module, kwargs)
+        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        window = kwargs.get("sliding_window") if name not in _MASKED and causal else None
+        spec = _call_spec(batch, attention_mask, causal, window)
+        extras = Extras(kwargs.get("softcap"), kwargs.get("s_aux"))
+        if name == "eager" and (type(module), original) not in tried:
+            check_formula(original, module, query, key, value, scaling, extras, **kwargs)
+            tried.add((type(module), original))
+        result = sharded_attention(state, query, key, value, spec, scale=scaling, dropout_p=dropout, extras=extras)
+        # (B, H, S_r, D_v) -> (B, S_r, H, D_v)
+        return result.transpose(1, 2).contiguous(), None
+
+    return attention_forward
+
+
 def _install_attention(state: SequenceState, handle: Handle, root: nn.Module, names: list[str]) -> None:
     from transformers.modeling_utils import AttentionInterface
 
-    known = weakref.WeakSet(root.modules())
-    tried: set[tuple[type, Any]] = set()
-
-    def wrap(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
-        @state.takes_over(original)
-        def attention_forward(
-            module: nn.Module,
-            query: Tensor,
-            key: Tensor,
-            value: Tensor,
-            attention_mask: Tensor | None,
-            dropout: float = 0.0,
-            scaling: float | None = None,
-            is_causal: bool | None = None,
-            **kwargs: Any,
-        ) -> tuple[Tensor, None]:
-            if state.probing:
-                # (B, H, S, D_v) -> (B, S, H, D_v)
-                return probe_attention(state, query, key, value).transpose(1, 2).contiguous(), None
-            batch = state.described_batch
-            whole = state.mesh.sp_size == 1
-            if batch is None or (whole and (attention_mask is None or find_mask(batch, attention_mask) is None)):
-                out: tuple[Tensor, None] = original(
-                    module,
-                    query,
-                    key,
-                    value,
-                    attention_mask,
-                    dropout=dropout,
-                    scaling=scaling,
-                    is_causal=is_causal,
-                    **kwargs,
-                )
-                return out
-            if not whole and module not in known:
-                raise _stranger(module)
-            present = [feature for feature in _UNSUPPORTED_FEATURES if kwargs.get(feature) is not None]
-            if present:
-                raise UlyssesError(
-                    f"{type(module).__name__} with {', '.join(present)}",
-                    "attention that is plain softmax over queries, keys and values",
-                    "train this model without sequence parallelism (sp_size=1)",
-                )
-            causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-            window = kwargs.get("sliding_window") if name not in _MASKED and causal else None
-            spec = _call_spec(batch, attention_mask, causal, window)
-            extras = Extras(kwargs.get("softcap"), kwargs.get("s_aux"))
-            if name == "eager" and (type(module), original) not in tried:
-                check_formula(original, module, query, key, value, scaling, extras, **kwargs)
-                tried.add((type(module), original))
-            result = sharded_attention(state, query, key, value, spec, scale=scaling, dropout_p=dropout, extras=extras)
-            # (B, H, S_r, D_v) -> (B, S_r, H, D_v)
-            return result.transpose(1, 2).contiguous(), None
-
-        return attention_forward
-
+    wrap = functools.partial(_wrap, state, weakref.WeakSet(root.modules()), set())
     registry: dict[str, Any] = AttentionInterface._global_mapping
     for name in names:
         handle.patch_item(registry, name, wrap(name, registry[name]))
@@ -158,12 +163,7 @@ def check_model(model: PreTrainedModel, mesh: SequenceMesh, names: list[str]) ->
             "a model with one sequence",
             "train it without sequence parallelism (sp_size=1)",
         )
-    if getattr(config, "output_router_logits", False):
-        raise UlyssesError(
-            f"{name} with output_router_logits=True",
-            "a loss that is a mean over tokens; the router's auxiliary loss is not",
-            "set config.output_router_logits = False",
-        )
+    check_router(model)
 
 
 def install(state: SequenceState, root: nn.Module, *, sync_steps: bool = False) -> Handle:
@@ -188,12 +188,15 @@ def install(state: SequenceState, root: nn.Module, *, sync_steps: bool = False) 
         install_masks(state, handle, (*names, "eager"))
         _install_attention(state, handle, root, names)
         install_generate(state, handle, sync_steps)
-        for model in root.modules():
-            if isinstance(model, PreTrainedModel):
-                if state.mesh.sp_size > 1:
-                    check_model(model, state.mesh, names)
-                hook = model.register_forward_pre_hook(supply_inputs(state, model), with_kwargs=True)
-                handle.add(hook.remove)
+        models = [model for model in root.modules() if isinstance(model, PreTrainedModel)]
+        numbering = Numbering(state)
+        for model in models:
+            if state.mesh.sp_size > 1:
+                check_model(model, state.mesh, names)
+            hook = model.register_forward_pre_hook(supply_inputs(state, model, numbering), with_kwargs=True)
+            handle.add(hook.remove)
+        numbering.install(root, handle)
+        install_router(state, handle, models)
     except BaseException:
         handle.remove()
         raise

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lightning_ulysses.attention.numbering import Numbering, restarting_positions
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.graphs import eager
 from lightning_ulysses.state import LiveBatch, SequenceState, TargetEvidence
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def supply_inputs(state: SequenceState, model: PreTrainedModel) -> Callable[..., Any]:
+def supply_inputs(state: SequenceState, model: PreTrainedModel, numbering: Numbering) -> Callable[..., Any]:
     """A forward pre-hook that supplies the positions and shifted labels that the model would get wrong on a slice."""
     signature = inspect.signature(model.forward)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
@@ -37,7 +38,7 @@ def supply_inputs(state: SequenceState, model: PreTrainedModel) -> Callable[...,
         added: dict[str, Any] = {}
         if given.get("position_ids") is None:
             if "position_ids" in signature.parameters:
-                added["position_ids"] = _positions(state, batch, tokens)
+                added["position_ids"] = numbering.supplied(_positions(state, batch, tokens))
             elif state.mesh.sp_size > 1:
                 raise UlyssesError(
                     f"{name}, whose forward takes no position_ids",
@@ -59,8 +60,8 @@ def supply_inputs(state: SequenceState, model: PreTrainedModel) -> Callable[...,
 
 def _positions(state: SequenceState, batch: LiveBatch, tokens: Tensor) -> Tensor:
     """(B, S_r) where packed documents number their own tokens, else (1, S_r)."""
-    own = batch.shards.get("position_ids")
-    if own is not None and own.dim() == 2 and batch.layout.documents is not None:
+    own = restarting_positions(batch)
+    if own is not None:
         return own
     begin = batch.layout.start(state.mesh.sp_rank)
     # (S_r,) -> (1, S_r)
@@ -76,6 +77,12 @@ def shifted_labels(
         UlyssesError: If the labels are not the batch's own, or the model takes none that are shifted already.
     """
     source = next((key for key in ("labels", "input_ids") if _same(labels, batch.shards.get(key))), None)
+    if source is None and labels.dim() < 2:
+        raise UlyssesError(
+            f"labels of shape {tuple(labels.shape)} for {name}, which then pools the tokens of each row",
+            "one label for each token, (B, S), since a pooling sees this rank's slice only",
+            "train it without sequence parallelism (sp_size=1)",
+        )
     if source is None:
         raise UlyssesError(
             f"labels of shape {tuple(labels.shape)} for {name} that are neither batch['labels'] nor batch['input_ids']",

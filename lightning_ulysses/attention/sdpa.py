@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,21 +15,20 @@ from lightning_ulysses.attention.stand_in import probe_attention
 from lightning_ulysses.attention.ulysses import covers_sequence, local_mask_error, sees_memory, sharded_attention
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.handle import Handle
-from lightning_ulysses.state import SequenceState
+from lightning_ulysses.state import LiveBatch, SequenceState
 
 
-def install(state: SequenceState, root: nn.Module | None = None) -> Handle:
-    """Routes calls made on a live batch through the exchange; every other call goes to the original.
+def _read_mask(batch: LiveBatch, mask: Tensor, spec: MaskSpec) -> tuple[MaskSpec, Tensor | None]:
+    """What a mask tensor means over the whole sequence: the spec it was made from, or a bias beside ``spec``."""
+    known = find_mask(batch, mask)
+    if known is not None:
+        return known, None
+    if covers_sequence(mask, batch.layout):
+        return spec, mask
+    raise local_mask_error(mask, batch.layout)
 
-    Args:
-        state: The strategy's state.
-        root: The user's LightningModule, in which references to the function are looked for.
 
-    Returns:
-        A handle whose ``remove()`` restores the original function.
-    """
-    original = torch.nn.functional.scaled_dot_product_attention
-
+def _wrap(state: SequenceState, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @state.takes_over(original)
     def scaled_dot_product_attention(
         query: Tensor,
@@ -51,13 +51,7 @@ def install(state: SequenceState, root: nn.Module | None = None) -> Handle:
         spec = MaskSpec(is_causal, num_padding=batch.layout.num_padding)
         bias = None
         if attn_mask is not None:
-            known = find_mask(batch, attn_mask)
-            if known is not None:
-                spec = known
-            elif covers_sequence(attn_mask, batch.layout):
-                bias = attn_mask
-            else:
-                raise local_mask_error(attn_mask, batch.layout)
+            spec, bias = _read_mask(batch, attn_mask, spec)
         if query.dim() not in (3, 4):
             raise UlyssesError(
                 f"scaled_dot_product_attention on a query of shape {tuple(query.shape)}",
@@ -68,9 +62,24 @@ def install(state: SequenceState, root: nn.Module | None = None) -> Handle:
         out = sharded_attention(state, q, k, v, spec, scale=scale, dropout_p=dropout_p, bias=bias)
         return out if query.dim() == 4 else out.squeeze(0)
 
-    handle = Handle()
+    return scaled_dot_product_attention
+
+
+def install(state: SequenceState, root: nn.Module | None = None) -> Handle:
+    """Routes calls made on a live batch through the exchange; every other call goes to the original.
+
+    Args:
+        state: The strategy's state.
+        root: The user's LightningModule, in which references to the function are looked for.
+
+    Returns:
+        A handle whose ``remove()`` restores the original function.
+    """
     functional: Any = torch.nn.functional
-    handle.patch(functional, "scaled_dot_product_attention", scaled_dot_product_attention)
+    original = functional.scaled_dot_product_attention
+    replacement = _wrap(state, original)
+    handle = Handle()
+    handle.patch(functional, "scaled_dot_product_attention", replacement)
     if root is not None and state.mesh.sp_size > 1:
-        rebind(handle, root, original, scaled_dot_product_attention)
+        rebind(handle, root, original, replacement)
     return handle

@@ -9,7 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.loss import TokenMean
+from lightning_ulysses.evaluation_loss import EvaluationLoss, compute_all
 from lightning_ulysses.strategy import UlyssesDeepSpeedStrategy
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class EvaluationMonitor(pl.Callback):
 
     def __init__(self, prog_bar: bool = True) -> None:
         self.prog_bar = prog_bar
-        self._evaluated: dict[int, TokenMean] = {}
+        self._evaluated: list[EvaluationLoss] = []
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -58,26 +58,24 @@ class EvaluationMonitor(pl.Callback):
     def _add(self, trainer: pl.Trainer, outputs: Any, dataloader_idx: int) -> None:
         loss, live = _loss_of(outputs), strategy_of(trainer).state.pending
         if loss is not None and live is not None:
-            if dataloader_idx not in self._evaluated:
-                self._evaluated[dataloader_idx] = TokenMean().to(strategy_of(trainer).root_device)
-            weights_of(trainer).evaluate(self._evaluated[dataloader_idx], loss, live)
+            self._evaluated[dataloader_idx].add(loss, live)
 
     def _log_evaluation(self, pl_module: pl.LightningModule, stage: str) -> None:
-        for index, mean in sorted(self._evaluated.items()):
-            suffix = "" if len(self._evaluated) == 1 else f"/dataloader_{index}"
-            loss = mean.compute()
+        found = {index: loss for index, loss in enumerate(compute_all(self._evaluated)) if loss is not None}
+        for index, loss in found.items():
+            suffix = "" if len(found) == 1 else f"/dataloader_{index}"
             # The same on all ranks already; Lightning would ask for sync_dist at every evaluation.
             pl_module.log(f"{stage}/loss{suffix}", loss, prog_bar=self.prog_bar, sync_dist=True)
             pl_module.log(f"{stage}/perplexity{suffix}", loss.exp(), sync_dist=True)
-        self._evaluated = {}
+        self._evaluated = []
 
     @override
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._evaluated = {}
+        self._evaluated = [weights_of(trainer).evaluation() for _ in trainer.num_val_batches]
 
     @override
     def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._evaluated = {}
+        self._evaluated = [weights_of(trainer).evaluation() for _ in trainer.num_test_batches]
 
     @override
     def on_validation_batch_end(

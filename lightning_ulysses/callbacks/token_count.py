@@ -73,7 +73,7 @@ class TokenCountMonitor(EvaluationMonitor):
         report_dir: Where to write them, instead of the log directory. Without either only the table is printed.
 
     Raises:
-        UlyssesError: If ``peak_flops`` is not positive, or the Trainer has another strategy.
+        UlyssesError: If ``peak_flops`` is no positive number, or the Trainer has another strategy.
     """
 
     def __init__(
@@ -83,9 +83,13 @@ class TokenCountMonitor(EvaluationMonitor):
         report: bool = True,
         report_dir: str | Path | None = None,
     ) -> None:
-        if peak_flops is not None and not (math.isfinite(peak_flops) and peak_flops > 0):
+        peak: object = peak_flops
+        is_number = isinstance(peak, (int, float)) and not isinstance(peak, bool) and 0 < peak < math.inf
+        if peak is not None and not is_number:
             raise UlyssesError(
-                f"peak_flops={peak_flops}", "operations per second of one device", "set one such as 989e12, or none"
+                f"peak_flops={peak_flops!r}",
+                "a number, the operations per second of one device",
+                "set one such as 989e12, or none",
             )
         super().__init__(prog_bar)
         self.peak_flops = peak_flops

@@ -163,7 +163,8 @@ def _draw_ranks(axes: Any, table: Table) -> None:
             axes.plot(table["step"][own], real[own], label=f"rank {int(rank)}: tokens", **style)
             axes.plot(table["step"][own], table["targets"][own], label="targets", linestyle=":", **style)
     axes.set(title="Tokens and targets of each rank, without padding", ylabel="tokens per step")
-    axes.set_ylim(bottom=0, top=1.1 * float(real.max()))
+    # Targets may outnumber tokens: a collate function may give labels to what a padding mask drops.
+    axes.set_ylim(bottom=0, top=1.1 * max(1.0, float(real.max()), float(table["targets"].max())))
     axes.legend(fontsize="small", ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -39,10 +40,11 @@ class CostModel:
     per_pair: float = 1.0 / (12 * 4096)
 
     def __post_init__(self) -> None:
-        costs = (self.per_token, self.per_pair)
-        if not all(math.isfinite(cost) and cost >= 0 for cost in costs) or not any(costs):
+        costs: tuple[object, ...] = (self.per_token, self.per_pair)
+        numbers = all(isinstance(cost, Real) and 0 <= float(cost) < math.inf for cost in costs)
+        if not numbers or not any(costs):
             raise UlyssesError(
-                f"a cost model with per_token={self.per_token} and per_pair={self.per_pair}",
+                f"a cost model with per_token={self.per_token!r} and per_pair={self.per_pair!r}",
                 "finite numbers, not negative and not both 0",
                 "leave the cost model out, or make one with CostModel.from_config(model.config)",
             )

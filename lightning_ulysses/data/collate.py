@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -78,8 +78,15 @@ class PackingCollator:
             The batch: (1, S) for one pack, (B, S) for B of them.
 
         Raises:
-            UlyssesError: If there is no row, a row cannot be read, rows differ in their fields, or a pack is too long.
+            UlyssesError: If there is no row or a mapping of columns, a row cannot be read, rows differ in their
+                fields, or a pack is too long.
         """
+        if isinstance(rows, Mapping):
+            raise UlyssesError(
+                f"a mapping with {sorted(map(str, rows))} in place of rows, as a Hugging Face dataset answers a pack",
+                "a list of rows, or a list of packs of them",
+                "give the DataLoader sampler.packed as its dataset, in place of the documents",
+            )
         packs = [rows] if len(rows) == 0 or is_document(rows[0]) else list(rows)
         if not all(len(pack) for pack in packs):
             raise UlyssesError(

@@ -15,6 +15,7 @@ from lightning_ulysses.data.balance import CostModel
 from lightning_ulysses.data.collate import PackingCollator
 from lightning_ulysses.data.corpus import Corpus, TokenCache
 from lightning_ulysses.data.packing import Overlong
+from lightning_ulysses.data.plan import PackingSettings, check_whole
 from lightning_ulysses.data.sampler import SequenceShardSampler
 from lightning_ulysses.data.tokens import load_tokenizer
 from lightning_ulysses.errors import UlyssesError
@@ -61,7 +62,8 @@ class SequenceDataModule(pl.LightningDataModule):
         cache_dir: Where tokens are kept; by default below the user's cache folder.
 
     Raises:
-        UlyssesError: If a setting is out of range or a file is missing; in ``prepare_data``, if rows cannot be read.
+        UlyssesError: If a setting is out of range or a file is missing; in ``prepare_data``, if rows cannot be read;
+            if a dataloader is asked for before ``setup``.
 
     Example:
         >>> data = SequenceDataModule("corpus/*.jsonl", "my/tokenizer", max_tokens=65536, validation=0.01)
@@ -96,8 +98,9 @@ class SequenceDataModule(pl.LightningDataModule):
             self.corpora["validation"] = Corpus(validation, config, validation_split)
         for corpus in self.corpora.values():
             corpus.files()
-        if rows_per_batch < 1:
-            raise UlyssesError(f"rows_per_batch={rows_per_batch}", "at least 1", "change rows_per_batch")
+        check_whole("rows_per_batch", rows_per_batch, 1)
+        # Settings that are wrong are so before any file is tokenized.
+        PackingSettings(max_tokens, overlong, window, CostModel() if cost is None else cost, True, seed, drop_last)
         self.max_tokens = max_tokens
         self.rows_per_batch = rows_per_batch
         self.num_workers = num_workers
@@ -153,6 +156,12 @@ class SequenceDataModule(pl.LightningDataModule):
             self.documents = {"train": parts["train"], "validation": parts["test"]}
 
     def _loader(self, name: str) -> DataLoader[Any]:
+        if name not in self.documents:
+            raise UlyssesError(
+                f"a SequenceDataModule that is asked for its {name} dataloader before setup",
+                "prepare_data() and setup(), which tokenize and load the documents, to come first",
+                "call data.prepare_data() and data.setup('fit'), as a Trainer does",
+            )
         documents = self.documents[name]
         training = name == "train"
         sampler = SequenceShardSampler(
@@ -178,4 +187,4 @@ class SequenceDataModule(pl.LightningDataModule):
 
     @override
     def val_dataloader(self) -> Any:
-        return self._loader("validation") if "validation" in self.documents else []
+        return [] if self.fraction is None and "validation" not in self.corpora else self._loader("validation")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Sized
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,9 @@ def documents_in(dataset: Any) -> int:
         UlyssesError: If it does not say.
     """
     if isinstance(dataset, Sized):
-        return len(dataset)
+        # An iterable dataset may have a method that says no more than that there is no length.
+        with suppress(TypeError, NotImplementedError):
+            return len(dataset)
     raise UlyssesError(
         f"a dataset of type {type(dataset).__name__} without a length",
         "documents that can be counted and asked for by number",

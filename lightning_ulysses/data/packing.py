@@ -7,7 +7,7 @@ Documents are cut to size first (`fit_to_packs`), the pieces are then packed (`b
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,26 @@ class Piece:
     index: int
     begin: int
     end: int
+
+    def __index__(self) -> NoReturn:
+        """What a list of documents asks for; it cannot answer with a part of one."""
+        raise _taken_for_a_number(f"tokens {self.begin} to {self.end} of document {self.index}")
+
+
+class Pack(list[int | Piece]):
+    """A number for each whole document, and a `Piece` for each part of one."""
+
+    def __index__(self) -> NoReturn:
+        """What a list of documents asks for; it cannot answer with several."""
+        raise _taken_for_a_number(f"a pack of {len(self)} documents")
+
+
+def _taken_for_a_number(what: str) -> UlyssesError:
+    return UlyssesError(
+        f"a dataset that was asked for {what}, and takes one number at a time",
+        "a dataset that answers a pack with the rows of its documents",
+        "give the DataLoader sampler.packed as its dataset, in place of the documents",
+    )
 
 
 @dataclass(frozen=True)
@@ -120,6 +140,12 @@ def check_lengths(lengths: Any, documents: int) -> Ints:
     return array.astype(np.int64)
 
 
+def check_overlong(overlong: object) -> None:
+    """Raises `UlyssesError` unless it is one of the words of `fit_to_packs`."""
+    if overlong not in get_args(Overlong):
+        raise UlyssesError(f"overlong={overlong!r}", f"one of {get_args(Overlong)}", "choose one of them")
+
+
 def fit_to_packs(lengths: Ints, max_tokens: int, overlong: Overlong) -> Pieces:
     """Deals with documents that no pack can hold.
 
@@ -132,8 +158,7 @@ def fit_to_packs(lengths: Ints, max_tokens: int, overlong: Overlong) -> Pieces:
     Raises:
         UlyssesError: With ``"error"`` if there is one; if ``"drop"`` leaves nothing; for any other word.
     """
-    if overlong not in get_args(Overlong):
-        raise UlyssesError(f"overlong={overlong!r}", f"one of {get_args(Overlong)}", "choose one of them")
+    check_overlong(overlong)
     index = np.arange(len(lengths))
     longer = np.flatnonzero(lengths > max_tokens)
     if longer.size and overlong == "error":

@@ -9,10 +9,19 @@ from functools import cached_property
 import numpy as np
 
 from lightning_ulysses.data.balance import CostModel, Deal, deal, imbalance, no_pack, widen
-from lightning_ulysses.data.packing import Ints, Overlong, Packs, Piece, best_fit, fit_to_packs, random_order
+from lightning_ulysses.data.packing import (
+    Ints,
+    Overlong,
+    Pack,
+    Packs,
+    Piece,
+    best_fit,
+    check_overlong,
+    fit_to_packs,
+    random_order,
+)
 from lightning_ulysses.errors import UlyssesError
 
-Pack = list[int | Piece]
 # (data-parallel ranks, packs that they used together), one for each number of ranks an epoch has been on.
 Segments = tuple[tuple[int, int], ...]
 
@@ -44,7 +53,11 @@ class PackingReport:
 
 @dataclass(frozen=True)
 class PackingSettings:
-    """What packs depend on besides the lengths; see `SequenceShardSampler`."""
+    """What packs depend on besides the lengths; see `SequenceShardSampler`.
+
+    Raises:
+        UlyssesError: For a setting out of range.
+    """
 
     max_tokens: int
     overlong: Overlong
@@ -53,6 +66,23 @@ class PackingSettings:
     shuffle: bool
     seed: int
     drop_last: bool
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_tokens", 1), ("window", 2), ("seed", 0)):
+            check_whole(name, getattr(self, name), least)
+        check_overlong(self.overlong)
+        if not isinstance(self.cost, CostModel):
+            raise UlyssesError(
+                f"cost={self.cost!r}",
+                "a CostModel, or None for that of a dense transformer",
+                "set cost=CostModel(per_token=..., per_pair=...), or CostModel.from_config(model.config)",
+            )
+
+
+def check_whole(name: str, value: object, least: int) -> None:
+    """Raises `UlyssesError` unless it is a whole number from ``least`` on that fits 32 bits."""
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not least <= value < 2**31:
+        raise UlyssesError(f"{name}={value!r}", f"a whole number from {least} to 2**31 - 1", f"change {name}")
 
 
 def begun(former: Segments, ranks: int, items: int) -> int:
@@ -171,7 +201,7 @@ class PackingPlan:
         """One pack as numbers of documents, with a `Piece` for each part of one."""
         members = packs[number]
         index, begin, end = self.pieces.index[members], self.pieces.begin[members], self.pieces.end[members]
-        entries: Pack = index.tolist()
+        entries = Pack(index.tolist())
         for place in np.flatnonzero(end - begin < self.lengths[index]):
             entries[place] = Piece(int(index[place]), int(begin[place]), int(end[place]))
         return entries

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
-import numpy as np
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DistributedSampler, Sampler
@@ -13,17 +12,11 @@ from typing_extensions import override
 
 from lightning_ulysses.data.balance import CostModel, Deal
 from lightning_ulysses.data.dataset import Lengths, PackedDataset, read_lengths
-from lightning_ulysses.data.packing import Overlong
+from lightning_ulysses.data.packing import Overlong, Pack
 from lightning_ulysses.data.place import Place, given_place, place_in
-from lightning_ulysses.data.plan import Pack, PackingPlan, PackingReport, PackingSettings, Segments, begun
+from lightning_ulysses.data.plan import PackingPlan, PackingReport, PackingSettings, Segments, begun
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.state import current_state
-
-
-def _whole(name: str, value: object, least: int) -> int:
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not least <= value < 2**31:
-        raise UlyssesError(f"{name}={value!r}", f"a whole number from {least} to 2**31 - 1", f"change {name}")
-    return int(value)
 
 
 class SequenceShardSampler(DistributedSampler[Pack]):
@@ -64,7 +57,8 @@ class SequenceShardSampler(DistributedSampler[Pack]):
 
     Raises:
         UlyssesError: For lengths that are not positive integers or not the dataset's, for a document that is too long
-            with ``"error"``, and for settings out of range; when iterating, for a rank without a pack.
+            with ``"error"``, and for settings out of range; when iterating, for a rank without a pack; when a list of
+            documents is asked for a pack, for lack of ``packed``.
     """
 
     def __init__(
@@ -84,24 +78,24 @@ class SequenceShardSampler(DistributedSampler[Pack]):
     ) -> None:
         # Not DistributedSampler's own, which has to know the ranks here and now.
         Sampler.__init__(self)
+        settings = PackingSettings(
+            max_tokens=max_tokens,
+            overlong=overlong,
+            window=window,
+            cost=CostModel() if cost is None else cost,
+            shuffle=shuffle,
+            seed=seed,
+            drop_last=drop_last,
+        )
         self.dataset = dataset
         self.lengths = read_lengths(dataset, lengths)
-        self.max_tokens = _whole("max_tokens", max_tokens, 1)
+        self.max_tokens = int(max_tokens)
         self.shuffle = shuffle
-        self.seed = _whole("seed", seed, 0)
+        self.seed = int(seed)
         self.drop_last = drop_last
         self.epoch = 0
         self._given = given_place(num_replicas, rank)
         self._former: Place | None = None
-        settings = PackingSettings(
-            max_tokens=self.max_tokens,
-            overlong=overlong,
-            window=_whole("window", window, 2),
-            cost=cost or CostModel(),
-            shuffle=shuffle,
-            seed=self.seed,
-            drop_last=drop_last,
-        )
         self._plan = PackingPlan(self.lengths, settings)
         self._segments: Segments = ()
         self._items = 1
@@ -142,6 +136,22 @@ class SequenceShardSampler(DistributedSampler[Pack]):
     def total_size(self) -> int:  # type: ignore[override]
         """Packs of all data-parallel ranks in the epoch."""
         return len(self) * self.num_replicas
+
+    @property
+    def batch_size(self) -> NoReturn:
+        """There is none; Lightning asks before it puts a sampler of its own into a batch sampler.
+
+        Raises:
+            AttributeError: Without a process group, where nothing has to be put into it.
+            UlyssesError: With one.
+        """
+        if not (dist.is_available() and dist.is_initialized()):
+            raise AttributeError("batch_size")
+        raise UlyssesError(
+            "DataLoader(batch_sampler=SequenceShardSampler(...)) in a Trainer with a distributed strategy",
+            "it in the place of sampler, where Lightning leaves a distributed sampler alone",
+            "use DataLoader(sampler.packed, sampler=sampler, batch_size=None, collate_fn=PackingCollator())",
+        )
 
     @property
     def packed(self) -> PackedDataset:

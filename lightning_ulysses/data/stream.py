@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 import torch
 import torch.distributed as dist
@@ -148,6 +148,16 @@ class PackedStream(IterableDataset[Any]):
     def __getstate__(self) -> dict[str, Any]:
         # A spawned worker knows neither the strategy nor the process group, but what is pickled for it here.
         return {**self.__dict__, "_inherited": self._known_place(), "_pass": None}
+
+    def __len__(self) -> NoReturn:
+        # A TypeError tells whoever asks, such as Lightning, that a length is not known.
+        raise TypeError(
+            "A PackedStream has no length: how many packs its documents make is known once they have been read. Set "
+            "Trainer(max_steps=...) or limit_train_batches, or use SequenceShardSampler for a dataset with a length."
+        )
+
+    def __bool__(self) -> bool:
+        return True
 
     def set_epoch(self, epoch: int) -> None:
         """Has the next iteration read the source as in ``epoch``; also in workers that are running already."""

@@ -36,6 +36,18 @@ def rebuild(value: Any, change: Callable[[str, Tensor], Tensor], name: str = "")
     return value
 
 
+def has_dim(value: Any, sizes: set[int]) -> bool:
+    """Whether a tensor in nested tuples, lists and dicts has a dimension of one of ``sizes``."""
+    found: list[bool] = []
+
+    def look(name: str, tensor: Tensor) -> Tensor:
+        found.append(not sizes.isdisjoint(tensor.shape))
+        return tensor
+
+    rebuild(value, look)
+    return any(found)
+
+
 def choose_length(module: nn.Module, share: int, sp_size: int, rows: int, others: set[int]) -> int | None:
     """How many tokens to run on: few, and a number that no size of the model or the batch is, nor in ``others``."""
     sizes = {size for parameter in module.parameters() for size in getattr(parameter, "ds_shape", parameter.shape)}
@@ -96,14 +108,7 @@ class Call:
     @property
     def has_tokens(self) -> bool:
         """Whether an argument carries the sequence."""
-        found: list[bool] = []
-
-        def look(name: str, tensor: Tensor) -> Tensor:
-            found.append(self._dim(tensor) is not None)
-            return tensor
-
-        rebuild((self.args, self.kwargs), look)
-        return any(found)
+        return has_dim((self.args, self.kwargs), {self.share})
 
     def counts_from_zero(self, known: set[int]) -> bool:
         """Whether an argument is 0, 1, 2, ... S_r - 1 and no tensor of the batch, whose storages are ``known``."""

@@ -2,7 +2,7 @@
 
 In the first step, the model runs on a few tokens with every intercepted attention replaced by a stand-in that keeps
 tokens apart. One token is changed, and nothing may move in another one. Then tokens with their true positions alone
-must come out as they do among the others.
+must come out as they do among the others. What has no tokens any more is followed to the loss, see `pooling`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from torch import nn
 
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.layout import SequenceLayout
-from lightning_ulysses.probing.calls import Call, choose_length
+from lightning_ulysses.probing.attributes import attributes_kept
+from lightning_ulysses.probing.calls import Call, choose_length, has_dim
 from lightning_ulysses.probing.compiled import call_around, is_compiled_in_place, outermost_compiled, uncompile_steps
+from lightning_ulysses.probing.pooling import PoolingWatch, Suspects, shapes_that_stay
 from lightning_ulysses.probing.recording import Recording, first_to_depend_on_place, first_to_move, record
 from lightning_ulysses.state import LiveBatch, SequenceState
 
@@ -34,17 +36,21 @@ class ModelProbe:
         state: The strategy's state.
         root: The user's LightningModule.
         forget: Called behind each look, for whoever keeps count of the module calls of a step.
+        enabled: False looks at nothing.
     """
 
-    def __init__(self, state: SequenceState, root: nn.Module, forget: Callable[[], None]) -> None:
+    def __init__(self, state: SequenceState, root: nn.Module, forget: Callable[[], None], enabled: bool = True) -> None:
         self._forget = forget
         self._state = state
         self._root = root
         self._names = {id(module): name for name, module in root.named_modules()}
-        self._done: set[bool] = set()
+        # Training, evaluation or both, which need no look any more.
+        self._done: set[bool] = set() if enabled else {False, True}
         # For each module that runs, whether it was called with something split.
         self._open: list[bool] = []
         self._calls = 0
+        self._suspects: Suspects = {}
+        self._pooling = PoolingWatch(state.mesh, root)
 
     @contextmanager
     def watch(self) -> Iterator[None]:
@@ -55,6 +61,8 @@ class ModelProbe:
             return
         self._done.add(training)
         self._open, self._calls, self._root_calls = [], 0, 0
+        if training:
+            self._pooling.begin()
         with ExitStack() as stack:
             # A step that is compiled as a whole runs as it was written, once: no call inside could be looked at.
             stack.callback(uncompile_steps(self._root).remove)
@@ -94,18 +102,36 @@ class ModelProbe:
         # A module that is held twice, compiled and not, has its hooks in the graph as well.
         if torch.compiler.is_compiling():
             return
-        is_split = self._state.sharded_batch is not None
-        is_outermost = is_split and not any(self._open)
-        self._open.append(is_split)
-        if not is_outermost or self._calls >= _MOST_CALLS:
+        batch = self._state.sharded_batch
+        is_inside = any(self._open)
+        self._open.append(batch is not None)
+        if is_inside or batch is None:
             return
-        self._calls += 1
-        # Calls made by the probe itself go deeper and are not looked at.
-        self._probe(module, args, kwargs)
+        # Ranks may call a part of the model unequally often on less than their slices, and none must wait for another.
+        if self._calls < _MOST_CALLS and has_dim((args, kwargs), {*batch.layout.shares}):
+            self._calls += 1
+            # Calls made by the probe itself go deeper and are not looked at.
+            self._probe(module, args, kwargs)
+        self._pooling.follow_inputs(module, (args, kwargs), self._sizes())
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._open and not torch.compiler.is_compiling():
-            self._open.pop()
+        if not self._open or torch.compiler.is_compiling():
+            return
+        self._open.pop()
+        if not any(self._open) and self._state.sharded_batch is not None:
+            self._pooling.note_outputs(output, self._sizes())
+
+    def _sizes(self) -> tuple[int, int]:
+        """B and S_r."""
+        batch = self._state.sharded_batch
+        assert batch is not None
+        return batch.rows, batch.layout.shares[self._state.mesh.sp_rank]
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """Around each backward; behind the first one, refuses tokens that were pooled on the way to the loss."""
+        yield
+        self._pooling.settle()
 
     def _probe(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         batch, mesh = self._state.sharded_batch, self._state.mesh
@@ -113,6 +139,7 @@ class ModelProbe:
         call = Call(module, args, kwargs, batch.layout.shares[mesh.sp_rank], frozenset(batch.outside))
         error: UlyssesError | None = None
         opened = list(self._open)
+        self._suspects = {}
         try:
             error = self._verdict(call, batch)
         except UlyssesError as refusal:
@@ -125,11 +152,12 @@ class ModelProbe:
             )
         self._open = opened
         self._forget()
-        errors: list[Any] = [None] * mesh.world_size
-        dist.all_gather_object(errors, error)
-        for found in errors:
+        answers: list[Any] = [None] * mesh.world_size
+        dist.all_gather_object(answers, (error, self._suspects))
+        for found, _ in answers:
             if found is not None:
                 raise found
+        self._pooling.follow_outputs(module, [suspects for _, suspects in answers], (batch.rows, call.share))
 
     def _verdict(self, call: Call, batch: LiveBatch) -> UlyssesError | None:
         """What is wrong with the call's module, if anything."""
@@ -148,7 +176,7 @@ class ModelProbe:
         if changed is None:
             return None
         tolerance = 1e-4 if _precise(call.module) else 2e-2
-        with _unchanged(call.module), torch.no_grad():
+        with _unchanged(call.module), attributes_kept(self._root), torch.no_grad():
             before, after = self._record(small, None), self._record(changed, None)
             found = first_to_move(before, after, tokens // 2, tokens, rows, tolerance)
             if found is not None:
@@ -163,6 +191,7 @@ class ModelProbe:
                 for module, mode in training.items():
                     module.training = mode
             found = first_to_depend_on_place(whole, part, span, tokens, rows, 10 * tolerance)
+            self._suspects = shapes_that_stay(whole, part, tokens, rows, 10 * tolerance)
         return _restarts(name, found) if found is not None else None
 
     def _record(self, call: Call, layout: SequenceLayout | None) -> Recording:

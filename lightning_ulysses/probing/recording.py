@@ -55,11 +55,14 @@ def record(root: nn.Module) -> Iterator[Recording]:
 def token_dim(tensor: Tensor, tokens: int, rows: int) -> int | None:
     """The dimension of ``tensor`` that carries ``tokens``; None if there is not exactly one.
 
-    (rows * tokens, ...) counts as (rows, tokens, ...), see `by_token`.
+    (rows * tokens, ...) counts as (rows, tokens, ...), see `by_token`; (tokens, ...) without rows, where there are more
+    than one, may as well be so many tokens that a router picked.
     """
     dims = [dim for dim, size in enumerate(tensor.shape) if size == tokens]
     if not dims and tensor.dim() and rows > 1 and tensor.shape[0] == rows * tokens:
         return 1
+    if dims == [0] and rows > 1 and rows not in tensor.shape:
+        return None
     return dims[0] if len(dims) == 1 else None
 
 
@@ -71,10 +74,12 @@ def by_token(tensor: Tensor, tokens: int, rows: int) -> Tensor | None:
     if tensor.shape[dim : dim + 1] != (tokens,):
         # (rows * tokens, ...) -> (rows, tokens, ...)
         tensor = tensor.unflatten(0, (rows, tokens))
+    # (..., tokens, ...) -> (tokens, ...)
     return tensor.movedim(dim, 0)
 
 
-def _differs(left: Tensor, right: Tensor, tolerance: float) -> bool:
+def differs(left: Tensor, right: Tensor, tolerance: float) -> bool:
+    """Whether two tensors differ by more than ``tolerance``, relative to their largest entry."""
     scale = max(float(left.abs().max()), float(right.abs().max()), 1e-30) if left.numel() else 1.0
     return left.shape != right.shape or not torch.allclose(
         left, right, rtol=0.0, atol=tolerance * scale, equal_nan=True
@@ -101,7 +106,7 @@ def first_to_move(
     for (name, kind, left), (_, _, right) in zip(before.outputs, after.outputs, strict=False):
         for one, other in zip(left, right, strict=False):
             a, b = by_token(one, tokens, rows), by_token(other, tokens, rows)
-            if a is not None and b is not None and _differs(a[others], b[others], tolerance):
+            if a is not None and b is not None and differs(a[others], b[others], tolerance):
                 return name, kind
     return None
 
@@ -132,6 +137,6 @@ def first_to_depend_on_place(
                 continue
             # (rows * S_r, ...) -> (S_r, rows, ...), as `by_token` does
             b = other.unflatten(0, (rows, count)).movedim(1, 0) if flat else other.movedim(dim, 0)
-            if _differs(a[span], b, tolerance):
+            if differs(a[span], b, tolerance):
                 return name, kind
     return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from lightning_ulysses.regions.agreement import share_random_state
 from lightning_ulysses.regions.hooks import install
 
-__all__ = ["install", "share_random_state"]
+__all__ = ["install"]

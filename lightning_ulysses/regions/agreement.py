@@ -1,42 +1,15 @@
-"""Keeps the ranks of a group at the same numbers wherever they all compute the whole sequence."""
+"""Shows that the ranks of a group hold the same numbers where they all compute the whole sequence."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping
-from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.mesh import SequenceMesh
-from lightning_ulysses.state import SequenceState
-
-
-def share_random_state(state: SequenceState, device: torch.device) -> None:
-    """Gives all ranks of a group the random state of its first one; a collective, at the start of each step.
-
-    With a plan every rank draws what the step draws on the whole sequence, such as the noise of a diffusion model, and
-    then uses its slice. Seeds may differ over ranks, and so does what dropout has drawn from slices of uneven length.
-    """
-    if not state.is_planned:
-        return
-    mesh = state.mesh
-    on_gpu = device.type == "cuda"
-    own: list[Any] = [None]
-    if mesh.sp_rank == 0:
-        gpu = torch.cuda.get_rng_state(device) if on_gpu else None
-        own = [(torch.get_rng_state(), gpu, random.getstate(), np.random.get_state())]
-    dist.broadcast_object_list(own, group=mesh.sp_group, group_src=0)
-    cpu, gpu, python, numpy = own[0]
-    torch.set_rng_state(cpu)
-    random.setstate(python)
-    np.random.set_state(numpy)
-    if gpu is not None:
-        torch.cuda.set_rng_state(gpu, device)
 
 
 def _summary(tensor: Tensor) -> Tensor:
