@@ -20,6 +20,8 @@ from typing_extensions import override
 from lightning_ulysses import upstream
 from lightning_ulysses.config import UlyssesConfig, batch_rules, check_deepspeed_config, check_stage
 from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.gradients import agree_on_gradients
+from lightning_ulysses.handle import Handle
 from lightning_ulysses.interception import install_interceptors
 from lightning_ulysses.mesh import SequenceMesh, resolve_sizes
 from lightning_ulysses.outputs import join_outputs
@@ -32,8 +34,6 @@ from lightning_ulysses.weighting import StepWeights
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
-
-    from lightning_ulysses.handle import Handle
 
 
 class UlyssesDeepSpeedStrategy(upstream.AcceptsCompiled, DeepSpeedStrategy):
@@ -180,6 +180,7 @@ class UlyssesDeepSpeedStrategy(upstream.AcceptsCompiled, DeepSpeedStrategy):
         self._state = SequenceState(self.mesh)
         activate(self._state)
         super().setup(trainer)
+        agree_on_gradients(self.deepspeed_engine.optimizer, self.lightning_module, self.root_device)
         upstream.set_device_mesh(self.lightning_module, self.mesh.device_mesh)
         self.weights = StepWeights(self.ulysses, self.mesh, self.root_device)
         self._handle = install_interceptors(self._state, self.lightning_module, self.zero_stage_3, self.ulysses.plan)
@@ -191,8 +192,7 @@ class UlyssesDeepSpeedStrategy(upstream.AcceptsCompiled, DeepSpeedStrategy):
         assert self.lightning_module is not None
         if self._pipeline is None:
             self._pipeline = BatchPipeline(self.ulysses.rules, self.mesh, self.root_device, self._base_seed)
-        look_ahead = self.ulysses.loss_weighting == "tokens"
-        return self._pipeline.wrap(dataloader, self.lightning_module.trainer, look_ahead)
+        return self._pipeline.wrap(dataloader, self.lightning_module.trainer, self.ulysses.loss_weighting == "tokens")
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:

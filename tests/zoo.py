@@ -150,7 +150,12 @@ ENTRIES = [
         exact=False,
         why="an encoder-decoder model",
     ),
-    Entry("Mamba", sizes={"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}, exact=False, why="first in"),
+    Entry(
+        "Mamba",
+        sizes={"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+        exact=False,
+        why="first in 'model.backbone.layers.0.mixer.x_proj'",
+    ),
     Entry(
         "Jamba",
         sizes={
@@ -179,7 +184,7 @@ ENTRIES = [
             "layer_types": ["linear_attention", "full_attention"],
         },
         exact=False,
-        why="first in 'model.model.layers.0.linear_attn",
+        why="first in 'model.model.layers.0.linear_attn.out_proj'",
     ),
 ]
 ZOO = {entry.name: entry for entry in ENTRIES}

@@ -1,0 +1,118 @@
+"""Has ZeRO stages 1 and 2 add up the same gradients on all ranks, in whatever order and number they are made.
+
+These stages lay gradients into a bucket one behind the other as they arrive, and add up what lies at the same place on
+all ranks (DeepSpeed ``zero/stage_1_and_2.py``, ``reduce_independent_p_g_buckets_and_remove_grads``). Ranks with slices
+of other lengths may run other compiled graphs, which return their gradients in an order of their own; and an expert
+that no token of a slice chose has none there. Stage 3 sorts by itself.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from lightning_ulysses.errors import UlyssesError
+
+# Parameter group, place in the group
+_Key = tuple[int, int]
+
+
+def _keys(buckets: Sequence[Any]) -> list[_Key]:
+    return sorted((group, place) for bucket in buckets for group, place, _ in bucket.params)
+
+
+def _sort(bucket: Any, contiguous: bool) -> None:
+    """Puts a bucket into the order of parameters."""
+    order = sorted(range(len(bucket.params)), key=lambda index: bucket.params[index][:2])
+    if order == list(range(len(order))):
+        return
+    params, grads = ([held[index] for index in order] for held in (bucket.params, bucket.grads))
+    if contiguous:
+        for stream in bucket.copy_streams:
+            torch.cuda.current_stream().wait_stream(stream)
+        buffer, start = bucket.buffer[bucket.index].narrow(0, 0, bucket.elements), 0
+        # Each (...) -> (numbers,)
+        buffer.copy_(torch.cat([grad.reshape(-1) for grad in grads]))
+        for grad in grads:
+            # (numbers,) -> (...)
+            grad.data = buffer.narrow(0, start, grad.numel()).view_as(grad)
+            start += grad.numel()
+    bucket.params[:], bucket.grads[:] = params, grads
+
+
+class GradientAgreement:
+    """What stands for ``reduce_ipg_grads`` of an optimizer of stage 1 or 2.
+
+    Args:
+        optimizer: DeepSpeed's.
+        module: The user's, for the names of parameters.
+        device: Where collectives take place.
+    """
+
+    def __init__(self, optimizer: Any, module: nn.Module, device: torch.device) -> None:
+        self._optimizer = optimizer
+        self._reduce = optimizer.reduce_ipg_grads
+        self._names = {id(parameter): name for name, parameter in module.named_parameters()}
+        self._device = device
+
+    def __call__(self, comm_dtype: torch.dtype | None = None) -> None:
+        """Adds up what is in the buckets; a collective, called by all ranks in turn and last of all without a dtype.
+
+        Raises:
+            UlyssesError: On every rank, if they hold gradients of other parameters and there are more to come.
+        """
+        buckets = self._optimizer.ipg_buckets
+        chosen = [bucket for dtype, bucket in buckets.items() if comm_dtype in (None, dtype)]
+        if not self._same_everywhere(_keys(chosen)):
+            self._complete(chosen, is_last=comm_dtype is None)
+        for bucket in chosen:
+            _sort(bucket, self._optimizer.contiguous_gradients)
+        self._reduce(comm_dtype)
+
+    def _same_everywhere(self, keys: list[_Key]) -> bool:
+        digest = hashlib.blake2s(repr(keys).encode(), digest_size=7).digest()
+        mine = torch.tensor([int.from_bytes(digest, "little")], dtype=torch.int64, device=self._device)
+        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(everyone, mine)
+        return len(set(torch.cat(everyone).tolist())) == 1
+
+    def _complete(self, buckets: Sequence[Any], is_last: bool) -> None:
+        """Gives parameters that got a gradient on other ranks only one of zeros here."""
+        optimizer, mine = self._optimizer, set(_keys(buckets))
+        everyone: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+        union = set.union(*everyone)
+        numbers = sum(optimizer.bit16_groups[group][place].numel() for group, place in union)
+        if not is_last or numbers > optimizer.reduce_bucket_size:
+            raise self._too_many(sorted(union - set.intersection(*everyone)))
+        for group, place in sorted(union - mine):
+            parameter = optimizer.bit16_groups[group][place]
+            if optimizer.use_grad_accum_attribute:
+                parameter.grad_accum = torch.zeros_like(parameter, dtype=optimizer.gradient_accumulation_dtype)
+            else:
+                parameter.grad = torch.zeros_like(parameter)
+            optimizer.reduce_ready_partitions_and_remove_grads(parameter, group)
+
+    def _too_many(self, differing: list[_Key]) -> UlyssesError:
+        groups = self._optimizer.bit16_groups
+        names = [self._names.get(id(groups[group][place]), "?") for group, place in differing]
+        whole = sum(parameter.numel() for group in groups for parameter in group)
+        return UlyssesError(
+            f"gradients on some ranks only, of {', '.join(names[:4])}{', ...' * (len(names) > 4)}, in a step whose "
+            f"gradients are added up in parts of {self._optimizer.reduce_bucket_size} numbers",
+            "gradients of the same parameters in each part on every rank, or all of them in one part",
+            f"set reduce_bucket_size={whole} in the strategy, or use every parameter in each forward",
+        )
+
+
+def agree_on_gradients(optimizer: Any, module: nn.Module, device: torch.device) -> None:
+    """Installs a `GradientAgreement` where there are several ranks and stage 1 or 2; it ends with the optimizer."""
+    if dist.get_world_size() > 1 and hasattr(optimizer, "reduce_ipg_grads"):
+        agreement = GradientAgreement(optimizer, module, device)
+        optimizer.reduce_ipg_grads = functools.wraps(agreement._reduce)(lambda comm_dtype=None: agreement(comm_dtype))
