@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ def draw(
     rank: int, run: SplitRun, seed: int | None = None, saver: Any = None, path: str | None = None
 ) -> tuple[list[Tensor], list[Tensor], bool]:
     """What is kept, the levels, and whether the process's own stream is where it was."""
+    # A run before this one may have left it, and Lightning would seed all ranks alike.
+    os.environ.pop("PL_GLOBAL_SEED", None)
     torch.manual_seed(1000 + rank)
     if seed is not None:
         L.seed_everything(seed, verbose=False)
