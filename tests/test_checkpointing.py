@@ -69,8 +69,9 @@ def test_transformers(pool: ProcessPool, stage: int, use_reentrant: bool) -> Non
         assert compare(result, reference).largest <= BOUND
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-@pytest.mark.parametrize("kind", ["reentrant", "not reentrant", "deepspeed"])
+@pytest.mark.parametrize(
+    ("kind", "stage"), [("reentrant", 2), ("reentrant", 3), ("not reentrant", 2), ("deepspeed", 2), ("deepspeed", 3)]
+)
 def test_by_hand(pool: ProcessPool, stage: int, kind: str) -> None:
     make = partial(ByHand, kind)
     reference = fit_single(make, [PAIRS], count_targets)

@@ -131,8 +131,16 @@ def count(batch: dict[str, Tensor]) -> float:
     return float((batch["y"] != -100).sum())
 
 
-@pytest.mark.parametrize("kind", ["sdpa", "masked", "explicit", "multihead"])
-@pytest.mark.parametrize("run", [SplitRun(), SplitRun(4, 2)], ids=["2", "2x2"])
+@pytest.mark.parametrize(
+    ("kind", "run"),
+    [
+        ("sdpa", SplitRun(4, 2)),
+        ("masked", SplitRun()),
+        ("explicit", SplitRun()),
+        ("multihead", SplitRun()),
+        ("explicit", SplitRun(4, 2)),
+    ],
+)
 def test_a_memory_needs_no_exchange(pool: ProcessPool, kind: str, run: SplitRun) -> None:
     run = SplitRun(run.world_size, run.sp_size, {"sequence_dims": DIMS, "targets": "y"})
     batches = [memory_batch(seed, 11) for seed in range(run.world_size // run.sp_size)]
