@@ -55,6 +55,18 @@ def test_resuming_on_other_ranks_loses_and_repeats_nothing(
     assert found == wanted if not drop_last or size == 1 else found <= wanted
 
 
+def test_an_epoch_with_too_little_left_for_all_ranks_is_over() -> None:
+    lengths = lengths_of(200)
+    one = sampler(lengths, drop_last=True)
+    used = len(one) - 1
+    two = ranks(2, lengths, drop_last=True)
+    for each in two:
+        each.load_state_dict(one.state_after(used))
+        assert list(each) == [] and each.state_dict()["epoch"] == 1
+        each.set_epoch(1)
+        assert len(list(each)) > 1
+
+
 def test_a_resumed_run_on_the_same_ranks_is_the_same_run() -> None:
     lengths = lengths_of(200)
     whole = list(sampler(lengths, place=(3, 1)))

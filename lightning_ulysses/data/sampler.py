@@ -170,7 +170,8 @@ class SequenceShardSampler(DistributedSampler[Pack]):
 
     @override
     def __iter__(self) -> Iterator[Pack]:
-        if self._segments and self._is_over(self._yielded):
+        # An epoch that was over for these ranks when it was resumed stays so until the next one is set.
+        if self._segments and self._yielded and self._is_over(self._yielded):
             self._segments = ()
         self._yielded = 0
         return self._iterate()
