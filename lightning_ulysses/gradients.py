@@ -69,35 +69,55 @@ class GradientAgreement:
         """
         buckets = self._optimizer.ipg_buckets
         chosen = [bucket for dtype, bucket in buckets.items() if comm_dtype in (None, dtype)]
-        if not self._same_everywhere(_keys(chosen)):
-            self._complete(chosen, is_last=comm_dtype is None)
+        pending = self._pending(chosen) if comm_dtype is None else []
+        if not self._same_everywhere(_keys(chosen), pending) or pending:
+            self._complete(chosen, pending, is_last=comm_dtype is None)
         for bucket in chosen:
             _sort(bucket, self._optimizer.contiguous_gradients)
         self._reduce(comm_dtype)
 
-    def _same_everywhere(self, keys: list[_Key]) -> bool:
-        digest = hashlib.blake2s(repr(keys).encode(), digest_size=7).digest()
+    def _pending(self, buckets: Sequence[Any]) -> list[_Key]:
+        """What earlier micro-batches left a gradient for, and the last one did not: hooks alone would drop it."""
+        optimizer, held = self._optimizer, set(_keys(buckets))
+        if optimizer.partition_gradients or not optimizer.is_gradient_accumulation_boundary():
+            return []
+        return [
+            (group, place)
+            for group, parameters in enumerate(optimizer.bit16_groups)
+            for place, parameter in enumerate(parameters)
+            if (group, place) not in held
+            and optimizer.get_gradient_for_reduction(parameter) is not None
+            and not optimizer.params_already_reduced[optimizer.get_param_id(parameter)]
+        ]
+
+    def _same_everywhere(self, keys: list[_Key], pending: list[_Key]) -> bool:
+        digest = hashlib.blake2s(repr((keys, pending)).encode(), digest_size=7).digest()
         mine = torch.tensor([int.from_bytes(digest, "little")], dtype=torch.int64, device=self._device)
         everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
         dist.all_gather(everyone, mine)
         return len(set(torch.cat(everyone).tolist())) == 1
 
-    def _complete(self, buckets: Sequence[Any], is_last: bool) -> None:
-        """Gives parameters that got a gradient on other ranks only one of zeros here."""
+    def _complete(self, buckets: Sequence[Any], pending: list[_Key], is_last: bool) -> None:
+        """Adds what is pending, and zeros for parameters that got a gradient on other ranks only."""
         optimizer, mine = self._optimizer, set(_keys(buckets))
         everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine)
+        dist.all_gather_object(everyone, mine | set(pending))
         union = set.union(*everyone)
         numbers = sum(optimizer.bit16_groups[group][place].numel() for group, place in union)
         if not is_last or numbers > optimizer.reduce_bucket_size:
             raise self._too_many(sorted(union - set.intersection(*everyone)))
         for group, place in sorted(union - mine):
             parameter = optimizer.bit16_groups[group][place]
-            if optimizer.use_grad_accum_attribute:
-                parameter.grad_accum = torch.zeros_like(parameter, dtype=optimizer.gradient_accumulation_dtype)
-            else:
-                parameter.grad = torch.zeros_like(parameter)
+            if optimizer.get_gradient_for_reduction(parameter) is None:
+                self._put_zeros(parameter)
             optimizer.reduce_ready_partitions_and_remove_grads(parameter, group)
+
+    def _put_zeros(self, parameter: nn.Parameter) -> None:
+        if self._optimizer.use_grad_accum_attribute:
+            held: Any = parameter
+            held.grad_accum = torch.zeros_like(parameter, dtype=self._optimizer.gradient_accumulation_dtype)
+        else:
+            parameter.grad = torch.zeros_like(parameter)
 
     def _too_many(self, differing: list[_Key]) -> UlyssesError:
         groups = self._optimizer.bit16_groups

@@ -62,6 +62,9 @@ RUNS = {
     "zero 1": SplitRun(strategy={"stage": 1}),
     "zero 2, two micro-batches": SplitRun(trainer={"accumulate_grad_batches": 2}),
     "zero 1, two groups": SplitRun(4, 2, {"stage": 1}),
+    "zero 1, overlapped, two micro-batches": SplitRun(
+        strategy={"stage": 1, "overlap_comm": True}, trainer={"accumulate_grad_batches": 2}
+    ),
 }
 
 
