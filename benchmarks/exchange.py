@@ -1,7 +1,7 @@
 """One attention call on a split sequence: lightning_ulysses against DeepSpeed's ``UlyssesSPAttentionHF``.
 
 Both start from q, k and v as a Hugging Face Llama block hands them over, (B, H, S_r, D) shaped and (B, S_r, H, D) in
-memory, and end with a contiguous (B, S_r, H, D). Both run in the same processes, A B A B, each behind a barrier; the
+memory, and end with a contiguous (B, S_r, H, D). Both run in the same processes, A B B A, each behind a barrier; the
 time of a repetition is that of its slowest rank, and the figures are medians of the repetitions' ratios theirs / ours.
 Processor time is that of all ranks and threads together: it hardly feels what else the machine is doing.
 
@@ -171,7 +171,7 @@ def errors_when_packed(whole: list[Tensor], outs: list[Tensor], case: Case, mesh
 
 
 def measure(case: Case, mesh: SequenceMesh, seconds: float) -> Result:
-    """Times one case: a warm-up of both sides, then as many A B repetitions as ``seconds`` allow, at least three."""
+    """Times one case: a warm-up of both sides, then as many repetitions as ``seconds`` allow, at least three."""
     whole, tensors, grad = inputs(case, mesh)
     sides = [our_side(mesh, case), their_side(mesh, case)]
     result = Result(case, mesh.sp_size)
@@ -186,9 +186,9 @@ def measure(case: Case, mesh: SequenceMesh, seconds: float) -> Result:
     dist.broadcast(repeats, 0)
     del warm
     gc.collect()
-    for _ in range(int(repeats)):
-        for side, call in enumerate(sides):
-            times = torch.tensor(timed(call, tensors, grad)[0], dtype=torch.float64)
+    for repeat in range(int(repeats)):
+        for side in (0, 1) if repeat % 2 == 0 else (1, 0):
+            times = torch.tensor(timed(sides[side], tensors, grad)[0], dtype=torch.float64)
             dist.all_reduce(times[:2], dist.ReduceOp.MAX)
             dist.all_reduce(times[2:])
             for kind, value in zip((result.forward, result.backward, result.cpu), times.tolist(), strict=True):

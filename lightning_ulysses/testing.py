@@ -123,14 +123,10 @@ class StepRecorder(pl.Callback):
 
 
 def split_trainer(run: SplitRun, callbacks: Sequence[pl.Callback] = ()) -> pl.Trainer:
-    """A quiet CPU Trainer for one of the processes of ``run``."""
-    return pl.Trainer(
-        accelerator="cpu",
-        devices=run.world_size,
-        strategy=UlyssesDeepSpeedStrategy(sp_size=run.sp_size, **run.strategy),
-        callbacks=list(callbacks),
-        **{**QUIET, "use_distributed_sampler": False, "max_epochs": 1, **run.trainer},
-    )
+    """A quiet Trainer for one of the processes of ``run``; on the CPU, unless its arguments say otherwise."""
+    settings = {**QUIET, "accelerator": "cpu", "use_distributed_sampler": False, "max_epochs": 1, **run.trainer}
+    strategy = UlyssesDeepSpeedStrategy(sp_size=run.sp_size, **run.strategy)
+    return pl.Trainer(devices=run.world_size, strategy=strategy, callbacks=list(callbacks), **settings)
 
 
 def split_loader(batches: Sequence[Any], run: SplitRun, rank: int) -> DataLoader[Any]:

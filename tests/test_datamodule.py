@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -106,6 +107,21 @@ def test_rows_and_long_documents(tmp_path: Path) -> None:
     batches = list(data.train_dataloader())
     assert {tuple(batch["input_ids"].shape) for batch in batches} <= {(2, 16), (1, 16)}
     assert sum(int((batch["labels"] != -100).sum()) for batch in batches) > 0
+
+
+def test_workers_give_the_same_batches(tmp_path: Path) -> None:
+    source = write(tmp_path, "jsonl")
+    alone, helped = (module(tmp_path, source, max_tokens=16, num_workers=workers) for workers in (0, 2))
+    expected, loader = list(alone.train_dataloader()), helped.train_dataloader()
+    for _ in range(2):
+        for ours, theirs in zip(loader, expected, strict=True):
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_tokenizing_shows_how_far_it_is(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    module(tmp_path, write(tmp_path, "jsonl"))
+    assert f"{len(TEXTS)}/{len(TEXTS)}" in re.sub(r"\s", "", capfd.readouterr().err.split("tokenizing")[-1])
 
 
 def test_validation_by_fraction_and_by_file(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_ulysses import UlyssesDeepSpeedStrategy, UlyssesError
 from lightning_ulysses.data import PackingCollator, SequenceShardSampler
@@ -62,10 +63,11 @@ def fit(
     sp_size: int = 2,
     path: str | None = None,
     callbacks: tuple[L.Callback, ...] = (),
+    loader_type: type[DataLoader[Any]] = DataLoader,
 ) -> tuple[dict[int, list[Counter[int]]], int]:
     module = Attention()
     sampler = SequenceShardSampler(documents(), "input_ids", 64, overlong="split")
-    loader = DataLoader(
+    loader = loader_type(
         sampler.packed,  # type: ignore[arg-type]
         sampler=sampler,
         batch_size=None,
@@ -95,21 +97,25 @@ def test_every_document_once_per_epoch(pool: ProcessPool, strategy: str, world: 
 
 
 def interrupt(
-    rank: int, folder: str, first: int, second: int
+    rank: int, folder: str, first: int, second: int, stateful: bool
 ) -> tuple[list[Counter[int]], dict[int, list[Counter[int]]]]:
     """Two steps of an epoch on groups of ``first``, the rest and another epoch on groups of ``second``."""
     saver = ModelCheckpoint(dirpath=folder, filename="middle", every_n_train_steps=1)
     stop = {"max_steps": 1, "enable_checkpointing": True}
-    before, _ = fit(rank, "ulysses", 0, stop, first, callbacks=(saver,))
-    after, _ = fit(rank, "ulysses", 0, {}, second, f"{folder}/middle.ckpt")
+    kind = StatefulDataLoader if stateful else DataLoader
+    before, _ = fit(rank, "ulysses", 0, stop, first, callbacks=(saver,), loader_type=kind)
+    after, _ = fit(rank, "ulysses", 0, {}, second, f"{folder}/middle.ckpt", loader_type=kind)
     return before[0], after
 
 
-@pytest.mark.parametrize(("first", "second"), [(2, 2), (2, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize(
+    ("first", "second", "stateful"),
+    [(2, 2, False), (2, 4, False), (4, 2, False), (4, 1, False), (2, 2, True), (2, 4, True)],
+)
 def test_a_resumed_epoch_goes_on_behind_what_was_used(
-    pool: ProcessPool, tmp_path: Path, first: int, second: int
+    pool: ProcessPool, tmp_path: Path, first: int, second: int, stateful: bool
 ) -> None:
-    results = pool.run(interrupt, str(tmp_path), first, second, world_size=4)
+    results = pool.run(interrupt, str(tmp_path), first, second, stateful, world_size=4)
     for epoch in range(2):
         steps = [step for before, after in results for step in (before if epoch == 0 else []) + after[epoch]]
         assert sum(steps, Counter[int]()) == Counter(dict(enumerate(LENGTHS)))

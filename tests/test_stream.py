@@ -9,6 +9,7 @@ import random
 from collections.abc import Iterator
 from functools import partial
 from itertools import chain, islice
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -20,6 +21,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch.callbacks import ModelCheckpoint
 from models import LlamaModule, count_targets, llama
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
@@ -410,32 +412,32 @@ def test_torchdata(workers: int) -> None:
 
 
 class CountTokens(pl.Callback):
-    """What every rank is given."""
+    """What a rank is given in each epoch."""
 
     def __init__(self) -> None:
-        self.seen: list[list[Any]] = []
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.seen.append([])
+        self.seen: dict[int, list[Any]] = {}
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self.seen[-1].append((batch["input_ids"].tolist(), trainer.strategy.mesh.sp_rank))
+        seen = self.seen.setdefault(trainer.current_epoch, [])
+        seen.append((batch["input_ids"].tolist(), trainer.strategy.mesh.sp_rank))
 
 
 # Their tokens are numbered from 1 on, and the vocabulary has 61.
 STREAMED = [7, 9, 1, 5, 12, 2, 10, 3, 8]
 
 
-def fit_stream(rank: int, run: SplitRun, workers: int) -> Any:
+def fit_stream(
+    rank: int, run: SplitRun, workers: int, callbacks: tuple[pl.Callback, ...] = (), path: str | None = None
+) -> Any:
     recorder, counter = StepRecorder(), CountTokens()
     stream = PackedStream(Documents(STREAMED), 16, buffer_tokens=32, collate_fn=PackingCollator(pad_to_multiple_of=4))
     loader = DataLoader(stream, batch_size=None, num_workers=workers)
     # Lightning's default would inject a sampler into any dataset that takes one.
     trainer = split_trainer(
         SplitRun(run.world_size, run.sp_size, run.strategy, {**run.trainer, "use_distributed_sampler": True}),
-        [recorder, counter],
+        [recorder, counter, *callbacks],
     )
-    trainer.fit(LlamaModule(lr=0.1), loader)
+    trainer.fit(LlamaModule(lr=0.1), loader, ckpt_path=path)
     return recorder.result(), counter.seen
 
 
@@ -462,8 +464,28 @@ def test_training_on_a_stream(pool: ProcessPool, sizes: tuple[int, int], workers
         # The slices of a sequence-parallel group, joined again.
         slices = [results[group * sp + i][1][0] for i in range(sp)]
         assert len({len(part) for part in slices}) == 1 == len({len(results[0][1][0]), len(slices[0])})
-    seen = [token for _, epochs in results for row, _ in epochs[0] for token in row[0] if token]
-    assert sorted(seen) == list(range(1, sum(STREAMED) + 1))
+    assert given_tokens(results) == list(range(1, sum(STREAMED) + 1))
+
+
+def given_tokens(results: list[Any]) -> list[int]:
+    """The tokens that all ranks together were given, without padding, in order of size."""
+    return sorted(t for _, epochs in results for seen in epochs.values() for row, _ in seen for t in row[0] if t)
+
+
+def interrupt_stream(rank: int, folder: str, first: int, second: int) -> Any:
+    """One step of a stream on groups of ``first``, and the rest of it on groups of ``second``."""
+    saver = ModelCheckpoint(dirpath=folder, filename="middle", every_n_train_steps=1)
+    stop = {"max_steps": 1, "enable_checkpointing": True}
+    before = fit_stream(rank, SplitRun(4, first, trainer=stop), 0, (saver,))
+    return before, fit_stream(rank, SplitRun(4, second), 0, path=f"{folder}/middle.ckpt")
+
+
+@pytest.mark.parametrize(("first", "second"), [(2, 2), (2, 4), (4, 4)])
+def test_a_trainer_resumes_within_a_stream(pool: ProcessPool, tmp_path: Path, first: int, second: int) -> None:
+    results = pool.run(interrupt_stream, str(tmp_path), first, second, world_size=4)
+    before, after = ([result[part] for result in results] for part in range(2))
+    assert 0 < len(given_tokens(before)) < sum(STREAMED)
+    assert sorted(given_tokens(before) + given_tokens(after)) == list(range(1, sum(STREAMED) + 1))
 
 
 class Once:

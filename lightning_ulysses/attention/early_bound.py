@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from types import BuiltinFunctionType, FunctionType
+from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -19,12 +19,12 @@ from lightning_ulysses.handle import Handle
 _LEAVE_ALONE = ("torch", "lightning_ulysses")
 
 
-# What may hold a function; everything else is passed over at once, since there is a lot of it.
-_KINDS = {FunctionType, BuiltinFunctionType, staticmethod, functools.partial}
+# What may hold a function without being it.
+_WRAPPERS = {staticmethod, functools.partial}
 
 
 def _replaced(value: Any, original: Callable[..., Any], replacement: Callable[..., Any]) -> Any:
-    """What stands for ``value``, which is of one of `_KINDS`; ``value`` itself where it is another function."""
+    """What stands for ``value``; ``value`` itself where it is another function."""
     if value is original:
         return replacement
     if isinstance(value, staticmethod) and value.__func__ is original:
@@ -39,7 +39,7 @@ def _owners(root: nn.Module) -> list[Any]:
     owners: list[Any] = [
         module
         for name, module in list(sys.modules.items())
-        if name.split(".")[0] not in _LEAVE_ALONE and isinstance(getattr(module, "__dict__", None), dict)
+        if name.partition(".")[0] not in _LEAVE_ALONE and isinstance(getattr(module, "__dict__", None), dict)
     ]
     submodules = list(root.modules())
     owners += submodules
@@ -47,11 +47,12 @@ def _owners(root: nn.Module) -> list[Any]:
     return owners
 
 
-def holders(root: nn.Module) -> list[FunctionType]:
-    """Every different function that `rebind` would come across."""
+def compiled_copies(root: nn.Module, original: Callable[..., Any]) -> list[Callable[..., Any]]:
+    """What ``torch.compile`` has made of ``original`` and `rebind` would come across."""
     values = (value for owner in _owners(root) for value in list(vars(owner).values()))
-    found = {id(value): value for value in values if type(value) is FunctionType}
-    return list(found.values())
+    functions = [value for value in values if type(value) is FunctionType]
+    copies = {id(f): f for f in functions if getattr(f, "_torchdynamo_orig_callable", None) is original}
+    return list(copies.values())
 
 
 def rebind(handle: Handle, root: nn.Module, original: Callable[..., Any], replacement: Callable[..., Any]) -> None:
@@ -60,9 +61,13 @@ def rebind(handle: Handle, root: nn.Module, original: Callable[..., Any], replac
     Looks at the globals of every imported module but torch's, and at the attributes of every submodule of ``root`` and
     of its class, partial applications among them. Closures and default arguments are out of reach.
     """
+    wanted = {id(original)}
     for owner in _owners(root):
-        found = [(name, value) for name, value in list(vars(owner).items()) if type(value) in _KINDS]
-        for name, value in found:
+        values = list(vars(owner).values())
+        # There are a hundred thousand values, and this asks about all of them without a loop in Python.
+        if wanted.isdisjoint(map(id, values)) and _WRAPPERS.isdisjoint(map(type, values)):
+            continue
+        for name, value in list(vars(owner).items()):
             new = _replaced(value, original, replacement)
             if new is not value:
                 _put(handle, owner, name, value, new)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ulysses.attention.early_bound import holders, rebind
+from lightning_ulysses.attention.early_bound import compiled_copies, rebind
 from lightning_ulysses.attention.stand_in import probe_attention
 from lightning_ulysses.attention.ulysses import exchanged, sees_memory
 from lightning_ulysses.errors import UlyssesError
@@ -147,8 +147,7 @@ def install(state: SequenceState, root: nn.Module) -> Handle:
         import torch.nn.attention.flex_attention as package
 
         original = package.flex_attention
-        compiled = [f for f in holders(root) if vars(f).get("_torchdynamo_orig_callable") is original]
-        for function in compiled:
+        for function in compiled_copies(root, original):
             rebind(handle, root, function, _wrap(state, function))
         replacement = _wrap(state, original)
         handle.patch(package, "flex_attention", replacement)
