@@ -77,14 +77,13 @@ def _serve(connection: Connection) -> None:
     runs = 0
     while True:
         try:
-            message = connection.recv()
+            message = connection.recv_bytes()
         except EOFError:
             return
-        if message is None:
-            return
-        function, args, environment = message
-        os.environ.update(environment)
         try:
+            # Imports what the function and its arguments come from, which may fail here alone.
+            function, args, environment = pickle.loads(message)
+            os.environ.update(environment)
             reply: Any = (True, function(int(environment["RANK"]), *args))
         except BaseException as error:
             cause: BaseException | None = error

@@ -8,8 +8,8 @@ from unittest import mock
 
 import pytest
 import torch
+from exact import BOUND, fit_broken
 from models import HandWritten, LlamaModule, count_targets, pair_batch, token_batch
-from test_exactness import BOUND, fit_broken
 from torch import Tensor
 
 from lightning_ulysses import UlyssesError, sequence_positions, upstream

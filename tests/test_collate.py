@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from exact import BOUND
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import VOCAB, HandWritten, count_targets, llama
@@ -22,7 +23,6 @@ from lightning_ulysses.data import PackingCollator
 from lightning_ulysses.processes import ProcessPool
 from lightning_ulysses.testing import SplitRun, compare, fit_single, fit_split
 
-BOUND = 1e-5
 unpadded = PackingCollator(pad_to_multiple_of=None)
 
 

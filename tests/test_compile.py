@@ -9,9 +9,9 @@ from unittest import mock
 
 import pytest
 import torch
+from exact import BOUND, fit_broken
 from models import HandWritten, LlamaModule, count_targets, pair_batch, token_batch
 from planned import LitModule
-from test_exactness import BOUND, fit_broken
 from test_probing import Between, Conv, refused
 from torch import Tensor
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,60 +10,12 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from exact import BOUND, check, fit_broken, no_shift, no_weight
 from models import HandWritten, count_targets, hand_written, llama, pair_batch, token_batch
 
 from lightning_ulysses.processes import ProcessPool
 from lightning_ulysses.testing import SplitRun, compare, fit_rank, fit_single, fit_split
 from lightning_ulysses.weighting import StepWeights
-
-BOUND = 1e-5
-
-# Pairwise over stage, (world, P), accumulation, labels, S and heads.
-MATRIX = [
-    # stage, world, P, accumulation, labels, S, (H, H_kv)
-    (1, 2, 1, 1, "even", 32, (4, 2)),
-    (2, 2, 1, 3, "uneven", 33, (3, 1)),
-    (3, 2, 1, 1, "first_half", 32, (5, 5)),
-    (1, 2, 2, 3, "uneven", 33, (9, 3)),
-    (2, 2, 2, 1, "first_half", 33, (9, 3)),
-    (3, 2, 2, 3, "even", 32, (4, 2)),
-    (1, 3, 3, 1, "first_half", 32, (5, 5)),
-    (2, 3, 3, 3, "even", 33, (3, 1)),
-    (3, 3, 3, 1, "uneven", 33, (9, 3)),
-    (1, 4, 2, 1, "even", 33, (3, 1)),
-    (2, 4, 2, 3, "first_half", 32, (4, 2)),
-    (3, 4, 2, 3, "uneven", 32, (5, 5)),
-    (1, 4, 4, 3, "first_half", 33, (8, 2)),
-    (2, 4, 4, 1, "uneven", 32, (8, 2)),
-    (3, 4, 4, 1, "even", 33, (4, 1)),
-]
-
-
-def check(pool: ProcessPool, make: Any, batches: list[Any], run: SplitRun, steps: int = 1, **single: Any) -> None:
-    size = math.ceil(len(batches) / steps)
-    wanted = fit_single(make, [batches[i : i + size] for i in range(0, len(batches), size)], count_targets, **single)
-    results = fit_split(pool, make, batches, run)
-    assert wanted.step().norm() > 1e-3
-    for result in results:
-        assert compare(result, wanted).largest <= BOUND, compare(result, wanted)
-
-
-@pytest.mark.parametrize(("stage", "world", "sp", "accumulate", "labels", "seq_len", "heads"), MATRIX)
-def test_matrix(
-    pool: ProcessPool,
-    stage: int,
-    world: int,
-    sp: int,
-    accumulate: int,
-    labels: str,
-    seq_len: int,
-    heads: tuple[int, int],
-) -> None:
-    make = llama(heads=heads[0], kv_heads=heads[1])
-    batches = [token_batch(seed, seq_len, 2, labels) for seed in range(accumulate * world // sp)]
-    run = SplitRun(world, sp, {"stage": stage}, {"accumulate_grad_batches": accumulate})
-    check(pool, make, batches, run)
-
 
 CASES: dict[str, tuple[Any, list[Any], SplitRun]] = {
     "keywords": (llama(call="keywords"), [token_batch(1, 33, 2)], SplitRun()),
@@ -284,19 +235,6 @@ def test_loss_weighting_none_averages_over_ranks(pool: ProcessPool, run: SplitRu
     assert compare(result, reference).largest <= BOUND
     by_targets = fit_single(hand_written(), [batches], count_targets)
     assert compare(result, by_targets).step > 1e-3
-
-
-def fit_broken(rank: int, make: Any, batches: list[Any], run: SplitRun, target: str, replacement: Any) -> Any:
-    with mock.patch(target, replacement):
-        return fit_rank(rank, make, batches, run)
-
-
-def no_weight(count: float, total: float, world_size: int) -> float:
-    return 1.0
-
-
-def no_shift(*args: Any) -> dict[str, Any]:
-    return {}
 
 
 def plain_positions(x: torch.Tensor, dim: int = 1) -> torch.Tensor:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from exact import BOUND, fit_broken
 from models import VOCAB, HandWritten, count_targets
 from test_compile import PAIRS, CompiledByHand, named_as
-from test_exactness import BOUND, fit_broken
 from torch import Tensor, nn
 
 from lightning_ulysses import UlyssesError, sequence_positions

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from exact import BOUND
 from models import Block, HandWritten, LlamaModule, count_targets, llama, pair_batch, token_batch
-from test_exactness import BOUND
 from torch import Tensor, nn
 
 from lightning_ulysses import ulysses_attention

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from exact import BOUND
 from models import VOCAB, HandWritten, LlamaModule, count_targets, pair_batch, token_batch
-from test_exactness import BOUND
 from torch import Tensor
 from torch.utils.data import DataLoader
 

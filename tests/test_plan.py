@@ -7,15 +7,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from exact import BOUND, fit_broken
 from models import count_targets, pair_batch, token_batch
 from planned import count_samples, denoiser, image_batch, lit, text_batches
-from test_exactness import fit_broken
 
 from lightning_ulysses.processes import ProcessPool
 from lightning_ulysses.regions import cutting
 from lightning_ulysses.testing import SplitRun, compare, fit_single, fit_split
 
-BOUND = 1e-5
 UNJOINED = {"plan": "litgpt_unjoined"}
 JOINED = {"plan": "litgpt"}
 TOKENS = token_batch(7, 34, 2)["input_ids"]

@@ -5,8 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -50,6 +52,16 @@ def _is_running(pid: int) -> bool:
     return status.is_file() and status.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
+def only_in(module: ModuleType) -> Any:
+    """A function of a module that other processes cannot import."""
+
+    def answer(rank: int) -> int:
+        return rank
+
+    answer.__module__, answer.__qualname__ = module.__name__, "answer"
+    return answer
+
+
 def leave(rank: int) -> None:
     os._exit(1)
 
@@ -60,6 +72,11 @@ def test_no_answer_is_taken_for_that_of_another_run(monkeypatch: pytest.MonkeyPa
         with pytest.raises(RemoteError, match="negative"):
             pool.run(answer, -1, world_size=1)
         first = pool._processes[0].pid
+        only_here = ModuleType("only_here")
+        only_here.answer = only_in(only_here)  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, "only_here", only_here)
+        with pytest.raises(RemoteError, match="No module named 'only_here'"):
+            pool.run(only_here.answer, world_size=1)
         assert pool.run(answer, 1, world_size=1) == [1] and pool._processes[0].pid == first
 
         pool.timeout = 0.2

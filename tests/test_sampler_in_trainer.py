@@ -74,6 +74,7 @@ def fit(
         collate_fn=collate,
         num_workers=workers,
         multiprocessing_context="spawn" if workers else None,
+        persistent_workers=workers > 0,
     )
     run = UlyssesDeepSpeedStrategy(sp_size=sp_size, sequence_dims={"real": 1}) if strategy == "ulysses" else strategy
     devices = 1 if strategy == "auto" else 4 if strategy == "ulysses" and not workers else 2

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from exact import BOUND, fit_broken
 from models import VOCAB, HandWritten, LlamaModule, count_targets, token_batch
-from test_exactness import BOUND, fit_broken
 from torch import Tensor
 
 from lightning_ulysses import UlyssesError

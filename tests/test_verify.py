@@ -13,8 +13,8 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from exact import no_weight
 from models import HandWritten, LlamaModule, pair_batch, token_batch
-from test_exactness import no_weight
 from torch import Tensor, nn
 
 from lightning_ulysses import UlyssesError
@@ -374,7 +374,7 @@ def test_messages(pool: ProcessPool, monkeypatch: pytest.MonkeyPatch) -> None:
     lambdas.activation = lambda x: x  # type: ignore[assignment]
     says("HandWritten, which cannot be sent", lambdas)
     monkeypatch.setattr(HandWritten, "__module__", "__main__")
-    monkeypatch.delattr(sys.modules["__main__"], "__file__")
+    monkeypatch.delattr(sys.modules["__main__"], "__file__", raising=False)
     says("HandWritten, defined in a notebook or at a prompt", HandWritten())
 
 
