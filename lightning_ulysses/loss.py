@@ -86,18 +86,21 @@ class TokenMean(Metric):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum", persistent=True)
 
     def update(self, mean: Tensor, targets: float | Tensor) -> None:
-        """Adds a mean over ``targets`` targets; one over no target adds nothing, whatever its value.
+        """Adds one or several means over ``targets`` targets; one over no target adds nothing, whatever its value.
 
         Args:
-            mean: One element; on the device of the metric.
-            targets: A number, or one element where it is known on the device only.
+            mean: Of any shape; on the device of the metric.
+            targets: A number for each, or for all of them.
         """
-        part = mean.detach().double().squeeze() * targets
+        part = mean.detach().double() * targets
         if isinstance(targets, Tensor):
             part = torch.where(targets > 0, part, torch.zeros_like(part))
+            targets = targets.sum()
         elif not targets:
             return
-        self.total += part
+        else:
+            targets = targets * mean.numel()
+        self.total += part.sum()
         self.count += targets
 
     def compute(self) -> Tensor:

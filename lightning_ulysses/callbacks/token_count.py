@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor
 from typing_extensions import override
 
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from lightning_ulysses.weighting import StepWeights
 
 
-# Steps that are read from the device at once.
+# Steps that are read from the device, or added up, at once.
 _READ_EVERY = 50
 
 
@@ -106,9 +107,12 @@ class TokenCountMonitor(EvaluationMonitor):
         self._recent: tuple[Tensor | float, float] = (0.0, 0.0)
         self._epoch = -1
         self._epoch_mean = TokenMean(sync_on_compute=False)
+        # Sums of steps that are not in the mean yet: a torchmetrics update for each would be a tenth of the cost.
+        self._waiting: list[Tensor] = []
 
     @override
     def state_dict(self) -> dict[str, Any]:
+        self._settle_epoch()
         return {
             "history": self._history.state_dict(),
             "epoch": self._epoch,
@@ -147,6 +151,7 @@ class TokenCountMonitor(EvaluationMonitor):
             self._history = TokenHistory()
         self._history.rewind(trainer.global_step)
         self._epoch_mean.to(strategy.root_device)
+        self._waiting = []
         self._steps, self._recent = weights_of(trainer).steps, (0.0, 0.0)
         self._seconds, self._since, self._is_first = 0.0, time.perf_counter(), True
 
@@ -154,6 +159,7 @@ class TokenCountMonitor(EvaluationMonitor):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._epoch != trainer.current_epoch:
             self._epoch_mean.reset()
+            self._waiting = []
             self._epoch = trainer.current_epoch
 
     def _pause(self) -> None:
@@ -175,28 +181,38 @@ class TokenCountMonitor(EvaluationMonitor):
         self._pause()
         seconds = float("nan") if self._is_first else self._seconds
         self._seconds, self._since, self._is_first = 0.0, time.perf_counter(), False
-        self._log_loss(pl_module, weights, counts)
+        sums = counts.sum(dim=0)
+        self._log_loss(pl_module, weights, sums)
         if not math.isnan(seconds):
-            self._recent = (self._recent[0] + counts.sum(dim=0), self._recent[1] + seconds)
+            self._recent = (self._recent[0] + sums, self._recent[1] + seconds)
         if _logs_follow(trainer, pl_module):
-            self._log_tokens(pl_module, counts)
+            self._log_tokens(pl_module, counts, sums)
         if trainer.is_global_zero:
             self._history.add(trainer.global_step, seconds, counts)
             if self._history.waiting >= _READ_EVERY:
                 self._history.flush()
 
-    def _log_loss(self, pl_module: pl.LightningModule, weights: StepWeights, counts: Tensor) -> None:
-        assert self._ledger is not None
-        sums = counts.sum(dim=0)
+    def _log_loss(self, pl_module: pl.LightningModule, weights: StepWeights, sums: Tensor) -> None:
         loss = sums[LOSS].float()
         weights.settle(loss)
-        self._epoch_mean.update(sums[LOSS], sums[TARGETS] if self._ledger.by_targets else 1.0)
+        self._waiting.append(sums)
+        if len(self._waiting) >= _READ_EVERY:
+            self._settle_epoch()
         pl_module.log("train/loss", loss, prog_bar=self.prog_bar, batch_size=1)
 
-    def _log_tokens(self, pl_module: pl.LightningModule, counts: Tensor) -> None:
+    def _settle_epoch(self) -> None:
+        """Brings the mean over the epoch up to date."""
+        if self._waiting:
+            assert self._ledger is not None
+            # (steps, fields)
+            sums = torch.stack(self._waiting)
+            self._epoch_mean.update(sums[:, LOSS], sums[:, TARGETS] if self._ledger.by_targets else 1.0)
+            self._waiting = []
+
+    def _log_tokens(self, pl_module: pl.LightningModule, counts: Tensor, sums: Tensor) -> None:
         """Logs what is behind the loss; it stays on the device until a logger or the progress bar reads it."""
         assert self._ledger is not None
-        sums, most = counts.sum(dim=0), counts.amax(dim=0)
+        most = counts.amax(dim=0)
         values = {
             "train/perplexity": sums[LOSS].exp(),
             "tokens/global": sums[TOKENS] - sums[PADDING],
@@ -218,6 +234,7 @@ class TokenCountMonitor(EvaluationMonitor):
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._settle_epoch()
         if self._epoch_mean.update_called:
             # The same on all ranks already; Lightning would ask for sync_dist.
             pl_module.log("train/loss_epoch", self._epoch_mean.compute(), sync_dist=True)

@@ -74,13 +74,17 @@ def count_slice(layout: SequenceLayout, rows: int, rank: int) -> SliceCounts:
             layout.documents[row] if layout.documents is not None else ((0, layout.seq_len),), dtype=np.float64
         )
         squares += float(np.square(runs[:, 1] - runs[:, 0]).sum())
-        runs = runs[runs[:, 0] < end]
+        if end < layout.seq_len:
+            runs = runs[runs[:, 0] < end]
         valid = layout.valid[row] if layout.valid is not None else None
-        first, last = (_tokens_before(valid, end, edges) for edges in runs.T)
-        here, there = (_tokens_before(valid, end, np.clip(edges, span.start, span.stop)) for edges in runs.T)
-        own, lengths = there - here, last - first
-        # (documents, 3)
-        each = np.stack([own, (own > 0) & (here == first), own * lengths], axis=1)
+        # (documents, 2): tokens before each document's ends, and before those of its part in the slice.
+        whole = _tokens_before(valid, end, runs)
+        part = _tokens_before(valid, end, np.minimum(np.maximum(runs, span.start), span.stop))
+        own = part[:, 1] - part[:, 0]
+        each = np.empty((len(runs), 3))
+        each[:, 0] = own
+        each[:, 1] = (own > 0) & (part[:, 0] == whole[:, 0])
+        each[:, 2] = own * (whole[:, 1] - whole[:, 0])
         sums += each.sum(axis=0)
         several = len(runs) > 1 and layout.valid is None
         begin = max(runs[-1, 0] - span.start, 0.0) if several else layout.shares[rank]
@@ -204,7 +208,8 @@ class StepLedger:
             mine[PADDING] += self._padding[0]
             mine[DOCUMENTS : PAIRS + 1] -= self._padding[1:]
         mine[LOSS] = own_loss
-        everyone = [torch.empty_like(mine) for _ in range(self._mesh.world_size)]
-        dist.all_gather(everyone, mine)
+        everyone = mine.new_empty(self._mesh.world_size * len(FIELDS))
+        dist.all_gather_into_tensor(everyone, mine)
         self._sums, self._padding = np.zeros(len(FIELDS)), None
-        return torch.stack(everyone)
+        # (W * fields,) -> (W, fields)
+        return everyone.unflatten(0, (-1, len(FIELDS)))
