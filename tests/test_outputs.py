@@ -258,3 +258,26 @@ def test_whole_numbers_as_long_as_a_slice_stay_whole(pool: ProcessPool) -> None:
                 wanted = module.predict_step(batch, 0)
             for name, value in wanted.items():
                 torch.testing.assert_close(result[name], value, atol=1e-5, rtol=1e-4)
+
+
+class Gathers(LlamaModule):
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        found = super().predict_step(batch, batch_idx)
+        return {**found, "gathered": [gather_sequence(found["logits"])]}
+
+
+def predict_padded(rank: int, run: SplitRun, batch: Any) -> Any:
+    return split_trainer(run).predict(Gathers(), split_loader([batch], run, rank))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_padding_is_cut_off(pool: ProcessPool, world: int) -> None:
+    """Also where nothing is split."""
+    batch = token_batch(0, 33, 2)
+    wanted = LlamaModule().predict_step(batch, 0)
+    run = SplitRun(world, world, {"pad_to_multiple_of": 16})
+    for (found,) in pool.run(predict_padded, run, batch, world_size=world):
+        assert found["name"] == "llama"
+        assert torch.allclose(found["logits"], wanted["logits"], atol=1e-6)
+        assert torch.allclose(found["gathered"][0], wanted["logits"], atol=1e-6)
+        assert torch.equal(found["best"], wanted["best"])
