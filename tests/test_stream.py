@@ -277,6 +277,31 @@ def test_sources_that_split_themselves_are_read_whole() -> None:
     assert source.distributed_env.world_size == 4
 
 
+class BeginsAgain:
+    """An iterator as litdata's: asked once more after its end, it starts over."""
+
+    def __init__(self, lengths: list[int]) -> None:
+        self.lengths, self.place = lengths, 0
+
+    def __iter__(self) -> BeginsAgain:
+        self.place = 0
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        if self.place == len(self.lengths):
+            self.place = 0
+            raise StopIteration
+        self.place += 1
+        return {"input_ids": [self.place] * self.lengths[self.place - 1]}
+
+
+@pytest.mark.parametrize("count", [1, 16, 40])
+def test_an_iterator_that_begins_again_is_read_once(count: int) -> None:
+    stream = raw(BeginsAgain([3] * count), 8)
+    for _ in range(2):
+        assert sorted(map(tuple, documents_of(list(islice(stream, 100))))) == [(i,) * 3 for i in range(1, count + 1)]
+
+
 def test_hugging_face_streaming_dataset() -> None:
     datasets = pytest.importorskip("datasets")
 

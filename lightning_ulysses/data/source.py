@@ -8,7 +8,6 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import islice
 from types import TracebackType
 from typing import Any
 
@@ -123,19 +122,26 @@ def read_whole(source: Source, epoch: int, seed: int) -> Iterator[Any]:
         if hasattr(source, "set_epoch"):
             source.set_epoch(epoch)
         rows = iter(_whole(source if isinstance(source, Iterable) else source()))
-    while ahead := _read_some(rows, worker, own):
-        yield from ahead
+    is_over = False
+    while not is_over:
+        some, is_over = _read_some(rows, worker, own)
+        yield from some
 
 
-def _read_some(rows: Iterator[Any], worker: _NoWorker, own: _OwnRandom) -> list[Any]:
-    """A few rows at once where they come quickly, since changing the random states takes a quarter of a millisecond."""
+def _read_some(rows: Iterator[Any], worker: _NoWorker, own: _OwnRandom) -> tuple[list[Any], bool]:
+    """A few rows at once where they come quickly, since changing the random states takes a quarter of a millisecond.
+
+    Returns:
+        The rows, and whether they were the last: litdata's iterator begins again when it is asked once more.
+    """
     begin, some = time.perf_counter(), []
     with worker, own:
-        for row in islice(rows, _MOST_AHEAD):
-            some.append(row)
-            if time.perf_counter() - begin > _SECONDS_AHEAD:
-                break
-    return some
+        while len(some) < _MOST_AHEAD and time.perf_counter() - begin <= _SECONDS_AHEAD:
+            try:
+                some.append(next(rows))
+            except StopIteration:
+                return some, True
+    return some, False
 
 
 def fingerprint(row: Any, before: int) -> int:
