@@ -134,7 +134,8 @@ def _read_some(rows: Iterator[Any], worker: _NoWorker, own: _OwnRandom) -> tuple
     Returns:
         The rows, and whether they were the last: litdata's iterator begins again when it is asked once more.
     """
-    begin, some = time.perf_counter(), []
+    some: list[Any] = []
+    begin = time.perf_counter()
     with worker, own:
         while len(some) < _MOST_AHEAD and time.perf_counter() - begin <= _SECONDS_AHEAD:
             try:
