@@ -11,9 +11,13 @@ import pytest
 import torch
 from models import LlamaModule, count_targets, token_batch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 
 from lightning_ulysses.attention.attend import MaskSpec, attend
+from lightning_ulysses.attention.explicit import Extras
+from lightning_ulysses.attention.kernel import Kernel
+from lightning_ulysses.attention.packed import attend_packed
 from lightning_ulysses.data import PackingCollator
 from lightning_ulysses.processes import ProcessPool
 from lightning_ulysses.testing import SplitRun, compare, fit_single, fit_split
@@ -58,6 +62,18 @@ def test_packed_attention_is_as_close_as_one_document_at_a_time(device: str, dty
     assert all(ours <= 2 * theirs + 1e-6 for ours, theirs in zip(packed, alone, strict=True))
     leaking = with_gradients(partial(attend, spec=MaskSpec(causal=True)), inputs)
     assert min(errors(leaking, exact)) > 0.1
+
+
+@pytest.mark.parametrize("window", [(-1, 0), (4, 0), (-1, -1)])
+def test_torch_takes_the_call_for_all_documents_at_once(window: tuple[int, int]) -> None:
+    """Of torch's own function only the kernel is left out, which wants a GPU: what it is given and returns is not."""
+    with FakeTensorMode():
+        leaves = [torch.empty(2, heads, EDGES[-1], 64, dtype=torch.bfloat16) for heads in (8, 2, 2)]
+        q, k, v = (t.requires_grad_() for t in leaves)
+        out = attend_packed(q, k, v, Kernel(None, 0.0, Extras()), [tuple(pairwise(EDGES))], window)
+        grads = torch.autograd.grad(out.sum(), [q, k, v])
+    assert (out.shape, out.dtype) == (q.shape, q.dtype)
+    assert [grad.shape for grad in grads] == [t.shape for t in (q, k, v)]
 
 
 def llama_in(dtype: torch.dtype, implementation: str = "sdpa") -> L.LightningModule:

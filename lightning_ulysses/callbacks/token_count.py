@@ -48,6 +48,7 @@ class TokenCountMonitor(EvaluationMonitor):
     - ``train/loss_epoch``: the mean over all targets of the epoch so far when it ends, also of a resumed one.
     - ``validate/loss``, ``validate/perplexity``, ``test/loss``, ``test/perplexity``: over all targets of the
       evaluation, from the loss the step returns; with ``/dataloader_0`` behind the name where there are several.
+      Lightning does not continue an evaluation within which a checkpoint was saved, so nothing of it is carried.
     - ``tokens/global``: tokens that one optimizer step trained on, without padding.
     - ``tokens/padding_fraction``: padding over all tokens. Padding is what the strategy added, what a 2-D
       ``attention_mask`` leaves out, and what a rank's slice holds of the last of several documents of a row if that is
