@@ -175,7 +175,8 @@ def read_batch(batch: Any, rules: BatchRules, sp_size: int) -> WholeBatch:
     tensors = {key: entries[key] for key in dims}
     is_mapping = isinstance(batch, Mapping)
     candidates = [key for key in _candidates(tensors, is_mapping) if key not in rules.whole]
-    amount = -seq_len % (rules.pad_to_multiple_of or 1)
+    # Attention that is not split would see the padding, and predictions would come back with it.
+    amount = -seq_len % (rules.pad_to_multiple_of or 1) if sp_size > 1 else 0
     if amount:
         float_target = not is_mapping and len(tensors) > 1 and not candidates
         tensors = {

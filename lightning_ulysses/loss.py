@@ -90,18 +90,12 @@ class TokenMean(Metric):
 
         Args:
             mean: Of any shape; on the device of the metric.
-            targets: A number for each, or for all of them.
+            targets: A number for all of them, or a tensor that expands to the same shape.
         """
-        part = mean.detach().double() * targets
-        if isinstance(targets, Tensor):
-            part = torch.where(targets > 0, part, torch.zeros_like(part))
-            targets = targets.sum()
-        elif not targets:
-            return
-        else:
-            targets = targets * mean.numel()
-        self.total += part.sum()
-        self.count += targets
+        means = mean.detach().double()
+        weights = targets.expand_as(means) if isinstance(targets, Tensor) else torch.full_like(means, targets)
+        self.total += torch.where(weights > 0, means * weights, 0.0).sum()
+        self.count += weights.sum()
 
     def compute(self) -> Tensor:
         """The mean, () float32; NaN without a target."""

@@ -165,18 +165,6 @@ def _warn(message: str, mesh: SequenceMesh) -> None:
         warnings.warn(message, stacklevel=2)
 
 
-def _without_padding(output: Any, layout: SequenceLayout, rows: int) -> Any:
-    """Where nothing is split, whatever is S tokens long by its shape loses those that were added."""
-    if not layout.num_padding:
-        return output
-    leaves, spec = tree_flatten(output)
-    for index, leaf in enumerate(leaves):
-        dim = _sequence_dim([tuple(leaf.shape)], layout.shares, rows) if _is_plain(leaf) else None
-        if dim is not None:
-            leaves[index] = leaf.narrow(dim, 0, layout.seq_len - layout.num_padding)
-    return tree_unflatten(leaves, spec)
-
-
 def join_outputs(output: Any, live: LiveBatch, mesh: SequenceMesh) -> Any:
     """Every sequence of a nested output joined, (B, S_r, ...) -> (B, S, ...), on every rank of the group.
 
@@ -191,9 +179,9 @@ def join_outputs(output: Any, live: LiveBatch, mesh: SequenceMesh) -> Any:
     Raises:
         UlyssesError: On every rank, if ranks return different entries, or a sequence in another dimension.
     """
-    layout, rows = live.split_layout, live.rows
     if mesh.sp_group is None:
-        return _without_padding(output, layout, rows)
+        return output
+    layout, rows = live.split_layout, live.rows
     leaves, spec = tree_flatten(output)
     named = zip(_names(output, len(leaves)), leaves, strict=True)
     everyone: list[Any] = [None] * mesh.sp_size

@@ -23,7 +23,7 @@ class BatchRules:
     Args:
         sequence_dims: For keys (or indices of a tuple) the dimension that carries the sequence; ``None`` for a tensor
             that every rank gets whole.
-        pad_to_multiple_of: Pads S up to a multiple of this.
+        pad_to_multiple_of: Pads S up to a multiple of this, where P > 1.
         ignore_index: The label that counts as no target.
         whole: Sequences that every rank gets whole, since a plan splits the model behind them.
         keeps_all: Whether every rank gets the whole batch; see `find_whole`.

@@ -91,17 +91,14 @@ def join_sequence(x: Tensor, shares: tuple[int, ...], dim: int, group: dist.Proc
 def gather_sequence(x: Tensor, dim: int = 1) -> Tensor:
     """The whole sequence from this rank's slice: (B, S_r, ...) -> (B, S, ...), the same on every rank of the group.
 
-    Every rank of the sequence-parallel group has to call it. Gradients do not flow through it. When nothing is sharded,
-    ``x`` comes back as it is, but for tokens that ``pad_to_multiple_of`` has added.
+    Every rank of the sequence-parallel group has to call it. Gradients do not flow through it. ``x`` comes back as it
+    is when nothing is sharded.
 
     Raises:
         UlyssesError: If ``x`` does not have this rank's share of the live batch along ``dim``.
     """
     state = current_state()
     batch = _cut_batch(state, x.shape[dim])
-    if state is not None and state.mesh.sp_size == 1 and state.batch is not None:
-        layout = state.batch.layout
-        return x.narrow(dim, 0, layout.seq_len - layout.num_padding) if x.shape[dim] == layout.seq_len else x
     if state is None or batch is None or state.mesh.sp_group is None:
         return x
     layout = batch.layout

@@ -53,7 +53,7 @@ class UlyssesDeepSpeedStrategy(upstream.AcceptsCompiled, DeepSpeedStrategy):
         loss_weighting: ``"tokens"`` for a loss that is a mean over tokens; ``"none"`` averages over ranks instead.
         targets: The key of the tensor that the loss is a mean over, where that cannot be seen from the loss computed.
         ignore_index: The label that counts as no target.
-        pad_to_multiple_of: Pads every batch's S up to a multiple; no multiple is required.
+        pad_to_multiple_of: Pads every batch's S up to a multiple where P > 1; no multiple is required.
         check_model: Runs the model on a few tokens in the first step, and refuses it if they mix outside of attention
             or restart their positions; see `probing`.
         plan: Where a model that cannot take slices is split and joined instead: ``"litgpt"``, ``"litgpt_unjoined"``,

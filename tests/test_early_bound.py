@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import sys
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -91,3 +93,23 @@ def test_looking_for_them_is_undone() -> None:
     handle.remove()
     assert all(module.attend is F.scaled_dot_product_attention for module in root)
     assert by_name is F.scaled_dot_product_attention
+
+
+class Proxy:
+    """Stands for something that cannot be had yet, as lazy modules and the context variables of web frameworks do."""
+
+    @property
+    def __class__(self) -> Any:
+        raise RuntimeError("nothing to stand for yet")
+
+
+def test_proxies_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also beside a partial application, for which a module is looked at more closely."""
+    lazy = ModuleType("lazy")
+    lazy.proxy, lazy.attend = Proxy(), partial(by_name, scale=0.5)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lazy", lazy)
+    handle = Handle()
+    rebind(handle, nn.Module(), by_name, max)
+    assert lazy.attend.func is max
+    handle.remove()
+    assert lazy.attend.func is F.scaled_dot_product_attention

@@ -52,6 +52,11 @@ CASES: dict[str, tuple[Any, list[Any], SplitRun]] = {
         [pair_batch(1, 33)],
         SplitRun(strategy={"pad_to_multiple_of": 16}),
     ),
+    "padded, bidirectional, not split": (
+        hand_written(attention="full"),
+        [pair_batch(1, 33), pair_batch(2, 33)],
+        SplitRun(2, 1, {"pad_to_multiple_of": 16}),
+    ),
     "offloaded optimizer": (llama(), [token_batch(1, 33)], SplitRun(strategy={"offload_optimizer": True})),
     "offloaded parameters": (
         llama(),

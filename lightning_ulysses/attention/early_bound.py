@@ -61,13 +61,14 @@ def rebind(handle: Handle, root: nn.Module, original: Callable[..., Any], replac
     Looks at the globals of every imported module but torch's, and at the attributes of every submodule of ``root`` and
     of its class, partial applications among them. Closures and default arguments are out of reach.
     """
-    wanted = {id(original)}
     for owner in _owners(root):
         values = list(vars(owner).values())
         # There are a hundred thousand values, and this asks about all of them without a loop in Python.
-        if wanted.isdisjoint(map(id, values)) and _WRAPPERS.isdisjoint(map(type, values)):
+        if id(original) not in map(id, values) and _WRAPPERS.isdisjoint(map(type, values)):
             continue
-        for name, value in list(vars(owner).items()):
+        # Asking other values for their class may have lazy ones do what they put off.
+        found = [(n, v) for n, v in list(vars(owner).items()) if v is original or type(v) in _WRAPPERS]
+        for name, value in found:
             new = _replaced(value, original, replacement)
             if new is not value:
                 _put(handle, owner, name, value, new)

@@ -125,6 +125,7 @@ class TokenCountMonitor(EvaluationMonitor):
         self._history = TokenHistory.from_state(state_dict["history"])
         self._epoch = state_dict["epoch"]
         self._epoch_mean.load_state_dict(state_dict["epoch_mean"])
+        self._waiting = []
 
     def _find_folder(self, trainer: pl.Trainer) -> Path | None:
         """Where the report goes; every rank has to ask, since Lightning broadcasts the log directory."""
@@ -152,7 +153,6 @@ class TokenCountMonitor(EvaluationMonitor):
             self._history = TokenHistory()
         self._history.rewind(trainer.global_step)
         self._epoch_mean.to(strategy.root_device)
-        self._waiting = []
         self._steps, self._recent = weights_of(trainer).steps, (0.0, 0.0)
         self._seconds, self._since, self._is_first = 0.0, time.perf_counter(), True
 
