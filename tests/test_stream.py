@@ -1,77 +1,28 @@
-"""Streams packed on the fly: every token once, the same number of batches on every rank, resumable anywhere."""
+"""Streams packed on the fly: every token once, and the same number of batches on every rank."""
 
 from __future__ import annotations
 
 import importlib
-import json
 import pickle
 import random
 from collections.abc import Iterator
-from functools import partial
 from itertools import chain, islice
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lightning.fabric.utilities.data import sized_len
-from lightning.pytorch.callbacks import ModelCheckpoint
-from models import LlamaModule, count_targets, llama
-from torch import Tensor
+from streams import Documents, as_worker, counted, documents_of, place, random_lengths, raw, shuffled
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lightning_ulysses import UlyssesError
-from lightning_ulysses.data import PackedStream, PackingCollator, SequenceShardSampler
+from lightning_ulysses.data import PackedStream, PackingCollator
 from lightning_ulysses.data import stream as stream_module
-from lightning_ulysses.mesh import SequenceMesh
-from lightning_ulysses.processes import ProcessPool
-from lightning_ulysses.state import SequenceState, activate
-from lightning_ulysses.testing import SplitRun, StepRecorder, compare, fit_single, split_trainer
-
-
-class Documents:
-    """Documents whose tokens are all different, so that a lost or doubled one shows."""
-
-    def __init__(self, lengths: list[int]) -> None:
-        self.lengths = lengths
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        begin = 1
-        for length in self.lengths:
-            yield {"input_ids": list(range(begin, begin + length)), "text": "left out"}
-            begin += length
-
-
-def random_lengths(count: int, mean: float, seed: int = 0, largest: int = 10**9) -> list[int]:
-    values = np.random.default_rng(seed).lognormal(np.log(mean) - 0.5, 1.0, count)
-    return np.clip(values.astype(int), 1, largest).tolist()
-
-
-def as_worker(stream: PackedStream, worker: int, workers: int) -> list[Any]:
-    with mock.patch.object(
-        stream_module, "get_worker_info", return_value=SimpleNamespace(id=worker, num_workers=workers)
-    ):
-        return list(stream)
-
-
-def documents_of(batches: list[Any]) -> list[list[int]]:
-    """The documents in batches of raw packs."""
-    return [document["input_ids"].tolist() for batch in batches for pack in batch for document in pack]
-
-
-def counted(batches: list[Any]) -> list[list[int]]:
-    """Those documents whose targets count."""
-    kept = [[d for d in pack if (d["labels"] != -100).any()] for batch in batches for pack in batch]
-    return documents_of([kept])
-
-
-raw = partial(PackedStream, collate_fn=list)
+from lightning_ulysses.state import activate
 
 
 @settings(max_examples=100, deadline=None)
@@ -169,12 +120,6 @@ def test_workers_give_the_same_batches_in_the_same_order() -> None:
         assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
-def place(dp_size: int, dp_rank: int, sp_size: int = 2, sp_rank: int = 1) -> SequenceState:
-    return SequenceState(
-        SequenceMesh(dp_rank * sp_size + sp_rank, dp_size * sp_size, sp_size, sp_rank, dp_size, dp_rank)
-    )
-
-
 @pytest.mark.parametrize("context", [None, "fork", "spawn"])
 def test_the_place_is_found_when_it_is_needed(context: str | None) -> None:
     """Also in a spawned worker, where no strategy exists."""
@@ -198,14 +143,6 @@ def test_pickled_before_the_strategy_exists_it_still_finds_its_place() -> None:
         assert len(list(stream)) == 4
     finally:
         activate(None)
-
-
-def shuffled() -> Iterator[dict[str, Any]]:
-    """A generator function as people write it: shuffled by the global generators."""
-    rows = list(Documents(list(range(1, 20))))
-    random.shuffle(rows)
-    for index in torch.randperm(len(rows)).tolist():
-        yield {**rows[index], "weights": np.random.rand(len(rows[index]["input_ids"]))}
 
 
 def test_random_sources_are_the_same_on_every_rank() -> None:
@@ -343,275 +280,3 @@ def test_overlong_documents(overlong: Any, left: tuple[int, int]) -> None:
         )
     else:
         warn.assert_not_called()
-
-
-RESUMED = {"max_tokens": 16, "buffer_tokens": 48}
-
-
-@pytest.mark.parametrize("source", [Documents(random_lengths(50, 7, 1)), shuffled])
-@pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 2), (2, 1), (1, 3), (3, 2)])
-def test_resume_loses_and_repeats_nothing(source: Any, before: int, after: int) -> None:
-    def streams(replicas: int) -> list[PackedStream]:
-        return [raw(source, num_replicas=replicas, rank=rank, **RESUMED) for rank in range(replicas)]
-
-    everything = sorted(counted([batch for stream in streams(1) for batch in stream]))
-    rounds = len(list(streams(before)[0]))
-    assert rounds > 4
-    for stop in range(rounds + 1):
-        running = [(stream, iter(stream)) for stream in streams(before)]
-        used = [next(iterator) for _, iterator in running for _ in range(stop)]
-        states = [json.loads(json.dumps(stream.state_dict())) for stream, _ in running]
-        rest = []
-        for stream in streams(after):
-            stream.load_state_dict(states[0])
-            assert stream.state_dict() == states[0]
-            rest.append(list(stream))
-        assert all(state == states[0] for state in states) and len({len(share) for share in rest}) == 1
-        assert sorted(counted([*used, *chain(*rest)])) == everything
-        if before == after:
-            following = [list(iterator) for _, iterator in running]
-            assert [documents_of(share) for share in rest] == [documents_of(share) for share in following]
-
-
-def test_a_finished_pass_is_followed_by_a_new_one() -> None:
-    stream = raw(Documents([5] * 9), 10)
-    whole = documents_of(list(stream))
-    other = raw(Documents([5] * 9), 10)
-    other.load_state_dict(stream.state_dict())
-    assert documents_of(list(other)) == whole == documents_of(list(other))
-
-
-def test_an_epoch_begun_afresh_forgets_a_loaded_state() -> None:
-    stream = raw(Documents([5] * 9), 10)
-    next(iter(stream))
-    state = stream.state_dict()
-    stream.load_state_dict(state)
-    stream.set_epoch(0)
-    assert len(list(stream)) == 4 and len(list(stream)) == 5
-    stream.load_state_dict(state)
-    stream.set_epoch(1)
-    assert len(list(stream)) == 5
-
-
-def test_workers_resume_each_where_it_was() -> None:
-    """Without torchdata: what its workers do."""
-    stream = raw(Documents(random_lengths(50, 7, 1)), num_replicas=2, rank=1, **RESUMED)
-    alone = documents_of(list(stream))
-    for stop in (0, 1, 3, 99):
-        parts: list[list[Any]] = []
-        for worker in range(2):
-            copy = pickle.loads(pickle.dumps(stream))
-            with mock.patch.object(
-                stream_module, "get_worker_info", return_value=SimpleNamespace(id=worker, num_workers=2)
-            ):
-                iterator = iter(copy)
-                used = list(islice(iterator, stop))
-                resumed = pickle.loads(pickle.dumps(stream))
-                resumed.load_state_dict(json.loads(json.dumps(copy.state_dict())))
-                parts.append(used + list(resumed))
-                if stop == 99:
-                    assert used == parts[-1] and len(list(resumed)) == len(used)
-        joined = [parts[i % 2][i // 2] for i in range(sum(map(len, parts)))]
-        assert documents_of(joined) == alone
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_torchdata(workers: int) -> None:
-    stateful = pytest.importorskip("torchdata.stateful_dataloader")
-
-    def loader() -> Any:
-        stream = PackedStream(Documents(random_lengths(50, 7, 1)), 16, buffer_tokens=48, num_replicas=2, rank=0)
-        return stateful.StatefulDataLoader(stream, batch_size=None, num_workers=workers)
-
-    def tokens(batches: Any) -> list[Any]:
-        return [batch["input_ids"].tolist() for batch in batches]
-
-    whole = tokens(loader())
-    for stop in (0, 1, 4, len(whole) - 1, len(whole)):
-        first, second = loader(), loader()
-        iterator = iter(first)
-        used = tokens([next(iterator) for _ in range(stop)])
-        second.load_state_dict(first.state_dict())
-        assert used + tokens(second) == whole
-        assert tokens(second) == whole
-
-
-class CountTokens(pl.Callback):
-    """What a rank is given in each epoch."""
-
-    def __init__(self) -> None:
-        self.seen: dict[int, list[Any]] = {}
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        seen = self.seen.setdefault(trainer.current_epoch, [])
-        seen.append((batch["input_ids"].tolist(), trainer.strategy.mesh.sp_rank))
-
-
-# Their tokens are numbered from 1 on, and the vocabulary has 61.
-STREAMED = [7, 9, 1, 5, 12, 2, 10, 3, 8]
-
-
-def fit_stream(
-    rank: int, run: SplitRun, workers: int, callbacks: tuple[pl.Callback, ...] = (), path: str | None = None
-) -> Any:
-    recorder, counter = StepRecorder(), CountTokens()
-    stream = PackedStream(Documents(STREAMED), 16, buffer_tokens=32, collate_fn=PackingCollator(pad_to_multiple_of=4))
-    loader = DataLoader(stream, batch_size=None, num_workers=workers)
-    # Lightning's default would inject a sampler into any dataset that takes one.
-    trainer = split_trainer(
-        SplitRun(run.world_size, run.sp_size, run.strategy, {**run.trainer, "use_distributed_sampler": True}),
-        [recorder, counter, *callbacks],
-    )
-    trainer.fit(LlamaModule(lr=0.1), loader, ckpt_path=path)
-    return recorder.result(), counter.seen
-
-
-def reference_steps(replicas: int) -> list[list[dict[str, Tensor]]]:
-    """The documents of every round, each a batch of its own."""
-    shares = [
-        list(raw(Documents(STREAMED), 16, buffer_tokens=32, num_replicas=replicas, rank=r)) for r in range(replicas)
-    ]
-    steps = []
-    for round_ in zip(*shares, strict=True):
-        kept = [d for batch in round_ for pack in batch for d in pack if (d["labels"] != -100).any()]
-        steps.append([{key: value[None] for key, value in document.items()} for document in kept])
-    return steps
-
-
-@pytest.mark.parametrize(("sizes", "workers"), [((4, 2), 0), ((2, 2), 0)])
-def test_training_on_a_stream(pool: ProcessPool, sizes: tuple[int, int], workers: int) -> None:
-    world, sp = sizes
-    reference = fit_single(llama(lr=0.1), reference_steps(world // sp), count_targets)
-    results = pool.run(fit_stream, SplitRun(world, sp), workers, world_size=world)
-    for result, _ in results:
-        assert compare(result, reference).largest <= 1e-5
-    for group in range(world // sp):
-        # The slices of a sequence-parallel group, joined again.
-        slices = [results[group * sp + i][1][0] for i in range(sp)]
-        assert len({len(part) for part in slices}) == 1 == len({len(results[0][1][0]), len(slices[0])})
-    assert given_tokens(results) == list(range(1, sum(STREAMED) + 1))
-
-
-def given_tokens(results: list[Any]) -> list[int]:
-    """The tokens that all ranks together were given, without padding, in order of size."""
-    return sorted(t for _, epochs in results for seen in epochs.values() for row, _ in seen for t in row[0] if t)
-
-
-def interrupt_stream(rank: int, folder: str, first: int, second: int) -> Any:
-    """One step of a stream on groups of ``first``, and the rest of it on groups of ``second``."""
-    saver = ModelCheckpoint(dirpath=folder, filename="middle", every_n_train_steps=1)
-    stop = {"max_steps": 1, "enable_checkpointing": True}
-    before = fit_stream(rank, SplitRun(4, first, trainer=stop), 0, (saver,))
-    return before, fit_stream(rank, SplitRun(4, second), 0, path=f"{folder}/middle.ckpt")
-
-
-@pytest.mark.parametrize(("first", "second"), [(2, 2), (2, 4), (4, 4)])
-def test_a_trainer_resumes_within_a_stream(pool: ProcessPool, tmp_path: Path, first: int, second: int) -> None:
-    results = pool.run(interrupt_stream, str(tmp_path), first, second, world_size=4)
-    before, after = ([result[part] for result in results] for part in range(2))
-    assert 0 < len(given_tokens(before)) < sum(STREAMED)
-    assert sorted(given_tokens(before) + given_tokens(after)) == list(range(1, sum(STREAMED) + 1))
-
-
-class Once:
-    """An iterator that cannot begin again."""
-
-    def __init__(self) -> None:
-        self.rows = iter(Documents([3, 4]))
-
-    def __iter__(self) -> Once:
-        return self
-
-    def __next__(self) -> Any:
-        return next(self.rows)
-
-
-def read_before() -> None:
-    stream = raw(Once(), 4)
-    assert len(list(stream)) == 2
-    list(stream)
-
-
-def elsewhere() -> None:
-    activate(place(2, 0))
-    try:
-        list(raw(Documents([1]), 4, num_replicas=3, rank=1))
-    finally:
-        activate(None)
-
-
-BAD: dict[str, tuple[Any, str]] = {
-    "a generator": (lambda: raw(iter(Documents([1])), 4), "can be read only once.*generator function itself"),
-    "an iterator": (lambda: raw(map(str, [1]), 4), "source of type map, which can be read only once"),
-    "read before": (read_before, "0 documents"),
-    "no source": (lambda: raw(3, 4), "a source of type int"),
-    "max_tokens": (lambda: raw(Documents([1]), 0), "max_tokens=0"),
-    "no number": (lambda: raw(Documents([1]), "4"), "max_tokens='4'"),
-    "buffer": (lambda: raw(Documents([1]), 4, buffer_tokens=3), "buffer_tokens=3.*at least 4"),
-    "rows": (lambda: raw(Documents([1]), 4, rows_per_batch=0), "rows_per_batch=0"),
-    "overlong": (lambda: raw(Documents([1]), 4, overlong="cut"), "overlong='cut'.*truncate"),
-    "last_round": (lambda: raw(Documents([1]), 4, last_round="pad"), "last_round='pad'"),
-    "another place": (elsewhere, r"\(3, 1\).*data-parallel rank 0 of 2"),
-    "half a place": (lambda: raw(Documents([1]), 4, num_replicas=2), "rank=None"),
-    "no such rank": (lambda: raw(Documents([1]), 4, num_replicas=2, rank=2), "rank=2"),
-    "empty": (lambda: list(raw(Documents([]), 4)), "0 documents.*yields documents"),
-    "all dropped": (lambda: list(raw(Documents([5, 6]), 4, overlong="drop")), "2 documents, 2 of them overlong"),
-    "a rank with no pack": (
-        lambda: list(raw(Documents([3, 3]), 4, num_replicas=3, rank=0, last_round="drop")),
-        "2 documents.*makes 2 packs.*each of 3 data-parallel ranks.*last_round",
-    ),
-    "too long": (lambda: list(raw(Documents([2, 5]), 4, overlong="error")), "document 1 of the source with 5 tokens"),
-    "bad row": (lambda: list(raw([{"tokens": [1]}], 4)), "without input_ids"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input(case: str) -> None:
-    call, message = BAD[case]
-    with pytest.raises(UlyssesError, match=message):
-        call()
-
-
-def test_there_is_no_length() -> None:
-    stream = raw(Documents([1, 2]), 4)
-    with pytest.raises(TypeError, match=r"PackedStream has no length.*max_steps.*SequenceShardSampler"):
-        len(DataLoader(stream, batch_size=None))
-    assert stream and list(stream) and sized_len(DataLoader(stream, batch_size=None)) is None
-    with pytest.raises(UlyssesError, match="PackedStream without a length"):
-        SequenceShardSampler(stream, [1, 2], 4)
-
-
-def test_rows_shorter_than_the_group_are_refused() -> None:
-    activate(place(2, 0, sp_size=8))
-    try:
-        with pytest.raises(UlyssesError, match="max_tokens=4 with sp_size=8"):
-            list(raw(Documents([1]), 4))
-    finally:
-        activate(None)
-
-
-def state_after(batches: int, **settings: Any) -> dict[str, Any]:
-    stream = raw(Documents([5] * 9), **{"max_tokens": 10, "buffer_tokens": 20, **settings})
-    iterator = iter(stream)
-    for _ in range(batches):
-        next(iterator)
-    return stream.state_dict()
-
-
-def test_states_of_other_settings_or_sources_are_refused() -> None:
-    with pytest.raises(UlyssesError, match=r"'max_tokens': 10.*'max_tokens': 12"):
-        raw(Documents([5] * 9), 12).load_state_dict(state_after(2))
-    with pytest.raises(UlyssesError, match=r"'seed': 0.*'seed': 1"):
-        raw(Documents([5] * 9), 10, buffer_tokens=20, seed=1).load_state_dict(state_after(2))
-    for lengths in ([5] * 3, [5, 4] * 9, [6] + [5] * 8):
-        other = raw(Documents(lengths), 10, buffer_tokens=20)
-        other.load_state_dict(state_after(2))
-        with pytest.raises(UlyssesError, match=r"checksum [0-9a-f]{8}.*checksum [0-9a-f]{8}"):
-            list(other)
-
-
-def test_a_state_of_one_process_is_refused_by_workers() -> None:
-    stream = raw(Documents([5] * 9), 10, buffer_tokens=20)
-    stream.load_state_dict(state_after(2))
-    with pytest.raises(UlyssesError, match=r"'workers': 0.*'workers': 2.*StatefulDataLoader"):
-        as_worker(stream, 0, 2)
