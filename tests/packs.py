@@ -6,8 +6,10 @@ from collections import Counter
 from typing import Any
 
 import numpy as np
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from lightning_ulysses.data import Piece, SequenceShardSampler
 from lightning_ulysses.data.packing import Ints, Packs, best_fit, random_order
@@ -57,3 +59,8 @@ def tokens(packs: list[Any], lengths: list[int]) -> Tokens:
 
 def every_token(lengths: list[int], most: int = 10**9) -> Tokens:
     return Counter((i, position) for i, length in enumerate(lengths) for position in range(min(length, most)))
+
+
+def document_lengths(owner: Tensor) -> list[Tensor]:
+    """For each row the tokens of its documents."""
+    return [torch.bincount(row[row >= 0]) for row in owner]
