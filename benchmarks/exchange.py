@@ -35,9 +35,9 @@ from torch import Tensor, nn
 
 from lightning_ulysses.attention import MaskSpec, attend
 from lightning_ulysses.attention.ulysses import sharded_attention
-from lightning_ulysses.layout import SequenceLayout
-from lightning_ulysses.mesh import MeshSizes, SequenceMesh
-from lightning_ulysses.state import LiveBatch, SequenceState
+from lightning_ulysses.context import LiveBatch, SequenceState
+from lightning_ulysses.exchange.mesh import MeshSizes, SequenceMesh
+from lightning_ulysses.geometry.layout import SequenceLayout
 
 H, H_KV, D = 32, 8, 64
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -86,7 +86,7 @@ def documents_of(seq_len: int) -> tuple[tuple[int, int], ...]:
 
 
 def our_side(mesh: SequenceMesh, case: Case) -> Call:
-    """What `lightning_ulysses.attention.huggingface` does with a call of an attention block."""
+    """What `lightning_ulysses.interceptors.transformers.attention` does with a call of an attention block."""
     documents = (documents_of(case.seq_len),) if case.kind == "packed" else None
     state = SequenceState(mesh)
     state.pending = LiveBatch(SequenceLayout(case.seq_len, mesh.sp_size, documents))

@@ -32,8 +32,8 @@ from torch import Tensor
 
 from lightning_ulysses import TokenCountMonitor
 from lightning_ulysses.data import PackingCollator
-from lightning_ulysses.processes import ProcessPool
 from lightning_ulysses.testing import SplitRun, split_loader, split_trainer
+from lightning_ulysses.testing.processes import ProcessPool
 
 
 class Llama(L.LightningModule):

@@ -32,12 +32,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_ulysses import UlyssesDeepSpeedStrategy
-from lightning_ulysses.interception import install_interceptors
-from lightning_ulysses.mesh import SequenceMesh
-from lightning_ulysses.processes import ProcessPool
-from lightning_ulysses.state import SequenceState
+from lightning_ulysses.context import SequenceState
+from lightning_ulysses.exchange.mesh import SequenceMesh
+from lightning_ulysses.interceptors.install_all import install_interceptors
 from lightning_ulysses.testing import QUIET
-from lightning_ulysses.upstream import without_shared_memory_op
+from lightning_ulysses.testing.processes import ProcessPool
+from lightning_ulysses.upstream.deepspeed import without_shared_memory_op
 
 
 class PlainDeepSpeed(DeepSpeedStrategy):

@@ -31,7 +31,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 
 from lightning_ulysses.data import CostModel, SequenceShardSampler
-from lightning_ulysses.data.balance import imbalance
+from lightning_ulysses.data.balance import imbalance, pack_costs
 from lightning_ulysses.data.packing import Ints, Packs, random_order
 
 RANKS, MEANS_PER_PACK = 8, 16
@@ -71,7 +71,7 @@ def naive(lengths: Ints, max_tokens: int) -> Packs:
 
 
 def dealt_in_turn(packs: Packs, lengths: Ints) -> float:
-    costs = CostModel().of(packs, lengths)
+    costs = pack_costs(packs, lengths, CostModel())
     return imbalance(costs[: len(costs) // RANKS * RANKS].reshape(-1, RANKS))
 
 

@@ -11,9 +11,9 @@ from lightning_ulysses.attention import ulysses_attention
 from lightning_ulysses.callbacks import TokenCountMonitor
 from lightning_ulysses.data import CostModel, PackedStream, PackingCollator, SequenceDataModule, SequenceShardSampler
 from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.flavour import register_refusals
 from lightning_ulysses.sequence import gather_sequence, sequence_positions, unsharded
 from lightning_ulysses.strategy import UlyssesDeepSpeedStrategy
+from lightning_ulysses.upstream.flavour import register_refusals
 
 __version__ = "0.1.0"
 __all__ = [

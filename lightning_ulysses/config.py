@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lightning_ulysses.batch import BatchRules
 from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.plan import SequencePlan
+from lightning_ulysses.geometry.batch_keys import BatchRules
+from lightning_ulysses.geometry.split_plan import SequencePlan
 
 _OWN_KEYS = {
     "gradient_accumulation_steps": "set Trainer(accumulate_grad_batches=...)",

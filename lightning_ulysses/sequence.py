@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from lightning_ulysses.context import LiveBatch, SequenceState, current_state, eager_while_live
 from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.layout import SequenceLayout
-from lightning_ulysses.state import LiveBatch, SequenceState, current_state, eager_while_live
+from lightning_ulysses.exchange.gather import join_sequence
+from lightning_ulysses.geometry.layout import SequenceLayout
 
 
 def _cut_batch(state: SequenceState | None, length: int) -> LiveBatch | None:
@@ -73,18 +73,6 @@ def sequence_positions(x: Tensor, dim: int = 1) -> Tensor:
         check_share(length, layout, rank, f"sequence_positions(x, dim={dim})")
         offset = layout.start(rank)
     return torch.arange(offset, offset + length, device=x.device)
-
-
-def join_sequence(x: Tensor, shares: tuple[int, ...], dim: int, group: dist.ProcessGroup) -> Tensor:
-    """All-gathers slices of S_r tokens along ``dim`` into the whole sequence; not differentiable."""
-    # (..., S_r, ...) -> (S_r, ...), then padded to the largest share
-    local = x.detach().movedim(dim, 0)
-    padded = local.new_zeros(max(shares), *local.shape[1:])
-    padded[: local.shape[0]] = local
-    parts = [torch.empty_like(padded) for _ in shares]
-    dist.all_gather(parts, padded, group=group)
-    # Each (S_i, ...) -> (S, ...) -> (..., S, ...)
-    return torch.cat([part[:share] for part, share in zip(parts, shares, strict=True)]).movedim(0, dim).contiguous()
 
 
 @eager_while_live

@@ -17,26 +17,28 @@ from lightning.pytorch.strategies.deepspeed import DeepSpeedStrategy
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_ulysses import upstream
+from lightning_ulysses.batch.pipeline import BatchPipeline
+from lightning_ulysses.batch.predictions import join_outputs
+from lightning_ulysses.checks.probing import ModelProbe
+from lightning_ulysses.checks.step import check_intercepted, check_output
+from lightning_ulysses.checks.trainer import check_trainer
 from lightning_ulysses.config import UlyssesConfig, batch_rules, check_deepspeed_config, check_stage
+from lightning_ulysses.context import SequenceState, activate
 from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.gradients import agree_on_gradients
-from lightning_ulysses.handle import Handle
-from lightning_ulysses.interception import install_interceptors
-from lightning_ulysses.mesh import SequenceMesh, resolve_sizes
-from lightning_ulysses.outputs import join_outputs
-from lightning_ulysses.pipeline import BatchPipeline
-from lightning_ulysses.plan import read_plan
-from lightning_ulysses.preflight import check_intercepted, check_output, check_trainer
-from lightning_ulysses.probing import ModelProbe
-from lightning_ulysses.state import SequenceState, activate
-from lightning_ulysses.weighting import StepWeights
+from lightning_ulysses.exchange.mesh import SequenceMesh, resolve_sizes
+from lightning_ulysses.geometry.split_plan import read_plan
+from lightning_ulysses.interceptors.install_all import install_interceptors
+from lightning_ulysses.loss.weights import StepWeights
+from lightning_ulysses.patching.handle import Handle
+from lightning_ulysses.upstream import deepspeed as upstream_deepspeed
+from lightning_ulysses.upstream import lightning as upstream_lightning
+from lightning_ulysses.upstream.zero_buckets import agree_on_gradients
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
 
-class UlyssesDeepSpeedStrategy(upstream.AcceptsCompiled, DeepSpeedStrategy):
+class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStrategy):
     """Trains an unchanged LightningModule on sequences split over processes, exactly.
 
     Every batch is cut along the sequence; attention exchanges slices of the sequence for heads; ZeRO shards parameters,
@@ -55,7 +57,7 @@ class UlyssesDeepSpeedStrategy(upstream.AcceptsCompiled, DeepSpeedStrategy):
         ignore_index: The label that counts as no target.
         pad_to_multiple_of: Pads every batch's S up to a multiple where P > 1; no multiple is required.
         check_model: Runs the model on a few tokens in the first step, and refuses it if they mix outside of attention
-            or restart their positions; see `probing`.
+            or restart their positions; see `checks.probing`.
         plan: Where a model that cannot take slices is split and joined instead: ``"litgpt"``, ``"litgpt_unjoined"``,
             ``"diffusers"``, or a mapping of submodules to inputs or outputs with their dimension; see `SequencePlan`.
         config: A DeepSpeed config or the path of one; replaces all arguments of DeepSpeedStrategy.
@@ -146,8 +148,8 @@ class UlyssesDeepSpeedStrategy(upstream.AcceptsCompiled, DeepSpeedStrategy):
         self.set_world_ranks()
         wanted = (self.ulysses.sp_size, self.ulysses.dp_shard_size, self.ulysses.dp_replicate_size)
         sizes = resolve_sizes(self.world_size, self.num_processes, *wanted)
-        upstream.use_accelerator(self.root_device.type)
-        with upstream.without_shared_memory_op() if self.root_device.type == "cpu" else nullcontext():
+        upstream_deepspeed.use_accelerator(self.root_device.type)
+        with upstream_deepspeed.without_shared_memory_op() if self.root_device.type == "cpu" else nullcontext():
             super().setup_distributed()
         if self._mesh is None:
             self._mesh = SequenceMesh.create(sizes, self.root_device.type)
@@ -181,10 +183,10 @@ class UlyssesDeepSpeedStrategy(upstream.AcceptsCompiled, DeepSpeedStrategy):
         activate(self._state)
         super().setup(trainer)
         agree_on_gradients(self.deepspeed_engine.optimizer, self.lightning_module, self.root_device)
-        upstream.set_device_mesh(self.lightning_module, self.mesh.device_mesh)
+        upstream_lightning.set_device_mesh(self.lightning_module, self.mesh.device_mesh)
         self.weights = StepWeights(self.ulysses, self.mesh, self.root_device)
         self._handle = install_interceptors(self._state, self.lightning_module, self.zero_stage_3, self.ulysses.plan)
-        forget = partial(upstream.forget_trace, self.deepspeed_engine)
+        forget = partial(upstream_deepspeed.forget_trace, self.deepspeed_engine)
         self._probe = ModelProbe(self._state, self.lightning_module, forget, self.ulysses.check_model)
 
     @override
@@ -220,7 +222,7 @@ class UlyssesDeepSpeedStrategy(upstream.AcceptsCompiled, DeepSpeedStrategy):
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         assert self.lightning_module is not None and self.weights is not None
-        last = not upstream.should_accumulate(self.lightning_module.trainer)
+        last = not upstream_lightning.should_accumulate(self.lightning_module.trainer)
         if self.lightning_module.automatic_optimization:
             self.weights.check_boundary(last)
             # DeepSpeed counts micro-steps across epochs, Lightning's window ends with the epoch.
@@ -266,11 +268,11 @@ class UlyssesDeepSpeedStrategy(upstream.AcceptsCompiled, DeepSpeedStrategy):
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         if not self.load_full_weights:
-            upstream.allow_weights_only_load(self.deepspeed_engine)
+            upstream_deepspeed.allow_weights_only_load(self.deepspeed_engine)
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
-        upstream.rescale_progress(checkpoint, self.mesh.dp_size)
+        upstream_lightning.rescale_progress(checkpoint, self.mesh.dp_size)
         assert self.lightning_module is not None
-        upstream.forget_train_loader(self.lightning_module.trainer)
+        upstream_lightning.forget_train_loader(self.lightning_module.trainer)
         return checkpoint
 
     def _remove_interceptors(self) -> None:
@@ -283,7 +285,7 @@ class UlyssesDeepSpeedStrategy(upstream.AcceptsCompiled, DeepSpeedStrategy):
     def teardown(self) -> None:
         self._remove_interceptors()
         self._state = self._probe = None
-        upstream.restore_linear()
+        upstream_deepspeed.restore_linear()
         super().teardown()
 
     @classmethod

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lightning_ulysses.processes import ProcessPool
+from lightning_ulysses.testing.processes import ProcessPool
 
 
 @pytest.fixture(scope="session")

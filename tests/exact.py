@@ -8,8 +8,8 @@ from unittest import mock
 
 from models import count_targets
 
-from lightning_ulysses.processes import ProcessPool
 from lightning_ulysses.testing import SplitRun, compare, fit_rank, fit_single, fit_split
+from lightning_ulysses.testing.processes import ProcessPool
 
 BOUND = 1e-5
 

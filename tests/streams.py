@@ -12,10 +12,10 @@ from unittest import mock
 import numpy as np
 import torch
 
+from lightning_ulysses.context import SequenceState
 from lightning_ulysses.data import PackedStream
 from lightning_ulysses.data import stream as stream_module
-from lightning_ulysses.mesh import SequenceMesh
-from lightning_ulysses.state import SequenceState
+from lightning_ulysses.exchange.mesh import SequenceMesh
 
 
 class Documents:

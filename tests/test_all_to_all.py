@@ -14,11 +14,11 @@ import torch.distributed as dist
 from models import HandWritten, LlamaModule, pair_batch, token_batch
 from torch import Tensor
 
-from lightning_ulysses.all_to_all import heads_to_seq, seq_to_heads
-from lightning_ulysses.heads import head_layout
-from lightning_ulysses.layout import SequenceLayout
-from lightning_ulysses.processes import ProcessPool
+from lightning_ulysses.exchange.all_to_all import heads_to_seq, seq_to_heads
+from lightning_ulysses.geometry.heads import head_layout
+from lightning_ulysses.geometry.layout import SequenceLayout
 from lightning_ulysses.testing import SplitRun, split_loader, split_trainer
+from lightning_ulysses.testing.processes import ProcessPool
 
 SIZES = [
     # P, S, H, H_kv

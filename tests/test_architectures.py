@@ -13,8 +13,8 @@ from models import VOCAB, count_targets, pair_batch, token_batch
 from torch import Tensor, nn
 
 import lightning_ulysses
-from lightning_ulysses.processes import ProcessPool, RemoteError
 from lightning_ulysses.testing import SplitRun, compare, fit_single, fit_split, split_loader, split_trainer
+from lightning_ulysses.testing.processes import ProcessPool, RemoteError
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_ulysses.attention import MaskSpec, attend
 from lightning_ulysses.attention.explicit import Extras
-from lightning_ulysses.layout import Runs, runs_from_starts
+from lightning_ulysses.geometry.layout import Runs, runs_from_starts
 
 
 def chunk_of(spec: MaskSpec, row: int, place: int) -> int:

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from packs import Lengths, as_lists, lists, long_tailed, relaxed, shuffled
 
-from lightning_ulysses.data.balance import CostModel, deal, divide, imbalance, widen
+from lightning_ulysses.cost.model import CostModel
+from lightning_ulysses.data.balance import deal, divide, imbalance, pack_costs, widen
 from lightning_ulysses.data.packing import best_fit, group, random_order
 from lightning_ulysses.errors import UlyssesError
 
@@ -26,7 +27,7 @@ def test_cost_follows_the_model() -> None:
     assert model.per_pair == 3 * 2 * 64
     assert CostModel.from_config(config, causal=False).per_pair == 2 * model.per_pair
     packs = group(np.array([0, 1, 2]), np.array([0, 0, 1]))
-    assert CostModel(2, 3).of(packs, np.array([4, 5, 6])).tolist() == [2 * 9 + 3 * 41, 2 * 6 + 3 * 36]
+    assert pack_costs(packs, np.array([4, 5, 6]), CostModel(2, 3)).tolist() == [2 * 9 + 3 * 41, 2 * 6 + 3 * 36]
 
 
 def test_cost_of_a_transformers_config() -> None:
@@ -114,7 +115,7 @@ def test_ranks_of_a_step_cost_the_same(shuffle: bool) -> None:
     packs = shuffled(lengths, 4000)
     cost = CostModel(1, 1e-3)
     dealt = deal(packs, lengths, cost, 8, len(packs) // 8 * 8, key=(0,) if shuffle else None)
-    costs = cost.of(packs, lengths)
+    costs = pack_costs(packs, lengths, cost)
     naive = imbalance(costs[random_order(len(packs), 1)[: len(packs) // 8 * 8]].reshape(-1, 8))
     assert imbalance(costs[dealt.steps]) < 1.01 < 1.1 < naive
     # The dearest of a step is no matter of the rank, and a step's cost none of its time.

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_ulysses.batch import BatchRules, read_batch
+from lightning_ulysses.batch.whole import read_batch
+from lightning_ulysses.geometry.batch_keys import BatchRules
 
 S, P = 11, 3
 

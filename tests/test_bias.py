@@ -12,9 +12,10 @@ from models import Block, HandWritten, count_targets, pair_batch
 from torch import Tensor, nn
 
 from lightning_ulysses import ulysses_attention
-from lightning_ulysses.attention.attend import MaskSpec, attend
-from lightning_ulysses.processes import ProcessPool
+from lightning_ulysses.attention.attend import attend
+from lightning_ulysses.geometry.mask_spec import MaskSpec
 from lightning_ulysses.testing import SplitRun, compare, fit_single, fit_split
+from lightning_ulysses.testing.processes import ProcessPool
 
 S, H = 33, 4
 

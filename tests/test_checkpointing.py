@@ -12,10 +12,11 @@ from exact import BOUND, fit_broken
 from models import HandWritten, LlamaModule, count_targets, pair_batch, token_batch
 from torch import Tensor
 
-from lightning_ulysses import UlyssesError, sequence_positions, upstream
-from lightning_ulysses.handle import Handle
-from lightning_ulysses.processes import ProcessPool
+from lightning_ulysses import UlyssesError, sequence_positions
+from lightning_ulysses.patching.handle import Handle
 from lightning_ulysses.testing import SplitRun, compare, fit_rank, fit_single, fit_split
+from lightning_ulysses.testing.processes import ProcessPool
+from lightning_ulysses.upstream import deepspeed as upstream_deepspeed
 
 TOKENS = [token_batch(seed, 33, 2, "uneven") for seed in range(2)]
 PAIRS = [pair_batch(seed, 33, 2, "uneven") for seed in range(2)]
@@ -103,7 +104,7 @@ def test_without_copies_of_the_inputs_it_is_wrong(pool: ProcessPool, setting: st
     reference = fit_single(make, [PAIRS[:1]], count_targets)
     run = SplitRun(strategy={setting: True, "check_model": False})
     assert compare(fit_split(pool, make, PAIRS[:1], run)[0], reference).largest <= BOUND
-    target = "lightning_ulysses.upstream.keep_checkpoint_inputs"
+    target = "lightning_ulysses.upstream.deepspeed.keep_checkpoint_inputs"
     for outcome in pool.run(fails_or_differs, make, PAIRS[:1], run, target, Handle, world_size=2):
         assert isinstance(outcome, str) or compare(outcome, reference).largest > 100 * BOUND
 
@@ -116,7 +117,7 @@ def fails_or_differs(rank: int, make: Any, batches: Any, run: SplitRun, target: 
 
 
 def dead_in_backward(rank: int, make: Any, batches: Any, run: SplitRun) -> Any:
-    from lightning_ulysses.state import SequenceState
+    from lightning_ulysses.context import SequenceState
     from lightning_ulysses.strategy import UlyssesDeepSpeedStrategy
 
     backward = UlyssesDeepSpeedStrategy.backward
@@ -166,7 +167,7 @@ def test_the_patch_is_undone() -> None:
 
     names = [name for name in vars(checkpointing) if name.endswith("_activations_for_backward")]
     before = {name: getattr(checkpointing, name) for name in names}
-    handle = upstream.keep_checkpoint_inputs()
+    handle = upstream_deepspeed.keep_checkpoint_inputs()
     assert len(names) == 3 and all(getattr(checkpointing, name) is not before[name] for name in names)
     handle.remove()
     assert all(getattr(checkpointing, name) is before[name] for name in names)

@@ -16,16 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_ulysses import TokenCountMonitor
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.export import export_weights, load_weights
-from lightning_ulysses.processes import ProcessPool
-from lightning_ulysses.testing import (
-    SplitRun,
-    StepResult,
-    compare,
-    fit_single,
-    snapshot,
-    split_loader,
-    split_trainer,
-)
+from lightning_ulysses.testing import SplitRun, StepResult, compare, fit_single, snapshot, split_loader, split_trainer
+from lightning_ulysses.testing.processes import ProcessPool
 
 
 class Augmented(Dataset[dict[str, Tensor]]):

@@ -18,10 +18,11 @@ from torch import Tensor
 
 import lightning_ulysses
 from lightning_ulysses import UlyssesError
-from lightning_ulysses.batch import BatchRules, read_batch
+from lightning_ulysses.batch.whole import read_batch
 from lightning_ulysses.data import PackingCollator
-from lightning_ulysses.processes import ProcessPool
+from lightning_ulysses.geometry.batch_keys import BatchRules
 from lightning_ulysses.testing import SplitRun, compare, fit_single, fit_split
+from lightning_ulysses.testing.processes import ProcessPool
 
 unpadded = PackingCollator(pad_to_multiple_of=None)
 

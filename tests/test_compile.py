@@ -15,7 +15,6 @@ from planned import LitModule
 from test_probing import Between, Conv, refused
 from torch import Tensor
 
-from lightning_ulysses.processes import ProcessPool
 from lightning_ulysses.testing import (
     SplitRun,
     StepRecorder,
@@ -26,6 +25,7 @@ from lightning_ulysses.testing import (
     split_loader,
     split_trainer,
 )
+from lightning_ulysses.testing.processes import ProcessPool
 
 TOKENS = [token_batch(seed, 32 + seed % 2, 2, "uneven") for seed in range(2)]
 PAIRS = [pair_batch(seed, 32 + seed % 2, 2, "uneven") for seed in range(2)]
@@ -144,8 +144,8 @@ def fit_inside(rank: int, make: Any, batches: list[Any], run: SplitRun) -> tuple
 
     bare = sharded_attention._torchdynamo_orig_callable  # type: ignore[attr-defined]
     with (
-        mock.patch("lightning_ulysses.state.eager", lambda function: function),
-        mock.patch("lightning_ulysses.attention.sdpa.sharded_attention", bare),
+        mock.patch("lightning_ulysses.context.eager", lambda function: function),
+        mock.patch("lightning_ulysses.interceptors.torch_sdpa.sharded_attention", bare),
     ):
         try:
             return fit_compiled(rank, make, batches, run)
@@ -166,7 +166,7 @@ def no_weight(count: float, total: float, world_size: int) -> float:
 def test_the_comparison_can_fail(pool: ProcessPool) -> None:
     make = partial(CompiledByHand, "blocks")
     reference = fit_single(HAND, [PAIRS[:1]], count_targets)
-    target = "lightning_ulysses.weighting.token_weight"
+    target = "lightning_ulysses.loss.weights.token_weight"
     for result in pool.run(fit_broken, make, PAIRS[:1], SplitRun(), target, no_weight, world_size=2):
         assert compare(result, reference).largest > 100 * BOUND
 

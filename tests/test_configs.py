@@ -12,8 +12,8 @@ import torch
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_ulysses import SequenceDataModule, TokenCountMonitor, UlyssesDeepSpeedStrategy
-from lightning_ulysses.processes import ProcessPool
 from lightning_ulysses.testing import SplitRun, StepRecorder, StepResult, split_trainer
+from lightning_ulysses.testing.processes import ProcessPool
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))

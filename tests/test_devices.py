@@ -14,13 +14,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 
-from lightning_ulysses.attention.attend import MaskSpec, attend
+from lightning_ulysses.attention.attend import attend
 from lightning_ulysses.attention.explicit import Extras
 from lightning_ulysses.attention.kernel import Kernel
 from lightning_ulysses.attention.packed import attend_packed
 from lightning_ulysses.data import PackingCollator
-from lightning_ulysses.processes import ProcessPool
+from lightning_ulysses.geometry.mask_spec import MaskSpec
 from lightning_ulysses.testing import SplitRun, compare, fit_single, fit_split
+from lightning_ulysses.testing.processes import ProcessPool
 
 GPUS = torch.cuda.device_count()
 EDGES = (0, 70, 71, 200, 333)

@@ -13,8 +13,8 @@ from zoo import Specimen
 
 from lightning_ulysses import UlyssesError
 from lightning_ulysses.attention.explicit import Extras
-from lightning_ulysses.processes import ProcessPool
 from lightning_ulysses.testing import SplitRun, compare, fit_rank, fit_single, fit_split
+from lightning_ulysses.testing.processes import ProcessPool
 
 BATCHES = [token_batch(0, 33, 2, "uneven")]
 NAMES = ("Gemma2ForCausalLM", "GptOssForCausalLM")
@@ -31,7 +31,7 @@ def test_one_step(pool: ProcessPool, name: str, run: SplitRun) -> None:
 
 def fit_without_extras(rank: int, name: str) -> Any:
     """A split that forgets softcap or sinks, and whose check has been switched off."""
-    import lightning_ulysses.attention.huggingface as huggingface
+    import lightning_ulysses.interceptors.transformers.attention as huggingface
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(huggingface, "check_formula", lambda *args, **kwargs: None)

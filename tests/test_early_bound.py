@@ -15,10 +15,10 @@ from models import Block, HandWritten, count_targets, pair_batch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention as by_name
 
-from lightning_ulysses.attention.early_bound import rebind
-from lightning_ulysses.handle import Handle
-from lightning_ulysses.processes import ProcessPool
+from lightning_ulysses.patching.early_bound import rebind
+from lightning_ulysses.patching.handle import Handle
 from lightning_ulysses.testing import SplitRun, compare, fit_rank, fit_single
+from lightning_ulysses.testing.processes import ProcessPool
 
 
 class OnClass(nn.Module):

@@ -16,15 +16,16 @@ from torch import Tensor
 
 import lightning_ulysses
 from lightning_ulysses import TokenCountMonitor, UlyssesDeepSpeedStrategy, UlyssesError
-from lightning_ulysses.attention import sdpa
-from lightning_ulysses.batch import BatchRules, read_batch
+from lightning_ulysses.batch.whole import read_batch
+from lightning_ulysses.checks.trainer import check_trainer
 from lightning_ulysses.config import UlyssesConfig
-from lightning_ulysses.layout import SequenceLayout
-from lightning_ulysses.mesh import SequenceMesh, resolve_sizes
-from lightning_ulysses.preflight import check_trainer
-from lightning_ulysses.state import LiveBatch, SequenceState, activate
+from lightning_ulysses.context import LiveBatch, SequenceState, activate
+from lightning_ulysses.exchange.mesh import SequenceMesh, resolve_sizes
+from lightning_ulysses.geometry.batch_keys import BatchRules
+from lightning_ulysses.geometry.layout import SequenceLayout
+from lightning_ulysses.interceptors import torch_sdpa as sdpa
+from lightning_ulysses.loss.weights import StepWeights
 from lightning_ulysses.testing import QUIET
-from lightning_ulysses.weighting import StepWeights
 
 MESH = SequenceMesh(rank=0, world_size=2, sp_size=2, sp_rank=0, dp_size=1, dp_rank=0)
 

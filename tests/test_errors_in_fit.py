@@ -15,8 +15,8 @@ from models import VOCAB, Block, HandWritten, LlamaModule, hand_written, llama, 
 from torch import Tensor, nn
 
 from lightning_ulysses import UlyssesError
-from lightning_ulysses.processes import ProcessPool, RemoteError
 from lightning_ulysses.testing import SplitRun, fit_rank
+from lightning_ulysses.testing.processes import ProcessPool, RemoteError
 
 
 class ByHand(HandWritten):

@@ -10,8 +10,8 @@ import pytest
 from models import LlamaModule, token_batch
 
 from lightning_ulysses import TokenCountMonitor
-from lightning_ulysses.processes import ProcessPool
 from lightning_ulysses.testing import SplitRun, split_loader, split_trainer
+from lightning_ulysses.testing.processes import ProcessPool
 
 
 class Within(L.Callback):

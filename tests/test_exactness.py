@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from exact import BOUND, check, fit_broken, no_shift, no_weight
 from models import HandWritten, count_targets, hand_written, llama, pair_batch, token_batch
 
-from lightning_ulysses.processes import ProcessPool
+from lightning_ulysses.loss.weights import StepWeights
 from lightning_ulysses.testing import SplitRun, compare, fit_rank, fit_single, fit_split
-from lightning_ulysses.weighting import StepWeights
+from lightning_ulysses.testing.processes import ProcessPool
 
 CASES: dict[str, tuple[Any, list[Any], SplitRun]] = {
     "keywords": (llama(call="keywords"), [token_batch(1, 33, 2)], SplitRun()),
@@ -247,9 +247,9 @@ def plain_positions(x: torch.Tensor, dim: int = 1) -> torch.Tensor:
 
 
 CONTROLS: dict[str, tuple[str, Any, Any, dict[str, Any]]] = {
-    "weight": ("lightning_ulysses.weighting.token_weight", no_weight, llama(), {}),
+    "weight": ("lightning_ulysses.loss.weights.token_weight", no_weight, llama(), {}),
     "label shift": (
-        "lightning_ulysses.attention.model_inputs.shifted_labels",
+        "lightning_ulysses.interceptors.transformers.model_inputs.shifted_labels",
         no_shift,
         llama(call="keywords"),
         {"targets": "shift_labels"},

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lightning_ulysses import UlyssesError, ulysses_attention
 from lightning_ulysses.attention.explicit import Extras
-from lightning_ulysses.processes import ProcessPool, RemoteError
 from lightning_ulysses.testing import SplitRun, compare, fit_rank, fit_single, fit_split
+from lightning_ulysses.testing.processes import ProcessPool, RemoteError
 
 S, H = 33, 4
 

@@ -16,11 +16,12 @@ from models import Block, HandWritten, count_targets, pair_batch
 from torch import Tensor
 
 from lightning_ulysses import UlyssesError
-from lightning_ulysses.attention.attend import MaskSpec, attend
+from lightning_ulysses.attention.attend import attend
 from lightning_ulysses.attention.explicit import Extras
-from lightning_ulysses.layout import cu_seqlens_to_runs
-from lightning_ulysses.processes import ProcessPool
+from lightning_ulysses.geometry.layout import cu_seqlens_to_runs
+from lightning_ulysses.geometry.mask_spec import MaskSpec
 from lightning_ulysses.testing import SplitRun, compare, fit_rank, fit_single
+from lightning_ulysses.testing.processes import ProcessPool
 
 S = 33
 

@@ -13,16 +13,8 @@ from models import Block, HandWritten, count_targets, llama, pair_batch, token_b
 from torch import Tensor
 
 from lightning_ulysses import UlyssesError
-from lightning_ulysses.processes import ProcessPool
-from lightning_ulysses.testing import (
-    SplitRun,
-    compare,
-    fit_rank,
-    fit_single,
-    fit_split,
-    split_loader,
-    split_trainer,
-)
+from lightning_ulysses.testing import SplitRun, compare, fit_rank, fit_single, fit_split, split_loader, split_trainer
+from lightning_ulysses.testing.processes import ProcessPool
 
 S, H = 33, 4
 ORIGINAL = package.flex_attention
@@ -146,7 +138,7 @@ def test_one_step(pool: ProcessPool, kind: str, run: SplitRun, kv_heads: int, he
 
 def fit_with_heads_from_zero(rank: int, kind: str) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightning_ulysses.attention.flex._shifted", lambda mod, first, at: mod)
+        patch.setattr("lightning_ulysses.interceptors.torch_flex._shifted", lambda mod, first, at: mod)
         return fit(rank, kind, 2, False, SplitRun())
 
 

@@ -13,8 +13,8 @@ from test_compile import PAIRS, CompiledByHand, named_as
 from torch import Tensor, nn
 
 from lightning_ulysses import UlyssesError, sequence_positions
-from lightning_ulysses.processes import ProcessPool
 from lightning_ulysses.testing import SplitRun, StepResult, compare, fit_rank, fit_single, fit_split
+from lightning_ulysses.testing.processes import ProcessPool
 
 
 class Mixture(nn.Module):

@@ -7,7 +7,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.heads import HeadLayout, even_shares, head_layout, starts
+from lightning_ulysses.geometry.heads import HeadLayout, head_layout
+from lightning_ulysses.geometry.shares import even_shares, starts
 
 
 @st.composite

@@ -13,7 +13,6 @@ from models import Block, HandWritten, LlamaModule, count_targets, llama, pair_b
 from torch import Tensor, nn
 
 from lightning_ulysses import ulysses_attention
-from lightning_ulysses.processes import ProcessPool
 from lightning_ulysses.testing import (
     SplitRun,
     StepResult,
@@ -24,6 +23,7 @@ from lightning_ulysses.testing import (
     split_loader,
     split_trainer,
 )
+from lightning_ulysses.testing.processes import ProcessPool
 
 
 class WideValues(HandWritten):

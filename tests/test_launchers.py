@@ -15,7 +15,6 @@ import pytest
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from models import count_targets, llama, token_batch
 
-from lightning_ulysses.processes import ProcessPool
 from lightning_ulysses.testing import (
     SplitRun,
     StepRecorder,
@@ -25,6 +24,7 @@ from lightning_ulysses.testing import (
     split_loader,
     split_trainer,
 )
+from lightning_ulysses.testing.processes import ProcessPool
 
 
 def launched(rank: int, kind: str, world_size: int) -> tuple[str, StepResult]:

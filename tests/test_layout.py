@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_ulysses.documents import document_runs, valid_runs
 from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.layout import Runs, SequenceLayout, cu_seqlens_to_runs, runs_from_starts
+from lightning_ulysses.geometry.documents import document_runs, valid_runs
+from lightning_ulysses.geometry.layout import Runs, SequenceLayout, cu_seqlens_to_runs, runs_from_starts
 
 relaxed = settings(deadline=None, max_examples=150)
 row_lengths = st.lists(st.integers(1, 6), min_size=1, max_size=5)

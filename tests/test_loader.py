@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from lightning_ulysses.batch.loader import SeededLoader, TrainLoader
 from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.loader import SeededLoader, TrainLoader
 
 INFINITE = float("inf")
 

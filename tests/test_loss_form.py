@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_ulysses import TokenCountMonitor, UlyssesError
-from lightning_ulysses.processes import ProcessPool
 from lightning_ulysses.testing import SplitRun, compare, fit_rank, fit_single, fit_split, split_trainer
+from lightning_ulysses.testing.processes import ProcessPool
 
 PAIRS = [pair_batch(1, 33, 2, "uneven")]
 

@@ -9,8 +9,8 @@ import pytest
 from exact import check
 from models import llama, token_batch
 
-from lightning_ulysses.processes import ProcessPool
 from lightning_ulysses.testing import SplitRun
+from lightning_ulysses.testing.processes import ProcessPool
 
 
 class Setting(NamedTuple):

@@ -11,9 +11,9 @@ import torch
 from models import VOCAB, token_batch
 from torch import Tensor
 
-from lightning_ulysses.attention.numbering import Numbering
-from lightning_ulysses.processes import ProcessPool
+from lightning_ulysses.interceptors.transformers.positions import Numbering
 from lightning_ulysses.testing import SplitRun, compare, fit_rank, fit_single, fit_split
+from lightning_ulysses.testing.processes import ProcessPool
 
 PAD = 1
 

@@ -13,12 +13,12 @@ from models import LlamaModule, token_batch
 from torch import Tensor
 
 from lightning_ulysses import UlyssesError, gather_sequence
-from lightning_ulysses.layout import SequenceLayout
-from lightning_ulysses.mesh import SequenceMesh
-from lightning_ulysses.outputs import join_outputs
-from lightning_ulysses.processes import ProcessPool
-from lightning_ulysses.state import LiveBatch
+from lightning_ulysses.batch.predictions import join_outputs
+from lightning_ulysses.context import LiveBatch
+from lightning_ulysses.exchange.mesh import SequenceMesh
+from lightning_ulysses.geometry.layout import SequenceLayout
 from lightning_ulysses.testing import SplitRun, split_loader, split_trainer
+from lightning_ulysses.testing.processes import ProcessPool
 
 
 def numbers(seed: int, *shape: int) -> Tensor:

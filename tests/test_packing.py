@@ -11,16 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from packs import Lengths, as_lists, lists, long_tailed, relaxed, shuffled
 
-from lightning_ulysses.data.balance import CostModel
-from lightning_ulysses.data.packing import (
-    Ints,
-    Overlong,
-    best_fit,
-    check_lengths,
-    fit_to_packs,
-    random_order,
-)
-from lightning_ulysses.data.plan import PackingPlan, PackingSettings
+from lightning_ulysses.cost.model import CostModel
+from lightning_ulysses.data.epoch_plan import PackingPlan, PackingSettings
+from lightning_ulysses.data.packing import Ints, Overlong, best_fit, check_lengths, fit_to_packs, random_order
 from lightning_ulysses.errors import UlyssesError
 
 

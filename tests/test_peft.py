@@ -16,16 +16,8 @@ from torch import Tensor
 
 from lightning_ulysses import UlyssesError
 from lightning_ulysses.export import load_weights
-from lightning_ulysses.processes import ProcessPool
-from lightning_ulysses.testing import (
-    SplitRun,
-    compare,
-    fit_rank,
-    fit_single,
-    fit_split,
-    split_loader,
-    split_trainer,
-)
+from lightning_ulysses.testing import SplitRun, compare, fit_rank, fit_single, fit_split, split_loader, split_trainer
+from lightning_ulysses.testing.processes import ProcessPool
 
 BATCHES = [token_batch(seed, 33, 2, "uneven") for seed in range(2)]
 ACCUMULATE: dict[str, Any] = {"accumulate_grad_batches": 2}
@@ -89,7 +81,7 @@ def test_without_the_shift_it_is_wrong(pool: ProcessPool) -> None:
     make = partial(Adapted, call="keywords")
     reference = fit_single(make, [BATCHES], count_targets)
     run = SplitRun(2, 2, {"targets": "shift_labels"}, ACCUMULATE)
-    target = "lightning_ulysses.attention.model_inputs.shifted_labels"
+    target = "lightning_ulysses.interceptors.transformers.model_inputs.shifted_labels"
     result = pool.run(fit_broken, make, BATCHES, run, target, no_shift, world_size=2)[0]
     assert compare(result, reference).largest > 100 * BOUND
 

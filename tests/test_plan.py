@@ -11,9 +11,9 @@ from exact import BOUND, fit_broken
 from models import count_targets, pair_batch, token_batch
 from planned import count_samples, denoiser, image_batch, lit, text_batches
 
-from lightning_ulysses.processes import ProcessPool
-from lightning_ulysses.regions import cutting
+from lightning_ulysses.exchange import cut_and_join as cutting
 from lightning_ulysses.testing import SplitRun, compare, fit_single, fit_split
+from lightning_ulysses.testing.processes import ProcessPool
 
 UNJOINED = {"plan": "litgpt_unjoined"}
 JOINED = {"plan": "litgpt"}
@@ -117,7 +117,7 @@ def first_slice(tensor: torch.Tensor, dim: int, layout: Any, rank: int) -> torch
 
 
 CONTROLS: dict[str, tuple[str, Any]] = {
-    "join without the sum": ("lightning_ulysses.regions.cutting.sum_slices", own_slice),
+    "join without the sum": ("lightning_ulysses.exchange.cut_and_join.sum_slices", own_slice),
     "positions not split": ("lightning_ulysses.regions.hooks.cut", first_slice),
 }
 

@@ -27,10 +27,9 @@ from lightning_ulysses import (
     regions,
     unsharded,
 )
-from lightning_ulysses.mesh import SequenceMesh
-from lightning_ulysses.plan import read_plan
-from lightning_ulysses.processes import ProcessPool
-from lightning_ulysses.state import SequenceState
+from lightning_ulysses.context import SequenceState
+from lightning_ulysses.exchange.mesh import SequenceMesh
+from lightning_ulysses.geometry.split_plan import read_plan
 from lightning_ulysses.testing import (
     SplitRun,
     StepRecorder,
@@ -41,6 +40,7 @@ from lightning_ulysses.testing import (
     split_loader,
     split_trainer,
 )
+from lightning_ulysses.testing.processes import ProcessPool
 from lightning_ulysses.verification import verify_parity
 
 ROOT = Path(__file__).parent.parent

@@ -13,8 +13,8 @@ from models import VOCAB, Block
 from torch import Tensor, nn
 
 from lightning_ulysses import UlyssesError, sequence_positions
-from lightning_ulysses.processes import ProcessPool
 from lightning_ulysses.testing import SplitRun, compare, fit_rank, fit_single, fit_split
+from lightning_ulysses.testing.processes import ProcessPool
 
 WIDTH, ROWS, SEQ_LEN, CLASSES = 32, 3, 33, 5
 # No cross entropy over tokens tells here how many targets there are.

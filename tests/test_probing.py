@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from lightning_ulysses import UlyssesError, sequence_positions
 from lightning_ulysses.attention.stand_in import keep_apart
-from lightning_ulysses.processes import ProcessPool
 from lightning_ulysses.testing import SplitRun, compare, fit_rank, fit_single, fit_split
+from lightning_ulysses.testing.processes import ProcessPool
 
 PAIRS = [pair_batch(seed, 40) for seed in range(2)]
 TOKENS = [token_batch(seed, 40) for seed in range(2)]

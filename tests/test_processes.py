@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from lightning_ulysses import processes
-from lightning_ulysses.processes import ProcessPool, RemoteError
+from lightning_ulysses.testing import processes
+from lightning_ulysses.testing.processes import ProcessPool, RemoteError
 
 
 def answer(rank: int, value: int, seconds: float = 0.0) -> int:

@@ -14,8 +14,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from models import HandWritten, pair_batch
 from torch import Tensor, nn
 
-from lightning_ulysses.processes import ProcessPool
 from lightning_ulysses.testing import SplitRun, split_loader, split_trainer
+from lightning_ulysses.testing.processes import ProcessPool
 
 # S is odd, so that one rank of a group draws for more tokens than the other.
 BATCHES = [pair_batch(seed, 33, 2) for seed in range(8)]

@@ -28,13 +28,12 @@ from torch.utils.data import DataLoader
 
 import lightning_ulysses
 from lightning_ulysses import UlyssesDeepSpeedStrategy
-from lightning_ulysses.batch import read_batch
+from lightning_ulysses.batch.whole import read_batch
 from lightning_ulysses.cli.main import _parser as command_line
-from lightning_ulysses.layout import SequenceLayout
-from lightning_ulysses.mesh import MeshSizes, SequenceMesh
-from lightning_ulysses.plan import SHIPPED, read_plan
-from lightning_ulysses.processes import ProcessPool
-from lightning_ulysses.state import LiveBatch, SequenceState
+from lightning_ulysses.context import LiveBatch, SequenceState
+from lightning_ulysses.exchange.mesh import MeshSizes, SequenceMesh
+from lightning_ulysses.geometry.layout import SequenceLayout
+from lightning_ulysses.geometry.split_plan import SHIPPED, read_plan
 from lightning_ulysses.testing import (
     QUIET,
     SplitRun,
@@ -45,6 +44,7 @@ from lightning_ulysses.testing import (
     split_loader,
     split_trainer,
 )
+from lightning_ulysses.testing.processes import ProcessPool
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")

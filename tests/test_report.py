@@ -13,12 +13,12 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from lightning_ulysses import UlyssesError
-from lightning_ulysses.callbacks.flops import ModelOperations
 from lightning_ulysses.callbacks.token_history import Table, TokenHistory
 from lightning_ulysses.callbacks.token_ledger import FIELDS, StepLedger
 from lightning_ulysses.callbacks.token_report import COLUMNS, CSV_NAME, PNG_NAME, draw, leave, read_csv, write_csv
 from lightning_ulysses.cli.main import main
-from lightning_ulysses.mesh import SequenceMesh
+from lightning_ulysses.cost.flops import ModelOperations
+from lightning_ulysses.exchange.mesh import SequenceMesh
 
 
 def ledger(world_size: int = 2, by_targets: bool = True) -> StepLedger:

@@ -12,9 +12,10 @@ from models import VOCAB, count_targets, token_batch
 from torch import Tensor
 
 from lightning_ulysses import UlyssesError
-from lightning_ulysses.attention import huggingface, router
-from lightning_ulysses.processes import ProcessPool
+from lightning_ulysses.interceptors.transformers import attention as huggingface
+from lightning_ulysses.interceptors.transformers import router_loss as router
 from lightning_ulysses.testing import SplitRun, compare, fit_rank, fit_single, fit_split
+from lightning_ulysses.testing.processes import ProcessPool
 
 
 class Mixtral(L.LightningModule):

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from packs import every_token, lengths_of, ranks, sampler, tokens
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_ulysses.context import SequenceState, activate
 from lightning_ulysses.data import PackingCollator, SequenceShardSampler
 from lightning_ulysses.data.packing import Overlong, Pack
 from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.mesh import SequenceMesh
-from lightning_ulysses.state import SequenceState, activate
+from lightning_ulysses.exchange.mesh import SequenceMesh
 
 
 @pytest.fixture

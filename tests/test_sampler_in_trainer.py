@@ -16,8 +16,8 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from lightning_ulysses import UlyssesDeepSpeedStrategy, UlyssesError
 from lightning_ulysses.data import PackingCollator, SequenceShardSampler
-from lightning_ulysses.processes import ProcessPool
 from lightning_ulysses.testing import QUIET
+from lightning_ulysses.testing.processes import ProcessPool
 
 LENGTHS = [7, 30, 12, 25, 9, 18, 3, 22, 28, 5, 14, 16, 11, 20, 70]
 

@@ -11,8 +11,8 @@ from models import VOCAB, HandWritten
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_ulysses.processes import ProcessPool
 from lightning_ulysses.testing import SplitRun, split_trainer
+from lightning_ulysses.testing.processes import ProcessPool
 
 S = 33
 

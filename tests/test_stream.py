@@ -20,9 +20,9 @@ from streams import Documents, as_worker, counted, documents_of, place, random_l
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from lightning_ulysses import UlyssesError
+from lightning_ulysses.context import activate
 from lightning_ulysses.data import PackedStream, PackingCollator
 from lightning_ulysses.data import stream as stream_module
-from lightning_ulysses.state import activate
 
 
 @settings(max_examples=100, deadline=None)

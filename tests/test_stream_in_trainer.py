@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_ulysses.data import PackedStream, PackingCollator
-from lightning_ulysses.processes import ProcessPool
 from lightning_ulysses.testing import SplitRun, StepRecorder, compare, fit_single, split_trainer
+from lightning_ulysses.testing.processes import ProcessPool
 
 
 class CountTokens(pl.Callback):

@@ -10,8 +10,8 @@ from streams import Documents, as_worker, place, raw
 from torch.utils.data import DataLoader
 
 from lightning_ulysses import UlyssesError
+from lightning_ulysses.context import activate
 from lightning_ulysses.data import SequenceShardSampler
-from lightning_ulysses.state import activate
 
 
 class Once:

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from models import HandWritten, count_targets, pair_batch
 from torch import Tensor, nn
 
+from lightning_ulysses.context import LiveBatch, SequenceState, TargetEvidence
 from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.layout import SequenceLayout
-from lightning_ulysses.mesh import SequenceMesh
-from lightning_ulysses.processes import ProcessPool
-from lightning_ulysses.state import LiveBatch, SequenceState, TargetEvidence
-from lightning_ulysses.targets import TargetResolver, install
+from lightning_ulysses.exchange.mesh import SequenceMesh
+from lightning_ulysses.geometry.layout import SequenceLayout
+from lightning_ulysses.loss.targets import TargetResolver, install
 from lightning_ulysses.testing import SplitRun, compare, fit_single, fit_split
+from lightning_ulysses.testing.processes import ProcessPool
 
 LABELS = torch.tensor([[-100, 4, 5, 6, 7]])
 SHIFTED = torch.tensor([[4, 5, 6, 7, -100]])

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_ulysses import TokenCountMonitor, UlyssesError
-from lightning_ulysses.callbacks.flops import model_operations, peak_of_name
 from lightning_ulysses.callbacks.token_ledger import count_slice, find_padding
-from lightning_ulysses.layout import SequenceLayout, runs_from_starts
-from lightning_ulysses.state import LiveBatch
+from lightning_ulysses.context import LiveBatch
+from lightning_ulysses.cost.flops import model_operations, peak_of_name
+from lightning_ulysses.geometry.layout import SequenceLayout, runs_from_starts
 
 
 def random_layout(seed: int) -> tuple[SequenceLayout, Tensor]:

@@ -22,9 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_ulysses import TokenCountMonitor
 from lightning_ulysses.callbacks.token_report import CSV_NAME, PNG_NAME, read_csv
 from lightning_ulysses.data import CostModel, PackingCollator
-from lightning_ulysses.loss import TokenMean
-from lightning_ulysses.processes import ProcessPool
+from lightning_ulysses.loss.token_mean import TokenMean
 from lightning_ulysses.testing import SplitRun, fit_single, split_loader, split_trainer
+from lightning_ulysses.testing.processes import ProcessPool
 
 PEAK = 1e9
 

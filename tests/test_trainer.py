@@ -12,9 +12,10 @@ from models import LlamaModule, count_targets, hand_written, llama, token_batch
 from torch.nn.functional import scaled_dot_product_attention as early_bound
 from torch.utils.data import DataLoader
 
-from lightning_ulysses import TokenCountMonitor, UlyssesDeepSpeedStrategy, gather_sequence, upstream
-from lightning_ulysses.processes import ProcessPool
+from lightning_ulysses import TokenCountMonitor, UlyssesDeepSpeedStrategy, gather_sequence
 from lightning_ulysses.testing import QUIET, SplitRun, compare, fit_single, fit_split, split_loader, split_trainer
+from lightning_ulysses.testing.processes import ProcessPool
+from lightning_ulysses.upstream import deepspeed as upstream_deepspeed
 
 LENGTHS = (33, 20, 27)
 
@@ -208,7 +209,7 @@ def restore(rank: int) -> list[bool]:
         registered += [AttentionInterface.get_interface, AttentionMaskInterface._global_mapping["eager"]]
         functions = [F.linear, F.scaled_dot_product_attention, F.cross_entropy, F.multi_head_attention_forward]
         functions += [varlen.varlen_attn, flex_attention.flex_attention, GenerationMixin.generate]
-        functions += [getattr(checkpointing, name) for name in upstream._EMPTYING]
+        functions += [getattr(checkpointing, name) for name in upstream_deepspeed._EMPTYING]
         return [*functions, early_bound, vars(Early)["attend"], torch.backends.mha.get_fastpath_enabled(), *registered]
 
     class Peek(L.Callback):

@@ -13,8 +13,8 @@ from models import VOCAB, HandWritten, LlamaModule, count_targets, token_batch
 from torch import Tensor
 
 from lightning_ulysses import UlyssesError
-from lightning_ulysses.processes import ProcessPool
 from lightning_ulysses.testing import SplitRun, compare, fit_rank, fit_single, fit_split
+from lightning_ulysses.testing.processes import ProcessPool
 
 BATCHES = [token_batch(seed, 33, 2, "uneven") for seed in range(2)]
 ACCUMULATE: dict[str, Any] = {"accumulate_grad_batches": 2}
@@ -124,7 +124,7 @@ def no_positions(*args: Any) -> Tensor:
 
 def test_without_its_positions_the_teacher_is_wrong(pool: ProcessPool) -> None:
     reference = fit_single(Distilled, [BATCHES[:1]], count_targets)
-    target = "lightning_ulysses.attention.model_inputs._positions"
+    target = "lightning_ulysses.interceptors.transformers.model_inputs._positions"
     run = SplitRun(strategy={"check_model": False})
     for result in pool.run(fit_broken, Distilled, BATCHES[:1], run, target, no_positions, world_size=2):
         assert compare(result, reference).largest > 100 * BOUND

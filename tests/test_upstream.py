@@ -11,8 +11,9 @@ import lightning as L
 import pytest
 from models import HandWritten
 
-from lightning_ulysses import upstream
 from lightning_ulysses.testing import QUIET
+from lightning_ulysses.upstream import deepspeed as upstream_deepspeed
+from lightning_ulysses.upstream import lightning as upstream_lightning
 
 
 def parameters(function: Any) -> list[str]:
@@ -28,7 +29,7 @@ def test_lightning_says_whether_the_optimizer_steps(trainer: L.Trainer) -> None:
     assert parameters(trainer.fit_loop._should_accumulate) == []
     current, found = trainer.fit_loop.epoch_loop.batch_progress.current, []
     for current.ready in range(1, 5):
-        found.append(upstream.should_accumulate(trainer))
+        found.append(upstream_lightning.should_accumulate(trainer))
     current.ready = 0
     assert found == [True, True, False, True]
 
@@ -36,13 +37,13 @@ def test_lightning_says_whether_the_optimizer_steps(trainer: L.Trainer) -> None:
 def test_lightning_knows_the_batches_of_an_epoch(trainer: L.Trainer) -> None:
     from lightning.pytorch.utilities import CombinedLoader
 
-    assert upstream.used_batches(trainer) == float("inf")
+    assert upstream_lightning.used_batches(trainer) == float("inf")
     loader = CombinedLoader([[1, 2, 3]])
     with mock.patch.object(trainer.fit_loop, "_combined_loader", loader):
-        assert upstream.used_batches(trainer) == float("inf")
+        assert upstream_lightning.used_batches(trainer) == float("inf")
         for limits, wanted in (([2], 2.0), ([float("inf")], float("inf"))):
             loader.limits = limits
-            assert upstream.used_batches(trainer) == wanted
+            assert upstream_lightning.used_batches(trainer) == wanted
 
 
 def test_lightning_keeps_its_progress_where_it_is_rescaled(trainer: L.Trainer) -> None:
@@ -53,19 +54,19 @@ def test_lightning_keeps_its_progress_where_it_is_rescaled(trainer: L.Trainer) -
     assert 'state_dict["combined_loader"]' in source
     current.update(ready=6, started=6, processed=6, completed=6)
     state["state_dict"] = {"combined_loader": [{"batches": 6, "dp_size": 2}]}
-    upstream.rescale_progress({"loops": {"fit_loop": state}}, 4)
+    upstream_lightning.rescale_progress({"loops": {"fit_loop": state}}, 4)
     assert [current[name] for name in ("ready", "started", "processed", "completed")] == [3, 3, 3, 3]
     # As saved behind a batch, before Lightning has counted it as completed.
     current.update(ready=6, started=6, processed=6, completed=5)
-    upstream.rescale_progress({"loops": {"fit_loop": state}}, 4)
+    upstream_lightning.rescale_progress({"loops": {"fit_loop": state}}, 4)
     assert [current[name] for name in ("ready", "started", "processed", "completed")] == [3, 3, 3, 2]
-    upstream.rescale_progress({}, 4)
+    upstream_lightning.rescale_progress({}, 4)
 
 
 def test_lightning_modules_have_a_device_mesh() -> None:
     module, mesh = HandWritten(), mock.sentinel.mesh
     assert module.device_mesh is None
-    upstream.set_device_mesh(module, mesh)
+    upstream_lightning.set_device_mesh(module, mesh)
     assert module.device_mesh is mesh
 
 
@@ -77,13 +78,13 @@ def test_deepspeed_asks_whether_the_shared_memory_op_is_wanted() -> None:
     builder = SimpleNamespace(NAME=name, load=mock.Mock(), absolute_name=lambda: name)
     with mock.patch("deepspeed.comm.torch.get_accelerator") as accelerator, mock.patch.dict(compatible, {name: True}):
         accelerator.return_value.create_op_builder.return_value = builder
-        with upstream.without_shared_memory_op():
+        with upstream_deepspeed.without_shared_memory_op():
             assert build_shm_op() is None and not builder.load.called
         assert compatible[name] is True
         build_shm_op()
         assert builder.load.called
         del compatible[name]
-        with pytest.raises(KeyError), upstream.without_shared_memory_op():
+        with pytest.raises(KeyError), upstream_deepspeed.without_shared_memory_op():
             raise KeyError
         assert name not in compatible
 
@@ -97,9 +98,9 @@ def test_deepspeed_can_be_pointed_at_the_cpu() -> None:
         mock.patch("deepspeed.accelerator.get_accelerator", return_value=gpu),
         mock.patch("deepspeed.accelerator.set_accelerator") as chosen,
     ):
-        upstream.use_accelerator("cuda")
+        upstream_deepspeed.use_accelerator("cuda")
         assert not chosen.called
-        upstream.use_accelerator("cpu")
+        upstream_deepspeed.use_accelerator("cpu")
     assert chosen.call_args.args[0].device_name() == "cpu"
     assert get_accelerator() is before and parameters(inspect.unwrap(type(before).device_name))[0] == "self"
 
@@ -113,9 +114,9 @@ def test_deepspeed_restores_weights_by_a_method_that_an_inference_engine_lacks()
     assert hasattr(DeepSpeedZeroOptimizer_Stage3, "_restore_from_bit16_weights")
     assert not hasattr(DeepSpeedZeRoOffload, "_restore_from_bit16_weights")
     engine = SimpleNamespace(optimizer=SimpleNamespace())
-    upstream.allow_weights_only_load(engine)
+    upstream_deepspeed.allow_weights_only_load(engine)
     assert engine.optimizer._restore_from_bit16_weights() is None
-    upstream.allow_weights_only_load(SimpleNamespace(optimizer=None))
+    upstream_deepspeed.allow_weights_only_load(SimpleNamespace(optimizer=None))
 
 
 def test_deepspeed_keeps_its_world_where_it_is_forgotten() -> None:
@@ -135,7 +136,7 @@ def test_deepspeed_keeps_its_world_where_it_is_forgotten() -> None:
         mock.patch.object(Init, "param_id", 7),
     ):
         counter.default[0] = 5
-        upstream.forget_world()
+        upstream_deepspeed.forget_world()
         assert comm.cdb is None and groups._WORLD_GROUP is None
         assert Init.param_id == 0 and counter.default == [0]
 
@@ -144,7 +145,7 @@ def test_transformers_keeps_its_tables_and_masks() -> None:
     from transformers import masking_utils
     from transformers.modeling_utils import AttentionInterface
 
-    from lightning_ulysses.attention.masks import _mask_parts
+    from lightning_ulysses.interceptors.transformers.masks import _mask_parts
 
     for table in (AttentionInterface, masking_utils.AttentionMaskInterface):
         assert {"sdpa", "flash_attention_2"} <= set(table._global_mapping)

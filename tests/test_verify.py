@@ -15,7 +15,7 @@ from models import HandWritten, LlamaModule, pair_batch, token_batch
 from torch import Tensor, nn
 
 from lightning_ulysses import UlyssesError
-from lightning_ulysses.processes import ProcessPool
+from lightning_ulysses.testing.processes import ProcessPool
 from lightning_ulysses.verification import ParityReport, verify_parity
 
 
@@ -316,7 +316,7 @@ def broken(rank: int, function: Any, args: Any, target: str, replacement: Any) -
 
 def test_negative_control(pool: ProcessPool) -> None:
     """A weight that is wrong by the share of targets is found, and no module is blamed."""
-    patched = BrokenPool(pool, "lightning_ulysses.weighting.token_weight", no_weight)
+    patched = BrokenPool(pool, "lightning_ulysses.loss.weights.token_weight", no_weight)
     batch = pair_batch(2, 33, 2, "uneven")
     assert check(pool, HandWritten(), batch).exact
     report = check(patched, HandWritten(), batch)

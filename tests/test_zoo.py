@@ -6,7 +6,7 @@ import pytest
 from guests import GUESTS, Guest
 from zoo import ENTRIES, PAGE, ZOO, run_guest, run_one, table
 
-from lightning_ulysses.processes import ProcessPool
+from lightning_ulysses.testing.processes import ProcessPool
 
 
 @pytest.mark.parametrize("name", ZOO)

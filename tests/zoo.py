@@ -19,8 +19,8 @@ from models import VOCAB, token_batch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from lightning_ulysses.processes import ProcessPool, RemoteError
 from lightning_ulysses.testing import SplitRun, compare, fit_single, fit_split
+from lightning_ulysses.testing.processes import ProcessPool, RemoteError
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 GROUPED = {**SIZES, "num_key_value_heads": 2}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from lightning_ulysses.attention.attend import MaskSpec, attend
+from lightning_ulysses.attention.attend import attend
 from lightning_ulysses.attention.ulysses import ulysses_attention
-from lightning_ulysses.handle import Handle
+from lightning_ulysses.geometry.mask_spec import MaskSpec
+from lightning_ulysses.patching.handle import Handle
 
 __all__ = ["Handle", "MaskSpec", "attend", "ulysses_attention"]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_ulysses.attention.kernel import Kernel
-from lightning_ulysses.layout import Runs
+from lightning_ulysses.geometry.layout import Runs
 
 _NEEDED = ("window_size", "scale", "enable_gqa")
 

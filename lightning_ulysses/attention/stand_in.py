@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_ulysses.state import SequenceState
+from lightning_ulysses.context import SequenceState
 
 
 def keep_apart(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

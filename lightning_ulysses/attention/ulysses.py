@@ -6,18 +6,19 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from lightning_ulysses.all_to_all import heads_to_seq, seq_to_heads
-from lightning_ulysses.attention.attend import MaskSpec, attend
-from lightning_ulysses.attention.dropout import own_draws
+from lightning_ulysses.attention.attend import attend
+from lightning_ulysses.attention.draws import own_draws
 from lightning_ulysses.attention.explicit import Extras
 from lightning_ulysses.attention.kernel import attend_memory
 from lightning_ulysses.attention.stand_in import probe_attention
+from lightning_ulysses.context import SequenceState, current_state, eager_while_live, sharded_state
 from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.graphs import eager
-from lightning_ulysses.heads import head_layout
-from lightning_ulysses.layout import Runs, SequenceLayout, cu_seqlens_to_runs
+from lightning_ulysses.exchange.all_to_all import heads_to_seq, seq_to_heads
+from lightning_ulysses.geometry.heads import head_layout
+from lightning_ulysses.geometry.layout import Runs, SequenceLayout, cu_seqlens_to_runs
+from lightning_ulysses.geometry.mask_spec import MaskSpec
+from lightning_ulysses.patching.outside_graphs import eager
 from lightning_ulysses.sequence import check_share
-from lightning_ulysses.state import SequenceState, current_state, eager_while_live, sharded_state
 
 Compute = Callable[[Tensor, Tensor, Tensor, slice, tuple[int, ...] | None], Tensor]
 
@@ -92,7 +93,7 @@ def sharded_attention(
 def sees_memory(state: SequenceState, q: Tensor, k: Tensor, is_causal: bool) -> bool:
     """Whether keys (..., S_k, D) are a memory's, whole on every rank, so that nothing has to be exchanged.
 
-    That they are, and no pooled slice, has been tried on the model; see `probing`.
+    That they are, and no pooled slice, has been tried on the model; see `checks.probing`.
 
     Raises:
         UlyssesError: For causal attention to a memory, which has no positions in the sequence.

@@ -9,11 +9,11 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.evaluation_loss import EvaluationLoss, compute_all
+from lightning_ulysses.loss.evaluation import EvaluationLoss, compute_all
 from lightning_ulysses.strategy import UlyssesDeepSpeedStrategy
 
 if TYPE_CHECKING:
-    from lightning_ulysses.weighting import StepWeights
+    from lightning_ulysses.loss.weights import StepWeights
 
 
 def strategy_of(trainer: pl.Trainer) -> UlyssesDeepSpeedStrategy:

@@ -14,15 +14,15 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_ulysses.callbacks.evaluation import EvaluationMonitor, strategy_of, weights_of
-from lightning_ulysses.callbacks.flops import model_operations, peak_flops
 from lightning_ulysses.callbacks.token_history import GIB, TokenHistory
 from lightning_ulysses.callbacks.token_ledger import LOSS, PADDING, PAIRS, PEAK, TARGETS, TOKENS, WORK, StepLedger
 from lightning_ulysses.callbacks.token_report import leave
+from lightning_ulysses.cost.flops import model_operations, peak_flops
 from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.loss import TokenMean
+from lightning_ulysses.loss.token_mean import TokenMean
 
 if TYPE_CHECKING:
-    from lightning_ulysses.weighting import StepWeights
+    from lightning_ulysses.loss.weights import StepWeights
 
 
 # Steps that are read from the device, or added up, at once.
@@ -57,7 +57,7 @@ class TokenCountMonitor(EvaluationMonitor):
     - ``throughput/tokens_per_sec``: tokens of all ranks without padding per second since it was last logged, evaluation
       not counted; not logged for the first step.
     - ``throughput/mfu``: the part used of what the devices could compute; 0.4 is 40 %. Forward and backward on tokens
-      without padding, attention by document lengths, recomputation not counted; see `flops.model_operations`.
+      without padding, attention by document lengths, recomputation not counted; see `cost.flops.model_operations`.
     - ``memory/peak_gib``: of the rank with the most; allocated by torch on a GPU, resident in memory on a CPU.
 
     ``train/loss`` is logged after every step, the others that concern training after every ``log_every_n_steps`` and

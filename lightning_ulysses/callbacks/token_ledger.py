@@ -12,12 +12,12 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_ulysses.callbacks.flops import ModelOperations
-from lightning_ulysses.heads import even_shares
-from lightning_ulysses.layout import Runs, SequenceLayout
-from lightning_ulysses.mesh import SequenceMesh
-from lightning_ulysses.recognition import MASK_KEYS
-from lightning_ulysses.state import LiveBatch
+from lightning_ulysses.context import LiveBatch
+from lightning_ulysses.cost.flops import ModelOperations
+from lightning_ulysses.exchange.mesh import SequenceMesh
+from lightning_ulysses.geometry.batch_keys import MASK_KEYS
+from lightning_ulysses.geometry.layout import Runs, SequenceLayout
+from lightning_ulysses.geometry.shares import even_shares
 
 FIELDS = ("loss", "targets", "tokens", "padding", "documents", "pairs", "work", "peak_bytes")
 LOSS, TARGETS, TOKENS, PADDING, DOCUMENTS, PAIRS, WORK, PEAK = range(len(FIELDS))

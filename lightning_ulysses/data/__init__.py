@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_ulysses.data.balance import CostModel
+from lightning_ulysses.cost.model import CostModel
 from lightning_ulysses.data.collate import PackingCollator
 from lightning_ulysses.data.datamodule import SequenceDataModule
 from lightning_ulysses.data.packing import Piece

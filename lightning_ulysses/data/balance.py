@@ -3,81 +3,18 @@
 from __future__ import annotations
 
 import heapq
-import math
 from dataclasses import dataclass
-from numbers import Real
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_ulysses.cost.model import CostModel
 from lightning_ulysses.data.packing import Ints, Packs, group, random_order
 from lightning_ulysses.errors import UlyssesError
 
 # Packs of like cost are found among this many steps' worth of them. Where the dearest of these costs c times the
 # cheapest, ranks wait about ln(c) / SORTED_STEPS of their time: half a percent for c = 10.
 SORTED_STEPS = 512
-
-_SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
-
-
-@dataclass(frozen=True)
-class CostModel:
-    """What a pack costs: ``per_token * tokens + per_pair * sum(length ** 2)`` over its documents.
-
-    Only the ratio of the two matters. The default is that of a dense transformer with a hidden size of 4096 and causal
-    attention, whose layers do 24 * hidden**2 operations per token and 2 * hidden per token and token of its document.
-
-    Args:
-        per_token: Operations per token; any unit.
-        per_pair: Operations per token and token of its document, in the same unit.
-
-    Raises:
-        UlyssesError: If one is negative or not finite, or both are 0.
-    """
-
-    per_token: float = 1.0
-    per_pair: float = 1.0 / (12 * 4096)
-
-    def __post_init__(self) -> None:
-        costs: tuple[object, ...] = (self.per_token, self.per_pair)
-        numbers = all(isinstance(cost, Real) and 0 <= float(cost) < math.inf for cost in costs)
-        if not numbers or not any(costs):
-            raise UlyssesError(
-                f"a cost model with per_token={self.per_token!r} and per_pair={self.per_pair!r}",
-                "finite numbers, not negative and not both 0",
-                "leave the cost model out, or make one with CostModel.from_config(model.config)",
-            )
-
-    @classmethod
-    def from_config(cls, config: Any, *, causal: bool = True) -> CostModel:
-        """The forward operations of a dense transformer with gated MLPs.
-
-        Args:
-            config: Anything with the sizes of a Hugging Face config as attributes.
-            causal: Whether a token attends to the tokens before it only, which halves the work on pairs.
-
-        Raises:
-            UlyssesError: If a size is missing.
-        """
-        config = config.get_text_config() if hasattr(config, "get_text_config") else config
-        missing = [name for name in _SHAPE if getattr(config, name, None) is None]
-        if missing:
-            raise UlyssesError(
-                f"a {type(config).__name__} without {', '.join(missing)}",
-                f"the model's {', '.join(_SHAPE)}",
-                "give the cost directly, as CostModel(per_token=..., per_pair=...)",
-            )
-        hidden, layers, heads, vocab = (getattr(config, name) for name in _SHAPE)
-        head_dim = getattr(config, "head_dim", None) or hidden // heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        inner = getattr(config, "intermediate_size", None) or 4 * hidden
-        weights = layers * (2 * hidden * head_dim * (heads + kv_heads) + 3 * hidden * inner) + hidden * vocab
-        return cls(2.0 * weights, (2.0 if causal else 4.0) * layers * heads * head_dim)
-
-    def of(self, packs: Packs, lengths: Ints) -> NDArray[np.float64]:
-        """(packs,) the cost of each, where ``lengths`` (pieces,) are in tokens."""
-        return self.per_token * packs.sums(lengths) + self.per_pair * packs.sums(lengths**2)
 
 
 @dataclass(frozen=True)
@@ -101,6 +38,11 @@ class Deal:
         numbers = np.concatenate([self.steps.ravel()[used:], self.left_out])
         members = np.concatenate([self.packs[number] for number in numbers] or [self.packs.members[:0]])
         return group(members, np.repeat(self.origin[numbers], self.packs.sizes[numbers]))
+
+
+def pack_costs(packs: Packs, lengths: Ints, cost: CostModel) -> NDArray[np.float64]:
+    """(packs,) the cost of each, where ``lengths`` (pieces,) are in tokens."""
+    return cost.of(packs.sums(lengths), packs.sums(lengths**2))
 
 
 def imbalance(costs: NDArray[np.float64]) -> float:
@@ -205,7 +147,7 @@ def deal(packs: Packs, lengths: Ints, cost: CostModel, ranks: int, slots: int, *
     """
     divided = len(packs) < slots
     packs, origin, last = _even_out(packs, ranks, slots) if divided else (packs, np.arange(len(packs)), 0)
-    costs = cost.of(packs, lengths)
+    costs = pack_costs(packs, lengths, cost)
     first = len(packs) - last
     order = np.arange(first) if key is None else random_order(first, *key, 0)
     full = slots - last

@@ -14,7 +14,7 @@ from lightning_ulysses.data.packing import Overlong
 from lightning_ulysses.data.rows import read_row, without_targets
 from lightning_ulysses.data.source import fingerprint
 from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.heads import even_shares
+from lightning_ulysses.geometry.shares import even_shares
 
 Pack = list[dict[str, Tensor]]
 

@@ -11,11 +11,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_ulysses.data.balance import CostModel
+from lightning_ulysses.cost.model import CostModel
 from lightning_ulysses.data.collate import PackingCollator
 from lightning_ulysses.data.corpus import Corpus, TokenCache
+from lightning_ulysses.data.epoch_plan import PackingSettings, check_whole
 from lightning_ulysses.data.packing import Overlong
-from lightning_ulysses.data.plan import PackingSettings, check_whole
 from lightning_ulysses.data.sampler import SequenceShardSampler
 from lightning_ulysses.data.tokens import load_tokenizer
 from lightning_ulysses.errors import UlyssesError

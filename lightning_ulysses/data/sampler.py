@@ -10,13 +10,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DistributedSampler, Sampler
 from typing_extensions import override
 
-from lightning_ulysses.data.balance import CostModel, Deal
+from lightning_ulysses.context import current_state
+from lightning_ulysses.cost.model import CostModel
+from lightning_ulysses.data.balance import Deal
+from lightning_ulysses.data.data_rank import Place, given_place, place_in
 from lightning_ulysses.data.dataset import Lengths, PackedDataset, read_lengths
+from lightning_ulysses.data.epoch_plan import PackingPlan, PackingReport, PackingSettings, Segments, begun
 from lightning_ulysses.data.packing import Overlong, Pack
-from lightning_ulysses.data.place import Place, given_place, place_in
-from lightning_ulysses.data.plan import PackingPlan, PackingReport, PackingSettings, Segments, begun
 from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.state import current_state
 
 
 class SequenceShardSampler(DistributedSampler[Pack]):

@@ -13,13 +13,13 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import IterableDataset, get_worker_info
 from typing_extensions import override
 
+from lightning_ulysses.context import current_state
 from lightning_ulysses.data.buffer import Pack, PackingPass, PackingRules, spread
 from lightning_ulysses.data.collate import PackingCollator
+from lightning_ulysses.data.data_rank import Place, given_place, place_in
 from lightning_ulysses.data.packing import Overlong
-from lightning_ulysses.data.place import Place, given_place, place_in
 from lightning_ulysses.data.source import Source, check_source, read_whole
 from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.state import current_state
 
 _BUFFERED_PACKS = 16
 

@@ -9,16 +9,16 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from lightning_ulysses.context import LiveBatch, Place, SequenceState
 from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.graphs import eager
-from lightning_ulysses.handle import Handle
-from lightning_ulysses.layout import SequenceLayout
-from lightning_ulysses.plan import ONLY_OUTPUT, SequencePlan
+from lightning_ulysses.exchange.agreement import check_same_inputs
+from lightning_ulysses.exchange.cut_and_join import cut, join
+from lightning_ulysses.geometry.layout import SequenceLayout
+from lightning_ulysses.geometry.split_plan import ONLY_OUTPUT, SequencePlan
+from lightning_ulysses.patching.handle import Handle
+from lightning_ulysses.patching.outside_graphs import eager
 from lightning_ulysses.regions import recompute
-from lightning_ulysses.regions.agreement import check_same_inputs
-from lightning_ulysses.regions.cutting import cut, join
 from lightning_ulysses.regions.matching import Inputs, Matcher
-from lightning_ulysses.state import LiveBatch, Place, SequenceState
 
 _CHECKED_REGIONS = 3
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.plan import Dims, SequencePlan
+from lightning_ulysses.geometry.split_plan import Dims, SequencePlan
 
 # What wrappers for compiling and checkpointing put into the names of what they wrap.
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}

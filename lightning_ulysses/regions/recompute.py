@@ -13,9 +13,9 @@ from typing import Any
 import torch.utils.checkpoint
 from torch import nn
 
-from lightning_ulysses.attention.early_bound import rebind
-from lightning_ulysses.handle import Handle
-from lightning_ulysses.state import SequenceState
+from lightning_ulysses.context import SequenceState
+from lightning_ulysses.patching.early_bound import rebind
+from lightning_ulysses.patching.handle import Handle
 
 
 class _Placed:

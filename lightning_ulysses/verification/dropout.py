@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from lightning_ulysses.handle import Handle
+from lightning_ulysses.patching.handle import Handle
 
 _NAMES = ("dropout", "pdrop", "drop_path", "layerdrop")
 

@@ -15,9 +15,9 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from lightning_ulysses.batch import read_batch
+from lightning_ulysses.batch.whole import read_batch
 from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.processes import ProcessPool, RemoteError
+from lightning_ulysses.testing.processes import ProcessPool, RemoteError
 from lightning_ulysses.verification.compare import compare_calls, gradient_errors, norm
 from lightning_ulysses.verification.reasons import explain, explain_failure, explain_refusal
 from lightning_ulysses.verification.report import Finding, ParityReport

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_ulysses.batch import BatchRules, read_batch
+from lightning_ulysses.batch.whole import read_batch
 from lightning_ulysses.config import batch_rules
 from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.plan import read_plan
+from lightning_ulysses.geometry.batch_keys import BatchRules
+from lightning_ulysses.geometry.split_plan import read_plan
 from lightning_ulysses.strategy import UlyssesDeepSpeedStrategy
 from lightning_ulysses.testing import QUIET
 from lightning_ulysses.verification.dropout import dropout_off, silence_modules

@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_ulysses.batch import BatchRules, read_batch
+from lightning_ulysses.batch.whole import read_batch
 from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.handle import Handle
+from lightning_ulysses.geometry.batch_keys import BatchRules
+from lightning_ulysses.patching.handle import Handle
 
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _EDGES = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k")

@@ -1,0 +1,191 @@
+"""Which tensors of a batch carry the sequence, and along which dimension: certain, or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.geometry.batch_keys import LABEL_KEYS, SEQUENCE_KEYS, WHOLE_KEYS, BatchRules
+
+
+def entries_of(batch: Any) -> dict[str, Any]:
+    """The parts of a batch by key; those of a tuple by index.
+
+    Raises:
+        UlyssesError: If the batch has no parts that could be told apart.
+    """
+    if isinstance(batch, Tensor):
+        return {"batch": batch}
+    if isinstance(batch, Mapping):
+        return dict(batch.items())
+    if isinstance(batch, (tuple, list)):
+        return {str(index): value for index, value in enumerate(batch)}
+    raise UlyssesError(
+        f"a batch of type {type(batch).__name__}",
+        "a mapping, a tuple or list of tensors, or a tensor",
+        "return a dict from the collate function",
+    )
+
+
+def _describe(entries: Mapping[str, Any]) -> str:
+    """Names, shapes and dtypes of a batch, for a message."""
+    seen = (
+        f"{key!r}: {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+        if isinstance(value, Tensor)
+        else f"{key!r}: {type(value).__name__}"
+        for key, value in entries.items()
+    )
+    return "{" + ", ".join(seen) + "}"
+
+
+def _suggest(entries: Mapping[str, Any]) -> str:
+    dims = {
+        key: max(range(min(1, value.dim() - 1), value.dim()), key=value.shape.__getitem__)
+        for key, value in entries.items()
+        if isinstance(value, Tensor) and value.dim() > 0
+    }
+    return f"name the dimension that carries the sequence, such as sequence_dims={dims}, in the strategy"
+
+
+def _usual_dim(key: str, tensor: Tensor) -> int:
+    if key == "position_ids" and tensor.dim() == 1:
+        return 0
+    if tensor.dim() != 2:
+        reason = {
+            "attention_mask": "a 2-D padding mask (B, S), since a mask over pairs of tokens makes sense only locally",
+            "labels": "one label for each token (B, S), since the loss has to be a mean over tokens",
+        }.get(key, "a tensor (B, S)")
+        raise UlyssesError(
+            f"batch[{key!r}] of shape {tuple(tensor.shape)}",
+            reason,
+            f"change the collate function, or say which dimension is the sequence: sequence_dims={{{key!r}: ...}}",
+        )
+    return 1
+
+
+def _check_flat(entries: Mapping[str, Any]) -> None:
+    nested = [value for value in entries.values() if isinstance(value, (Mapping, tuple, list))]
+    has_tensors = any(isinstance(value, Tensor) for value in entries.values())
+    if not has_tensors and any(isinstance(part, Tensor) for value in nested for part in entries_of(value).values()):
+        raise UlyssesError(
+            f"a batch {_describe(entries)} that holds batches, as several dataloaders together make it",
+            "one batch for each step, a mapping or tuple of tensors, whose sequence is cut and whose targets count",
+            "use one dataloader, such as over a torch.utils.data.ConcatDataset of the datasets, or flatten the batch "
+            "in the collate function",
+        )
+
+
+def find_dims(batch: Any, entries: dict[str, Any], rules: BatchRules) -> dict[str, int]:
+    """The sequence dimension of every tensor that has one.
+
+    Raises:
+        UlyssesError: If no sequence is found, the batch consists of batches, or a tensor has another shape than its
+            key promises.
+    """
+    _check_flat(entries)
+    unknown_keys = set(rules.sequence_dims) - set(entries)
+    if unknown_keys and not set(rules.sequence_dims) & set(entries):
+        raise UlyssesError(
+            f"a batch {_describe(entries)} with none of the keys in sequence_dims={dict(rules.sequence_dims)}",
+            "a batch that holds the tensors named in sequence_dims",
+            "use the batch's keys (for a tuple, the indices '0', '1', ...)",
+        )
+    dims: dict[str, int] = {}
+    for key, value in entries.items():
+        if not isinstance(value, Tensor) or key in WHOLE_KEYS:
+            continue
+        if key in rules.sequence_dims:
+            dim = rules.sequence_dims[key]
+            if dim is not None:
+                dims[key] = dim % value.dim() if -value.dim() <= dim < value.dim() else _no_such_dim(key, dim, value)
+        elif isinstance(batch, Mapping) and key in SEQUENCE_KEYS:
+            dims[key] = _usual_dim(key, value)
+    if not isinstance(batch, Mapping) and not rules.sequence_dims:
+        tensors = list(entries.values())
+        if all(isinstance(t, Tensor) and t.dim() == 2 and t.shape == tensors[0].shape for t in tensors) and (
+            len(tensors) == 2 or (len(tensors) == 1 and not tensors[0].is_floating_point())
+        ):
+            dims = dict.fromkeys(entries, 1)
+    if not dims:
+        raise UlyssesError(
+            f"a batch {_describe(entries)} whose sequence cannot be identified",
+            "a mapping with the usual keys (input_ids, labels, ...), a tuple (x, y) of equal (B, S), or sequence_dims",
+            _suggest(entries),
+        )
+    return dims
+
+
+def find_whole(batch: Any, entries: dict[str, Any], rules: BatchRules, sp_size: int) -> dict[str, int]:
+    """The sequence dimensions of a batch of which nothing is cut, as far as they are certain.
+
+    They only serve to shift and to count labels, so that any batch will do: without labels, samples are counted.
+    """
+    tensors = {key: value for key, value in entries.items() if isinstance(value, Tensor) and key not in WHOLE_KEYS}
+    named = {key: dim for key, dim in rules.sequence_dims.items() if key in tensors and dim is not None}
+    if named:
+        dims = {key: dim % tensors[key].dim() for key, dim in named.items()}
+    elif isinstance(batch, Mapping):
+        dims = {key: 1 for key, value in tensors.items() if key in SEQUENCE_KEYS and value.dim() == 2}
+    else:
+        alike = {tuple(value.shape) for value in tensors.values() if value.dim() == 2}
+        dims = dict.fromkeys(tensors, 1) if len(alike) == 1 and len(tensors) == len(entries) <= 2 else {}
+        dims = {key: 1 for key in dims if tensors[key].dim() == 2}
+    first = next((key for key in (*LABEL_KEYS, *dims) if key in dims), None)
+    length = tensors[first].shape[dims[first]] if first is not None else 0
+    return {key: dim for key, dim in dims.items() if tensors[key].shape[dim] == length >= sp_size}
+
+
+def _no_such_dim(key: str, dim: int, tensor: Tensor) -> int:
+    raise UlyssesError(
+        f"sequence_dims={{{key!r}: {dim}}} for a tensor of shape {tuple(tensor.shape)}",
+        f"a dimension between 0 and {tensor.dim() - 1}",
+        f"change sequence_dims[{key!r}]",
+    )
+
+
+def check_lengths(entries: dict[str, Any], dims: dict[str, int], rules: BatchRules) -> int:
+    """S, once it is certain that the tensors in ``dims`` share it and that no other tensor has it.
+
+    Raises:
+        UlyssesError: If lengths differ, or another tensor could be a sequence as well.
+    """
+    lengths = {key: entries[key].shape[dim] for key, dim in dims.items()}
+    seq_len = next(iter(lengths.values()))
+    if any(length != seq_len for length in lengths.values()):
+        raise UlyssesError(
+            f"sequence tensors of different lengths {lengths} in a batch {_describe(entries)}",
+            "one length S for all of them",
+            "pad or cut them to one length in the collate function, or leave one out with sequence_dims={key: None}",
+        )
+    for key, value in entries.items():
+        settled = key in dims or key in WHOLE_KEYS or key in rules.sequence_dims or key in rules.whole
+        if not settled and isinstance(value, Tensor) and seq_len in value.shape:
+            raise UlyssesError(
+                f"batch[{key!r}] of shape {tuple(value.shape)}, one of whose dimensions equals the sequence length "
+                f"{seq_len}, in a batch {_describe(entries)}",
+                "to know whether it carries the sequence",
+                f"add sequence_dims={{{key!r}: {list(value.shape).index(seq_len)}}} to the strategy if it does, "
+                f"or sequence_dims={{{key!r}: None}} if every rank needs all of it",
+            )
+    return seq_len
+
+
+def check_whole(entries: Mapping[str, Any], rules: BatchRules) -> None:
+    """Raises `UlyssesError` if a plan keeps something whole that the batch does not have."""
+    if rules.whole and not rules.whole & set(entries):
+        raise UlyssesError(
+            f"a batch {_describe(entries)} without any of {sorted(rules.whole)}",
+            "the inputs that the plan keeps whole",
+            "name the batch's keys under `whole` in the plan (for a tuple, the indices '0', '1', ...)",
+        )
+
+
+def count_rows(tensors: Mapping[str, Tensor], dims: Mapping[str, int]) -> int:
+    """B, from tensors (B, S, ...) where there are any: dimension 0 of others, such as (3, B, S), may be another one."""
+    found = [tensor.shape[0] for key, tensor in tensors.items() if dims.get(key) == 1]
+    found = found or [tensor.shape[0] if dims[key] else 1 for key, tensor in tensors.items() if key in dims]
+    # Nothing is known to be a sequence, and samples are counted.
+    return max(found or [tensor.shape[0] for tensor in tensors.values() if tensor.dim()], default=1)

@@ -1,0 +1,244 @@
+"""A batch's sequences shifted, padded and cut: once, on the host."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_ulysses.batch.recognition import (
+    check_lengths,
+    check_whole,
+    count_rows,
+    entries_of,
+    find_dims,
+    find_whole,
+)
+from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.geometry.batch_keys import LABEL_KEYS, MASK_KEYS, SEQUENCE_KEYS, BatchRules
+from lightning_ulysses.geometry.documents import document_runs, valid_runs
+from lightning_ulysses.geometry.layout import SequenceLayout
+
+
+@dataclass(frozen=True)
+class WholeBatch:
+    """A batch that has been understood but not cut.
+
+    Attributes:
+        template: The batch as it came, for its type and for what is no sequence.
+        tensors: Every sequence tensor, padded, with the derived ``shift_labels`` among them.
+        dims: The dimension of each that carries the sequence.
+        hidden: Keys in ``tensors`` that the module does not get to see.
+        layout: The geometry of the cut.
+        counts: For each tensor that may hold the targets, the valid ones that each rank sees. ``"tokens"`` counts every
+            token.
+        whole: Keys in ``tensors`` that every rank gets whole.
+        keeps_all: Whether that is all of them, and every rank sees all targets.
+    """
+
+    template: Any
+    tensors: dict[str, Tensor]
+    dims: dict[str, int]
+    hidden: frozenset[str]
+    layout: SequenceLayout
+    counts: dict[str, tuple[float, ...]]
+    whole: frozenset[str] = frozenset()
+    keeps_all: bool = False
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return count_rows(self.tensors, self.dims)
+
+    def counts_of_group(self) -> dict[str, float]:
+        """Valid targets of the whole batch, for each tensor that may hold them."""
+        return {name: values[0] if self.keeps_all else sum(values) for name, values in self.counts.items()}
+
+    def counts_of_rank(self, rank: int) -> dict[str, float]:
+        """One rank's part of them, also where every rank sees them all."""
+        copies = self.layout.sp_size if self.keeps_all else 1
+        return {name: values[rank] / copies for name, values in self.counts.items()}
+
+    def shard(self, rank: int, *, stand_in: bool = False) -> tuple[Any, dict[str, Tensor], dict[str, float]]:
+        """Cuts out one rank's slice.
+
+        Args:
+            rank: Rank in the sequence-parallel group.
+            stand_in: Gives a slice without a single valid target one that does not count, so that a mean over the
+                slice's targets is finite: a loss of 0/0 would send NaN backward even when multiplied by zero.
+
+        Returns:
+            The batch in its own type, the slices by key, and the valid targets as the module sees them.
+        """
+        span = self.layout.span(rank)
+        shards = {
+            key: tensor
+            if key in self.whole
+            else tensor.narrow(self.dims[key], span.start, span.stop - span.start).contiguous()
+            for key, tensor in self.tensors.items()
+        }
+        seen = {name: counts[rank] for name, counts in self.counts.items()}
+        if stand_in:
+            for name in (name for name, count in seen.items() if count == 0 and name in shards):
+                shards[name] = shards[name].clone()
+                # A module that shifts whole labels by itself drops the first of them.
+                place = int(self.keeps_all and f"shift_{name}" in self.tensors)
+                shards[name].view(-1)[place] = 1 if name in MASK_KEYS else 0
+                seen[name] = 1.0
+        return _rebuild(self.template, {k: v for k, v in shards.items() if k not in self.hidden}), shards, seen
+
+
+def _rebuild(template: Any, new: dict[str, Tensor]) -> Any:
+    if isinstance(template, Tensor):
+        return new["batch"]
+    if isinstance(template, dict) and type(template) is dict:
+        return {**template, **new}
+    if isinstance(template, MutableMapping):
+        result = copy.copy(template)
+        result.update(new)
+        return result
+    if isinstance(template, Mapping):
+        return {**template, **new}
+    values = [new.get(str(index), value) for index, value in enumerate(template)]
+    return type(template)(*values) if hasattr(template, "_fields") else type(template)(values)
+
+
+def _shift(tensor: Tensor, layout: SequenceLayout, fill: float) -> Tensor:
+    """(B, S) -> (B, S): what the next token of the same document holds, ``fill`` at the end of each document."""
+    shifted = torch.nn.functional.pad(tensor[:, 1:], (0, 1), value=fill)
+    for row, documents in enumerate(layout.documents or ()):
+        shifted[row, torch.tensor([end - 1 for _, end in documents])] = fill
+    return shifted
+
+
+def _pad(tensor: Tensor, key: str, dim: int, amount: int, rules: BatchRules, is_target: bool) -> Tensor:
+    if key == "position_ids":
+        last = tensor.narrow(dim, tensor.shape[dim] - 1, 1)
+        return torch.cat([tensor, last + torch.arange(1, amount + 1, dtype=tensor.dtype)], dim=dim)
+    if is_target and tensor.is_floating_point():
+        raise UlyssesError(
+            f"pad_to_multiple_of={rules.pad_to_multiple_of} with floating-point targets",
+            "integer targets, in which padding can be marked to be ignored",
+            "leave pad_to_multiple_of out; no multiple is required",
+        )
+    shape = list(tensor.shape)
+    shape[dim] = amount
+    return torch.cat([tensor, tensor.new_full(shape, rules.ignore_index if is_target else 0)], dim=dim)
+
+
+def _count(tensor: Tensor, dim: int, layout: SequenceLayout, ignore_index: int, is_mask: bool) -> tuple[float, ...]:
+    valid = tensor.double() if is_mask else (tensor != ignore_index).double()
+    per_position = valid.movedim(dim, 0).flatten(1).sum(dim=1) if valid.dim() > 1 else valid
+    return tuple(float(per_position[layout.span(rank)].sum()) for rank in range(layout.sp_size))
+
+
+def _count_samples(
+    tensors: Mapping[str, Tensor], dims: Mapping[str, int], rows: int, rules: BatchRules
+) -> dict[str, float]:
+    """Targets of a loss over samples: a class for each, (B,), and the samples where nothing is a sequence."""
+    found = {} if dims else {"tokens": float(rows)}
+    for key, tensor in tensors.items():
+        if tensor.shape == (rows,) and not tensor.is_floating_point() and tensor.dtype != torch.bool:
+            found[key] = float((tensor != rules.ignore_index).sum())
+    return found
+
+
+def read_batch(batch: Any, rules: BatchRules, sp_size: int) -> WholeBatch:
+    """Understands a batch on the host.
+
+    Args:
+        batch: A mapping, a tuple or list, or a tensor, whole.
+        rules: How to read it.
+        sp_size: P.
+
+    Returns:
+        The sequence tensors with ``shift_labels`` added, the layout, and the counts of targets.
+
+    Raises:
+        UlyssesError: If the batch is not understood for certain; with the shapes and the setting to add.
+    """
+    entries = entries_of(batch)
+    if rules.keeps_all:
+        dims = find_whole(batch, entries, rules, sp_size)
+        seq_len = max((entries[key].shape[dim] for key, dim in dims.items()), default=sp_size)
+    else:
+        check_whole(entries, rules)
+        dims = find_dims(batch, entries, rules)
+        seq_len = check_lengths(entries, dims, rules)
+    tensors = {key: entries[key] for key in dims}
+    is_mapping = isinstance(batch, Mapping)
+    candidates = [key for key in _candidates(tensors, is_mapping) if key not in rules.whole]
+    # Attention that is not split would see the padding, and predictions would come back with it.
+    amount = -seq_len % (rules.pad_to_multiple_of or 1) if sp_size > 1 else 0
+    if amount:
+        float_target = not is_mapping and len(tensors) > 1 and not candidates
+        tensors = {
+            key: _pad(t, key, dims[key], amount, rules, (key in candidates and key not in MASK_KEYS) or float_target)
+            for key, t in tensors.items()
+        }
+    everything = {key: value for key, value in entries.items() if isinstance(value, Tensor)}
+    rows = count_rows(tensors or everything, dims)
+    mask = tensors.get("attention_mask") if "attention_mask" in dims else None
+    positions = tensors.get("position_ids")
+    layout = SequenceLayout(
+        seq_len=seq_len + amount,
+        sp_size=sp_size,
+        documents=document_runs(entries, positions, rows, seq_len + amount, mask) if dims else None,
+        valid=valid_runs(mask),
+        num_padding=amount,
+    )
+    hidden: set[str] = set()
+    if is_mapping or rules.keeps_all:
+        _add_shifted(tensors, dims, candidates, hidden, layout, rules)
+    counts = {key: _count(tensors[key], dims[key], layout, rules.ignore_index, key in MASK_KEYS) for key in candidates}
+    if not amount:
+        counts["tokens"] = tuple(float(rows * share) for share in layout.shares)
+    if rules.keeps_all:
+        counts = {key: (sum(values),) * sp_size for key, values in counts.items()}
+        counts |= {key: (count,) * sp_size for key, count in _count_samples(everything, dims, rows, rules).items()}
+        tensors = {**everything, **tensors}
+    whole = frozenset(tensors) if rules.keeps_all else rules.whole & set(tensors)
+    return WholeBatch(batch, tensors, dims, frozenset(hidden), layout, counts, whole, rules.keeps_all)
+
+
+def _candidates(tensors: Mapping[str, Tensor], is_mapping: bool) -> list[str]:
+    """Keys of what may hold the targets."""
+    if not is_mapping:
+        last = list(tensors)[-1:]
+        return last if len(tensors) > 1 and not tensors[last[0]].is_floating_point() else []
+    known = [key for key in tensors if key in LABEL_KEYS + MASK_KEYS]
+    return known + [
+        key for key, t in tensors.items() if key not in SEQUENCE_KEYS and not t.is_floating_point() and t.dim() > 1
+    ]
+
+
+def _add_shifted(
+    tensors: dict[str, Tensor],
+    dims: dict[str, int],
+    candidates: list[str],
+    hidden: set[str],
+    layout: SequenceLayout,
+    rules: BatchRules,
+) -> None:
+    """Adds what the model would compute wrongly from a slice, since a slice ends before its last label."""
+    sources = [("labels", "shift_labels", rules.ignore_index), ("loss_mask", "shift_loss_mask", 0)]
+    if not any(key in tensors for key in LABEL_KEYS):
+        sources.append(("input_ids", "shift_input_ids", rules.ignore_index))
+        hidden.add("shift_input_ids")
+    if list(tensors) == ["batch"] and not tensors["batch"].is_floating_point():
+        # Tokens that the module itself takes apart into inputs and targets.
+        sources = [("batch", "shift_batch", rules.ignore_index)]
+        hidden.add("shift_batch")
+    if "shift_labels" in tensors:
+        sources = sources[2:]
+    for source, target, fill in sources:
+        if source in tensors and target not in tensors and dims[source] == 1 and tensors[source].dim() == 2:
+            tensors[target], dims[target] = _shift(tensors[source], layout, fill), 1
+            if layout.num_padding and source == "input_ids":
+                # The padding itself must not become a target.
+                tensors[target][:, layout.seq_len - layout.num_padding - 1 :] = fill
+            candidates.append(target)

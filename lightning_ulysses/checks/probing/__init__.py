@@ -1,0 +1,7 @@
+"""Finds out, by running a model on a few tokens, whether it can be split along the sequence."""
+
+from __future__ import annotations
+
+from lightning_ulysses.checks.probing.probe import ModelProbe
+
+__all__ = ["ModelProbe"]

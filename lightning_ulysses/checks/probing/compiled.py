@@ -1,0 +1,73 @@
+"""Where compiled parts of a module begin: calls can be looked at there, but not inside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+from torch._dynamo import OptimizedModule
+
+from lightning_ulysses.patching.handle import Handle
+
+_STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
+
+
+def is_compiled_in_place(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` has been called."""
+    return module._compiled_call_impl is not None
+
+
+def outermost_compiled(root: nn.Module) -> Iterator[nn.Module]:
+    """``root`` and all submodules but those inside of compiled ones, where a hook would end the graph.
+
+    ``root`` itself counts as not compiled, see `uncompile_steps`.
+    """
+    seen: set[nn.Module] = set()
+
+    def walk(module: nn.Module) -> Iterator[nn.Module]:
+        if module in seen:
+            return
+        seen.add(module)
+        yield module
+        if module is root or not (isinstance(module, OptimizedModule) or is_compiled_in_place(module)):
+            for child in module.children():
+                yield from walk(child)
+
+    return walk(root)
+
+
+def uncompile_steps(root: nn.Module) -> Handle:
+    """Has ``root`` itself run as it was written: its call, and the methods that Lightning compiles one by one.
+
+    Returns:
+        A handle that puts the compiled ones back.
+    """
+    handle = Handle()
+    if is_compiled_in_place(root):
+        handle.patch(root, "_compiled_call_impl", None)
+    for name in _STEPS:
+        original = getattr(vars(root).get(name), "_torchdynamo_orig_callable", None)
+        if original is not None:
+            handle.patch(root, name, original)
+    return handle
+
+
+def call_around(
+    module: nn.Module, enter: Callable[[nn.Module, Any, Any], None], leave: Callable[[nn.Module, Any, Any], None]
+) -> Handle:
+    """Calls ``enter`` and ``leave`` around each call of a module compiled in place, outside of what is compiled."""
+    compiled: Any = module._compiled_call_impl
+
+    def around(*args: Any, **kwargs: Any) -> Any:
+        output = None
+        enter(module, args, kwargs)
+        try:
+            output = compiled(*args, **kwargs)
+            return output
+        finally:
+            leave(module, args, output)
+
+    handle = Handle()
+    handle.patch(module, "_compiled_call_impl", around)
+    return handle

@@ -1,0 +1,254 @@
+"""Refuses a pooling along the sequence whose result reaches the loss: it has seen one rank's slice only.
+
+A mean over tokens, the first or the last of them, leaves no dimension in which tokens could be compared. Its result has
+the same shape for all tokens as for a part of them, and other values; of tokens that a router or a mask picks one by
+one, there are fewer in a part. Only what gets a gradient is refused: an encoder often has a pooled output that nothing
+uses.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from lightning_ulysses.checks.probing.compiled import is_compiled_in_place, outermost_compiled
+from lightning_ulysses.checks.probing.recording import Recording, differs, tensors_in, token_dim
+from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.exchange.mesh import SequenceMesh
+from lightning_ulysses.patching.handle import Handle
+
+# For each name, number of the call and of the tensor: whether a part of the tokens gave other values.
+Suspects = dict[tuple[str, int, int], bool]
+
+# What cuts tokens into runs, such as the chunks of a loss, and what may follow.
+_CUTS = ("Slice", "Split", "UnsafeSplit")
+_VIEWS = (*_CUTS, "View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Clone", "Transpose", "Permute", "T")
+
+
+def shapes_that_stay(whole: Recording, part: Recording, tokens: int, rows: int, tolerance: float) -> Suspects:
+    """Outputs without tokens, no scalars, of one shape in both runs, and whether their values differ.
+
+    Args:
+        whole: A run on all tokens.
+        part: A run on some of them, with their true positions.
+        tokens: Tokens in the first run.
+        rows: B.
+        tolerance: Largest difference that is none, relative to the largest entry.
+    """
+    by_name: defaultdict[str, list[list[Tensor]]] = defaultdict(list)
+    for name, _, tensors in part.outputs:
+        by_name[name].append(tensors)
+    calls = Counter(name for name, _, _ in whole.outputs)
+    seen: Counter[str] = Counter()
+    suspects: Suspects = {}
+    for name, _, tensors in whole.outputs:
+        number, seen[name] = seen[name], seen[name] + 1
+        if calls[name] != len(by_name[name]):
+            continue
+        for index, (one, other) in enumerate(zip(tensors, by_name[name][number], strict=False)):
+            if not _is_number(one) and one.shape == other.shape and token_dim(one, tokens, rows) is None:
+                suspects[name, number, index] = differs(one, other, tolerance)
+    return suspects
+
+
+@dataclass
+class Candidate:
+    """A tensor that is pooled, and whether a gradient has reached it.
+
+    Args:
+        name: Of the submodule that returned it, or that it was given to.
+        kind: That submodule's class.
+        shape: Its shape.
+        given: Whether the submodule was given it.
+        reached: Whether it contributes to the loss.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    given: bool
+    reached: bool = False
+
+    @property
+    def key(self) -> tuple[str, str, tuple[int, ...], bool]:
+        """What has to be equal on all ranks that share a sequence."""
+        return self.name, self.kind, self.shape, self.given
+
+
+class PoolingWatch:
+    """Follows pooled tensors of the first training step to the loss.
+
+    Args:
+        mesh: Sizes and groups.
+        root: The user's LightningModule.
+    """
+
+    def __init__(self, mesh: SequenceMesh, root: nn.Module) -> None:
+        self._mesh = mesh
+        self._names = {id(module): name for name, module in root.named_modules()}
+        # A hook on others would end a compiled graph.
+        self._reachable = {module for module in outermost_compiled(root) if not is_compiled_in_place(module)}
+        self._handle = Handle()
+        self._candidates: list[Candidate] = []
+        self._of_tokens: set[Node] = set()
+        self._outer: nn.Module | None = None
+        self._open = False
+
+    def begin(self) -> None:
+        """Starts with a training step; every rank has to."""
+        self._close()
+        self._open = True
+
+    def _close(self) -> None:
+        self._handle.remove()
+        self._handle, self._candidates, self._of_tokens, self._open = Handle(), [], set(), False
+
+    def follow_outputs(self, module: nn.Module, suspects: Sequence[Suspects], sizes: tuple[int, int]) -> None:
+        """Has the outputs of submodules that pool watched in the call of ``module`` that follows.
+
+        Args:
+            module: What is about to be called.
+            suspects: From `shapes_that_stay`, of all ranks.
+            sizes: B and S_r.
+        """
+        if not self._open:
+            return
+        names: dict[str, None] = {}
+        for first in range(0, len(suspects), self._mesh.sp_size):
+            group = suspects[first : first + self._mesh.sp_size]
+            shared = [key for key in group[0] if all(key in other for other in group)]
+            names |= {key[0]: None for key in shared if any(other[key] for other in group)}
+        for part in (module.get_submodule(name) for name in names):
+            if part is module:
+                # Looked at in `note_outputs`, since a module compiled in place can have no hook.
+                self._outer = module
+                continue
+            if part not in self._reachable:
+                continue
+
+            def watch(part: nn.Module, args: Any, output: Any) -> None:
+                self._follow_pooled(output, part, sizes)
+
+            self._handle.add(part.register_forward_hook(watch).remove)
+
+    def follow_inputs(self, module: nn.Module, inputs: Any, sizes: tuple[int, int]) -> None:
+        """Has inputs watched that are one vector for each row, made in the step from what submodules returned."""
+        if not self._open:
+            return
+        for tensor in tensors_in(inputs):
+            if _one_per_row(tensor, *sizes) and self._comes_from_tokens(tensor):
+                self._follow(tensor, module, given=True)
+
+    def note_outputs(self, output: Any, sizes: tuple[int, int]) -> None:
+        """Takes note of what a submodule returned to the step."""
+        if not self._open:
+            return
+        if self._outer is not None:
+            self._follow_pooled(output, self._outer, sizes)
+            self._outer = None
+        found = (tensor.grad_fn for tensor in tensors_in(output) if _leads_with_tokens(tensor, *sizes))
+        self._of_tokens |= {node for node in found if node is not None}
+
+    def _follow_pooled(self, output: Any, module: nn.Module, sizes: tuple[int, int]) -> None:
+        for tensor in tensors_in(output):
+            if not _is_number(tensor) and not _has_tokens(tensor, *sizes):
+                self._follow(tensor, module, given=False)
+
+    def _follow(self, tensor: Tensor, module: nn.Module, given: bool) -> None:
+        if not tensor.requires_grad:
+            return
+        name = self._names.get(id(module), "")
+        candidate = Candidate(name, type(module).__name__, tuple(tensor.shape), given)
+        self._candidates.append(candidate)
+
+        def arrived(grad: Tensor) -> None:
+            candidate.reached = True
+
+        self._handle.add(tensor.register_hook(arrived).remove)
+
+    def _comes_from_tokens(self, tensor: Tensor) -> bool:
+        if tensor.grad_fn is None or tensor.grad_fn in self._of_tokens:
+            return False
+        if _is_run(tensor.grad_fn, self._of_tokens):
+            return False
+        nodes, seen = [tensor.grad_fn], {tensor.grad_fn}
+        while nodes:
+            node = nodes.pop()
+            if node in self._of_tokens:
+                return True
+            following = {other for other, _ in node.next_functions if other is not None} - seen
+            seen |= following
+            nodes.extend(following)
+        return False
+
+    def settle(self) -> None:
+        """Refuses, behind the first backward, what has been pooled and reached the loss; a collective once.
+
+        Raises:
+            UlyssesError: On every rank.
+        """
+        if not self._open:
+            return
+        mine = [candidate.key for candidate in self._candidates if candidate.reached]
+        self._close()
+        everyone: list[Any] = [None] * self._mesh.world_size
+        dist.all_gather_object(everyone, mine)
+        for first in range(0, len(everyone), self._mesh.sp_size):
+            group = everyone[first : first + self._mesh.sp_size]
+            for key in group[0]:
+                if all(key in other for other in group):
+                    raise _pools(*key)
+
+
+def _is_number(tensor: Tensor) -> bool:
+    """Whether it is () or (1,), as a loss is."""
+    return tensor.dim() == 0 or tensor.shape == (1,)
+
+
+def _has_tokens(tensor: Tensor, rows: int, share: int) -> bool:
+    return share in tensor.shape or (tensor.dim() > 0 and tensor.shape[0] == rows * share)
+
+
+def _leads_with_tokens(tensor: Tensor, rows: int, share: int) -> bool:
+    """Whether it is (B, S_r, ...), (B * S_r, ...) or (S_r, ...)."""
+    return tensor.shape[:2] == (rows, share) or (tensor.dim() > 0 and tensor.shape[0] in (share, rows * share))
+
+
+def _one_per_row(tensor: Tensor, rows: int, share: int) -> bool:
+    """Whether it is (B, W), or (B, 1, W)."""
+    if tensor.dim() < 2 or _has_tokens(tensor, rows, share):
+        return False
+    return tensor.shape[0] == rows and tensor.numel() == rows * tensor.shape[-1]
+
+
+def _is_run(node: Node, of_tokens: set[Node]) -> bool:
+    """Whether nothing but cuts and views lies between tokens and ``node``."""
+    cut = False
+    while node not in of_tokens:
+        name = node.name().removesuffix("Backward0").removesuffix("Backward1")
+        following = [other for other, _ in node.next_functions if other is not None]
+        if name.removesuffix("WithSizes") not in _VIEWS or len(following) != 1:
+            return False
+        cut |= name.startswith(_CUTS)
+        node = following[0]
+    return cut
+
+
+def _pools(name: str, kind: str, shape: tuple[int, ...], given: bool) -> UlyssesError:
+    clean = ".".join(part for part in name.split(".") if part not in ("", "_orig_mod"))
+    module = f"{clean!r} ({kind})" if clean else kind
+    what = f"a tensor of shape {shape} without a dimension of tokens"
+    return UlyssesError(
+        f"{what} that is made from this rank's tokens, {'given to' if given else 'returned by'} {module}, and that "
+        "contributes to the loss",
+        "a loss on what each token gives by itself, since a mean over tokens, or the first or last of them, is taken "
+        "from one rank's slice only",
+        "train a model that pools its tokens without sequence parallelism (sp_size=1). check_model=False in the "
+        "strategy switches this check off",
+    )

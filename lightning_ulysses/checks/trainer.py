@@ -1,0 +1,79 @@
+"""Checks before the first step."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch._dynamo import OptimizedModule
+
+from lightning_ulysses.errors import UlyssesError
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+
+def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Refuses what the Trainer or the module asks for and DeepSpeed or a split sequence cannot do.
+
+    Raises:
+        UlyssesError: Naming the setting.
+    """
+    if str(getattr(trainer.gradient_clip_algorithm, "value", trainer.gradient_clip_algorithm)) == "value":
+        raise UlyssesError(
+            "gradient_clip_algorithm='value'",
+            "clipping by norm, the only kind that DeepSpeed does",
+            "set Trainer(gradient_clip_algorithm='norm')",
+        )
+    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+        raise UlyssesError(
+            f"{type(module).__name__}.training_step(dataloader_iter)",
+            "training_step(batch, batch_idx), whose batch can be cut before it reaches the module",
+            "take the batch instead of the iterator",
+        )
+    _check_precision(trainer)
+    _check_activation_checkpointing(getattr(trainer.strategy, "config", None) or {})
+    if getattr(trainer.strategy, "zero_stage_3", False):
+        _check_compiled(module)
+
+
+def _check_compiled(module: pl.LightningModule) -> None:
+    for name, part in module.named_modules():
+        if isinstance(part, OptimizedModule):
+            raise UlyssesError(
+                f"self.{name} = torch.compile(...) with ZeRO stage 3",
+                "modules that own their parameters, which DeepSpeed replaces; this wrapper only passes them on",
+                f"compile in place, self.{name.replace('._orig_mod', '')}.compile(), or use stage 2",
+            )
+
+
+def _check_activation_checkpointing(config: dict[str, Any]) -> None:
+    settings = config.get("activation_checkpointing") or {}
+    if settings.get("contiguous_memory_optimization"):
+        raise UlyssesError(
+            "contiguous_memory_optimization of DeepSpeed's activation checkpointing",
+            "no buffers that are laid out once for activations of one size and number, which Lightning cannot tell",
+            "leave contiguous_memory_optimization out",
+        )
+    from deepspeed.runtime.activation_checkpointing import checkpointing
+
+    if settings.get("partition_activations") and checkpointing.mp_size != 1:
+        raise UlyssesError(
+            f"partition_activations over {checkpointing.mp_size} model-parallel ranks",
+            "activations that are whole on each rank: those of other ranks belong to other tokens",
+            "leave partition_activations out, or give deepspeed.checkpointing.configure no mpu",
+        )
+
+
+def _check_precision(trainer: pl.Trainer) -> None:
+    from deepspeed.accelerator import get_accelerator
+
+    device = get_accelerator()
+    supported = {"16": bool(device.is_fp16_supported()), "bf16": bool(device.is_bf16_supported())}
+    if not supported.get(str(trainer.precision).split("-")[0], True):
+        others = [f"{kind}-mixed" for kind, good in supported.items() if good]
+        raise UlyssesError(
+            f"precision={trainer.precision!r} on a {device.device_name()} device that cannot compute in it",
+            f"one of {[*others, '32-true']}",
+            f"set Trainer(precision={[*others, '32-true'][0]!r})",
+        )

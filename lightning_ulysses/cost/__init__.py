@@ -1,0 +1,1 @@
+"""What training costs: operations of a model, and what a device can do."""

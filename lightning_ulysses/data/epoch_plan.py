@@ -1,0 +1,223 @@
+"""The packs of an epoch and their order, as a function of lengths, settings, epoch and ranks alone."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from lightning_ulysses.cost.model import CostModel
+from lightning_ulysses.data.balance import Deal, deal, imbalance, no_pack, pack_costs, widen
+from lightning_ulysses.data.packing import (
+    Ints,
+    Overlong,
+    Pack,
+    Packs,
+    Piece,
+    best_fit,
+    check_overlong,
+    fit_to_packs,
+    random_order,
+)
+from lightning_ulysses.errors import UlyssesError
+
+# (data-parallel ranks, packs that they used together), one for each number of ranks an epoch has been on.
+Segments = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class PackingReport:
+    """What packing one epoch came to.
+
+    Attributes:
+        documents: Documents of the dataset.
+        overlong: Those longer than a pack, which were split, truncated or dropped.
+        tokens: Tokens in the packs that are trained on.
+        lost_tokens: Tokens in no pack, because they were truncated or dropped.
+        packs: Packs that are trained on.
+        left_out: Packs that ``drop_last`` leaves out.
+        fill: Tokens over what the packs that are trained on could hold.
+        imbalance: Time over useful time if every step waits for its dearest rank; 1 is best.
+    """
+
+    documents: int
+    overlong: int
+    tokens: int
+    lost_tokens: int
+    packs: int
+    left_out: int
+    fill: float
+    imbalance: float
+
+
+@dataclass(frozen=True)
+class PackingSettings:
+    """What packs depend on besides the lengths; see `SequenceShardSampler`.
+
+    Raises:
+        UlyssesError: For a setting out of range.
+    """
+
+    max_tokens: int
+    overlong: Overlong
+    window: int
+    cost: CostModel
+    shuffle: bool
+    seed: int
+    drop_last: bool
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_tokens", 1), ("window", 2), ("seed", 0)):
+            check_whole(name, getattr(self, name), least)
+        check_overlong(self.overlong)
+        if not isinstance(self.cost, CostModel):
+            raise UlyssesError(
+                f"cost={self.cost!r}",
+                "a CostModel, or None for that of a dense transformer",
+                "set cost=CostModel(per_token=..., per_pair=...), or CostModel.from_config(model.config)",
+            )
+
+
+def check_whole(name: str, value: object, least: int) -> None:
+    """Raises `UlyssesError` unless it is a whole number from ``least`` on that fits 32 bits."""
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not least <= value < 2**31:
+        raise UlyssesError(f"{name}={value!r}", f"a whole number from {least} to 2**31 - 1", f"change {name}")
+
+
+def begun(former: Segments, ranks: int, items: int) -> int:
+    """Steps of an epoch on ``ranks`` data-parallel ranks that count as done, in whole batches of ``items``.
+
+    Args:
+        former: What other numbers of ranks have used of the epoch.
+        ranks: Packs per step.
+        items: Packs in a batch of one rank.
+    """
+    batches, followers = 0, [*(size for size, _ in former[1:]), ranks]
+    for (size, used), following in zip(former, followers, strict=False):
+        # As the trainer's own count of batches is converted, see `upstream.lightning.rescale_progress`.
+        batches = (batches + used // size // items) * size // following
+    return batches * items
+
+
+class PackingPlan:
+    """Packs documents and deals the packs to ranks; remembers the latest epoch.
+
+    Args:
+        lengths: (documents,) tokens of each.
+        settings: What else the packs depend on.
+
+    Raises:
+        UlyssesError: For a document that is too long with ``overlong="error"``.
+    """
+
+    def __init__(self, lengths: Ints, settings: PackingSettings) -> None:
+        self.lengths = lengths
+        self.settings = settings
+        self.pieces = fit_to_packs(lengths, settings.max_tokens, settings.overlong)
+        self._packed: tuple[int, Packs] | None = None
+        self._dealt: tuple[tuple[int, Segments, int, int], Deal] | None = None
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What the packs depend on, with a digest of the lengths."""
+        digest = hashlib.blake2b(self.lengths.astype("<i8").tobytes(), digest_size=8).hexdigest()
+        names = ("seed", "max_tokens", "overlong", "window", "shuffle", "drop_last")
+        settings = " ".join(f"{name}={getattr(self.settings, name)}" for name in names)
+        cost = self.settings.cost
+        return f"lengths={len(self.lengths)}:{digest} {settings} cost={cost.per_token!r}+{cost.per_pair!r}"
+
+    def _pack(self, epoch: int) -> Packs:
+        count, settings = len(self.pieces.index), self.settings
+        order = random_order(count, settings.seed, epoch, 0) if settings.shuffle else np.arange(count)
+        return best_fit(self.pieces.lengths, order, settings.max_tokens, settings.window)
+
+    @cached_property
+    def _first(self) -> Packs:
+        return self._pack(0)
+
+    @cached_property
+    def count(self) -> int:
+        """Packs in every epoch, however many data-parallel ranks share them."""
+        packs, tokens = len(self._first), int(self.pieces.lengths.sum())
+        if not self.settings.shuffle or tokens < 2 * self.settings.window * self.settings.max_tokens:
+            return packs
+        # Lightning asks for the length once, but epochs need a few packs more or less than the first one: less than a
+        # twentieth of the room that it leaves empty, as far as seen.
+        spare = 1 + packs // 5000 + (packs - tokens // self.settings.max_tokens) // 10
+        return min(packs + spare, len(self.pieces.index))
+
+    def packs(self, epoch: int) -> Packs:
+        """The packs before they are dealt, `count` of them."""
+        epoch = epoch if self.settings.shuffle else 0
+        if self._packed is None or self._packed[0] != epoch:
+            packs = self._first if epoch == 0 else self._pack(epoch)
+            # An epoch that the spare ones are not enough for takes the first one's packs, in an order of its own.
+            packs = packs if len(packs) <= self.count else self._first
+            self._packed = epoch, widen(packs, self.count)
+        return self._packed[1]
+
+    def deal(self, epoch: int, former: Segments, ranks: int, items: int = 1) -> Deal:
+        """The steps of an epoch on ``ranks`` data-parallel ranks.
+
+        Args:
+            epoch: Which one.
+            former: What other numbers of ranks have used of it before.
+            ranks: Packs per step.
+            items: Packs in a batch of one rank.
+
+        Raises:
+            UlyssesError: If there is a rank without a pack.
+        """
+        key = (epoch, former, ranks, items)
+        if self._dealt is None or self._dealt[0] != key:
+            packs = self.packs(epoch)
+            for number, (size, used) in enumerate(former):
+                packs = self._deal_rest(packs, epoch, former[:number], size, items).rest(used)
+            self._dealt = key, self._deal_rest(packs, epoch, former, ranks, items)
+        return self._dealt[1]
+
+    def _deal_rest(self, packs: Packs, epoch: int, former: Segments, ranks: int, items: int) -> Deal:
+        """The steps behind what ``former`` has used: as many as make this epoch as long as any other on these ranks.
+
+        Lightning asks for the length once, and goes by it in every epoch.
+        """
+        settings = self.settings
+        whole = self.count // ranks if settings.drop_last else -(-self.count // ranks)
+        slots = (whole - begun(former, ranks, items)) * ranks
+        if not slots and not former:
+            raise no_pack(packs, ranks)
+        if former and (len(packs.members) < slots or (len(packs) > slots and not settings.drop_last)):
+            raise UlyssesError(
+                f"{len(packs)} packs of {len(packs.members)} documents left of an epoch, for {slots // ranks} steps on "
+                f"{ranks} data-parallel ranks",
+                "as many documents as make up these steps, each of which has a pack for every rank",
+                "resume with the former sp_size, or from a checkpoint taken at another step",
+            )
+        key = (settings.seed, epoch, 1, len(former)) if settings.shuffle else None
+        return deal(packs, self.pieces.lengths, settings.cost, ranks, slots, key=key)
+
+    def pack(self, packs: Packs, number: int) -> Pack:
+        """One pack as numbers of documents, with a `Piece` for each part of one."""
+        members = packs[number]
+        index, begin, end = self.pieces.index[members], self.pieces.begin[members], self.pieces.end[members]
+        entries = Pack(index.tolist())
+        for place in np.flatnonzero(end - begin < self.lengths[index]):
+            entries[place] = Piece(int(index[place]), int(begin[place]), int(end[place]))
+        return entries
+
+    def report(self, dealt: Deal) -> PackingReport:
+        """Figures of what has been dealt."""
+        trained = int(dealt.packs.sums(self.pieces.lengths)[dealt.steps].sum())
+        costs = pack_costs(dealt.packs, self.pieces.lengths, self.settings.cost)[dealt.steps]
+        return PackingReport(
+            documents=len(self.lengths),
+            overlong=self.pieces.overlong,
+            tokens=trained,
+            lost_tokens=self.pieces.lost_tokens,
+            packs=dealt.steps.size,
+            left_out=len(dealt.left_out),
+            fill=trained / max(1, dealt.steps.size * self.settings.max_tokens),
+            imbalance=imbalance(costs) if costs.size else 1.0,
+        )

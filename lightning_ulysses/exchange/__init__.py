@@ -1,0 +1,1 @@
+"""A group of processes and its collectives, each with its adjoint."""

@@ -1,0 +1,19 @@
+"""The whole sequence from the slices of a group."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def join_sequence(x: Tensor, shares: tuple[int, ...], dim: int, group: dist.ProcessGroup) -> Tensor:
+    """All-gathers slices of S_r tokens along ``dim`` into the whole sequence; not differentiable."""
+    # (..., S_r, ...) -> (S_r, ...), then padded to the largest share
+    local = x.detach().movedim(dim, 0)
+    padded = local.new_zeros(max(shares), *local.shape[1:])
+    padded[: local.shape[0]] = local
+    parts = [torch.empty_like(padded) for _ in shares]
+    dist.all_gather(parts, padded, group=group)
+    # Each (S_i, ...) -> (S, ...) -> (..., S, ...)
+    return torch.cat([part[:share] for part, share in zip(parts, shares, strict=True)]).movedim(0, dim).contiguous()

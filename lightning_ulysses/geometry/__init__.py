@@ -1,0 +1,1 @@
+"""Who holds what: tokens, heads, documents. Nothing here knows of processes."""

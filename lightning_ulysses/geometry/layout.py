@@ -1,0 +1,78 @@
+"""How one batch's sequences are cut over the ranks of a sequence-parallel group."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.geometry.shares import even_shares, starts
+
+Runs = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """The geometry of one batch: built once on the host, never per layer and never by a collective.
+
+    Args:
+        seq_len: S, tokens in the whole sequence, padding that this package added included.
+        sp_size: P.
+        documents: For each of the B rows the documents packed into it as ``(begin, end)``, in order and covering the
+            row; ``None`` when every row is one document.
+        valid: For each row the runs of tokens that a 2-D attention mask keeps; ``None`` without such a mask.
+        num_padding: Tokens added behind the real ones to reach a multiple; no real token may attend to them.
+
+    Raises:
+        UlyssesError: If S < P.
+    """
+
+    seq_len: int
+    sp_size: int
+    documents: tuple[Runs, ...] | None = None
+    valid: tuple[Runs, ...] | None = None
+    num_padding: int = 0
+
+    def __post_init__(self) -> None:
+        if self.seq_len < self.sp_size:
+            raise UlyssesError(
+                f"a batch of {self.seq_len} tokens per row for sp_size={self.sp_size}",
+                "at least one token for each rank",
+                "use longer sequences (pack short ones together) or a smaller sp_size",
+            )
+
+    @property
+    def shares(self) -> tuple[int, ...]:
+        """Tokens per rank, S_r; they differ by at most one."""
+        return even_shares(self.seq_len, self.sp_size)
+
+    def start(self, rank: int) -> int:
+        """Position of the first token of ``rank`` in the whole sequence."""
+        return starts(self.shares)[rank]
+
+    def span(self, rank: int) -> slice:
+        """The tokens of ``rank`` as a slice of the whole sequence."""
+        begin = self.start(rank)
+        return slice(begin, begin + self.shares[rank])
+
+
+def runs_from_starts(begins: list[int], seq_len: int) -> Runs:
+    """Documents from the positions where they begin; the first is taken to begin at 0."""
+    edges = [*sorted({0, *begins}), seq_len]
+    return tuple((begin, end) for begin, end in pairwise(edges) if begin < end)
+
+
+def cu_seqlens_to_runs(cu_seqlens: list[int], seq_len: int) -> Runs:
+    """Documents from cumulative lengths; what lies behind the last one is a document of its own.
+
+    Raises:
+        UlyssesError: If the lengths do not start at 0, do not grow, or end behind S.
+    """
+    grows = all(left <= right for left, right in pairwise(cu_seqlens))
+    if not cu_seqlens or cu_seqlens[0] != 0 or not grows or cu_seqlens[-1] > seq_len:
+        raise UlyssesError(
+            f"cu_seqlens {cu_seqlens[:8]}{'...' if len(cu_seqlens) > 8 else ''} for rows of {seq_len} tokens",
+            "cumulative document lengths that start at 0, never fall, and end at the row's length at most",
+            "compute cu_seqlens from the lengths of the documents packed into the row",
+        )
+    return runs_from_starts([edge for edge in cu_seqlens if edge < seq_len], seq_len)

@@ -1,0 +1,17 @@
+"""How a whole is dealt out in shares that differ by at most one."""
+
+from __future__ import annotations
+
+
+def even_shares(total: int, parts: int) -> tuple[int, ...]:
+    """Splits ``total`` into ``parts`` whole numbers that differ by at most one, the larger ones first."""
+    base, extra = divmod(total, parts)
+    return tuple(base + (part < extra) for part in range(parts))
+
+
+def starts(shares: tuple[int, ...]) -> tuple[int, ...]:
+    """The offset at which each share begins."""
+    offsets = [0]
+    for share in shares[:-1]:
+        offsets.append(offsets[-1] + share)
+    return tuple(offsets)

@@ -1,0 +1,155 @@
+"""Intercepts ``torch.nn.attention.flex_attention.flex_attention``, compiled copies of it among them.
+
+Its functions of a score and a mask count heads and positions: on a whole sequence positions are right, and heads are
+counted on from this rank's first one. A `BlockMask` has to be that of the whole sequence.
+
+Source: torch ``nn/attention/flex_attention.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ulysses.attention.stand_in import probe_attention
+from lightning_ulysses.attention.ulysses import exchanged, sees_memory
+from lightning_ulysses.context import SequenceState
+from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.geometry.layout import SequenceLayout
+from lightning_ulysses.patching.early_bound import compiled_copies, rebind
+from lightning_ulysses.patching.handle import Handle
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
+
+Mod = Callable[..., Tensor]
+
+
+def _check_block_mask(block_mask: BlockMask | None, num_heads: int, layout: SequenceLayout) -> None:
+    """Raises `UlyssesError` unless it is one of the whole sequence."""
+    if block_mask is None:
+        return
+    real = layout.seq_len - layout.num_padding
+    lengths, heads = tuple(block_mask.seq_lengths), block_mask.kv_num_blocks.shape[1]
+    if lengths != (real, real) or heads not in (1, num_heads):
+        raise UlyssesError(
+            f"flex_attention with a BlockMask of {heads} heads over {lengths} tokens, in a step of S={real}",
+            f"that of the whole sequence, ({real}, {real}), of one head or all {num_heads}, the same on every rank",
+            f"call create_block_mask(mask_mod, B=None, H=None, Q_LEN={real}, KV_LEN={real}), with positions and "
+            "documents of the whole sequence",
+        )
+
+
+def _shifted(mod: Mod, first: int, heads_at: int) -> Mod:
+    """``mod`` with its argument number ``heads_at`` counted from this rank's first head."""
+
+    def shifted(*args: Tensor) -> Tensor:
+        return mod(*args[:heads_at], args[heads_at] + first, *args[heads_at + 1 :])
+
+    return shifted
+
+
+def _of_heads(block_mask: BlockMask, heads: slice) -> BlockMask:
+    """The part of a mask that belongs to some of the query heads."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    def cut(tensor: Tensor | None) -> Any:
+        return tensor if tensor is None or tensor.shape[1] == 1 else tensor[:, heads]
+
+    return BlockMask.from_kv_blocks(
+        cut(block_mask.kv_num_blocks),
+        cut(block_mask.kv_indices),
+        cut(block_mask.full_kv_num_blocks),
+        cut(block_mask.full_kv_indices),
+        BLOCK_SIZE=block_mask.BLOCK_SIZE,
+        mask_mod=_shifted(block_mask.mask_mod, heads.start, 1),
+        seq_lengths=block_mask.seq_lengths,
+        compute_q_blocks=block_mask.q_indices is not None,
+    )
+
+
+def _kernel(
+    original: Callable[..., Any],
+    score_mod: Mod | None,
+    block_mask: BlockMask | None,
+    layout: SequenceLayout,
+    settings: Mapping[str, Any],
+) -> Callable[..., Tensor]:
+    """Computes some heads over the whole sequence, once they are exchanged."""
+    real = layout.seq_len - layout.num_padding
+
+    def compute(q: Tensor, k: Tensor, v: Tensor, heads: slice, kv_index: tuple[int, ...] | None) -> Tensor:
+        q, k, v = (t[:, :, :real] for t in (q, k, v))
+        # Fused kernels want equal groups, of a size that is a power of two.
+        if kv_index is None and (ratio := q.shape[1] // k.shape[1]) & (ratio - 1):
+            kv_index = tuple(head // ratio for head in range(q.shape[1]))
+        if kv_index is not None:
+            index = torch.tensor(kv_index, device=k.device)
+            k, v = k.index_select(1, index), v.index_select(1, index)
+        score = None if score_mod is None else _shifted(score_mod, heads.start, 2)
+        mask = None if block_mask is None else _of_heads(block_mask, heads)
+        out: Tensor = original(q, k, v, score, mask, enable_gqa=q.shape[1] != k.shape[1], **settings)
+        return nn.functional.pad(out, (0, 0, 0, layout.num_padding))
+
+    return compute
+
+
+def _wrap(state: SequenceState, original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def flex_attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        score_mod: Mod | None = None,
+        block_mask: BlockMask | None = None,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        return_lse: bool = False,
+        kernel_options: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        settings = {"scale": scale, "kernel_options": kernel_options}
+        if state.probing:
+            return probe_attention(state, query, key, value)
+        batch = state.sharded_batch
+        if batch is None or sees_memory(state, query, key, False):
+            more = {"enable_gqa": enable_gqa, "return_lse": return_lse, **settings, **kwargs}
+            return original(query, key, value, score_mod, block_mask, **more)
+        if return_lse or any(kwargs.get("return_aux") or ()):
+            raise UlyssesError(
+                "flex_attention that returns the log-sum-exp or the largest scores",
+                "a call for the output alone",
+                "leave out return_lse and return_aux, or train without sequence parallelism (sp_size=1)",
+            )
+        _check_block_mask(block_mask, query.shape[1], batch.layout)
+        compute = _kernel(original, score_mod, block_mask, batch.layout, settings)
+        return exchanged(state, query, key, value, compute)
+
+    return flex_attention
+
+
+def install(state: SequenceState, root: nn.Module) -> Handle:
+    """Replaces the function and every compiled copy of it, where P > 1.
+
+    Args:
+        state: The strategy's state.
+        root: The user's LightningModule, in which references to the function are looked for.
+
+    Returns:
+        A handle whose ``remove()`` restores everything.
+    """
+    handle = Handle()
+    if state.mesh.sp_size > 1:
+        import torch.nn.attention.flex_attention as package
+
+        original = package.flex_attention
+        for function in compiled_copies(root, original):
+            rebind(handle, root, function, _wrap(state, function))
+        replacement = _wrap(state, original)
+        handle.patch(package, "flex_attention", replacement)
+        rebind(handle, root, original, replacement)
+    return handle

@@ -1,0 +1,87 @@
+"""transformers' eager attention: a function of each model's own, taken over where it is plain softmax attention.
+
+Some models have nothing else: softcap (Gemma 2) and sinks (GPT-OSS) are out of reach of
+``scaled_dot_product_attention``. What such a function computes is not believed but tried, on the first few tokens.
+
+Source: transformers ``AttentionInterface.get_interface`` and ``eager_attention_forward`` of ``models/*/modeling_*.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ulysses.attention.attend import attend
+from lightning_ulysses.attention.explicit import Extras
+from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.geometry.mask_spec import MaskSpec
+from lightning_ulysses.patching.handle import Handle
+
+_TOKENS = 4
+Forward = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+def check_formula(
+    original: Forward,
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    extras: Extras,
+    **kwargs: Any,
+) -> None:
+    """Runs a model's own function on a few tokens beside `attend`.
+
+    Args:
+        original: The model's function.
+        module: The attention block it is called for.
+        q: (B, H, S_r, D).
+        k: (B, H_kv, S_r, D).
+        v: (B, H_kv, S_r, D_v).
+        scale: Of the scores.
+        extras: Softcap and sinks that it is called with.
+        **kwargs: Further arguments of the call.
+
+    Raises:
+        UlyssesError: If they differ.
+    """
+    # (B, heads, S_r, D) -> (1, heads, tokens, D)
+    q, k, v = (t[:1, :, :_TOKENS].detach() for t in (q, k, v))
+    length = q.shape[2]
+    hidden = torch.full((length, length), torch.finfo(q.dtype).min, dtype=q.dtype, device=q.device).triu(1)
+    with torch.no_grad():
+        theirs = original(module, q, k, v, hidden[None, None], dropout=0.0, scaling=scale, **kwargs)[0]
+        # (1, H, tokens, D_v) -> (1, tokens, H, D_v)
+        ours = attend(q, k, v, MaskSpec(True), scale=scale, extras=extras).transpose(1, 2)
+    bound = 1e-4 if q.dtype in (torch.float32, torch.float64) else 5e-2
+    if theirs.shape != ours.shape or not torch.allclose(theirs, ours, atol=bound * float(ours.abs().max()), rtol=bound):
+        raise UlyssesError(
+            f"{type(module).__name__}, whose {getattr(original, '__name__', 'attention')} is not softmax attention",
+            "softmax over scaled products of queries and keys, with a softcap or sinks at most",
+            "train this model without sequence parallelism (sp_size=1)",
+        )
+
+
+def install_eager(handle: Handle, wrap: Callable[[str, Forward], Forward]) -> None:
+    """Has ``wrap`` take over what models fall back on under ``attn_implementation="eager"``.
+
+    Args:
+        handle: Undoes it.
+        wrap: Makes the replacement of a model's function, given ``"eager"`` and the function.
+    """
+    from transformers.modeling_utils import AttentionInterface
+
+    original = AttentionInterface.get_interface
+    wrapped = functools.lru_cache(maxsize=None)(functools.partial(wrap, "eager"))
+
+    @functools.wraps(original)
+    def get_interface(self: AttentionInterface, attn_implementation: str, default: Forward) -> Any:
+        found = original(self, attn_implementation, default)
+        return wrapped(default) if attn_implementation == "eager" and found is default else found
+
+    handle.patch(AttentionInterface, "get_interface", get_interface)

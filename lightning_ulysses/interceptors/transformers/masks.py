@@ -1,0 +1,115 @@
+"""Describes the attention masks of transformers models instead of building them.
+
+A model passes a one-element tensor around that stands for a `MaskSpec` of the whole sequence; its own function would
+build a mask of this rank's slice, with positions counted from the slice's start.
+
+Source: transformers ``masking_utils.py``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_ulysses.context import LiveBatch, SequenceState
+from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.geometry.mask_spec import MaskSpec
+from lightning_ulysses.patching.handle import Handle
+
+_COMPOSED = {"and_masks", "remap_positions_for_packed_sequence"}
+_KNOWN_MASKS = {
+    "causal_mask_function",
+    "bidirectional_mask_function",
+    "sliding_window_overlay",
+    "sliding_window_bidirectional_overlay",
+    "chunked_overlay",
+    "packed_sequence_mask_function",
+}
+
+
+def find_mask(batch: LiveBatch, attn_mask: Tensor) -> MaskSpec | None:
+    """What a mask made here stands for; detached or sliced copies share its storage."""
+    spec = batch.masks.get(attn_mask.untyped_storage().data_ptr())
+    return spec if isinstance(spec, MaskSpec) else None
+
+
+def _mask_parts(mask_function: Callable[..., Any]) -> dict[str, Any]:
+    """The factory functions that a transformers mask function is composed of, with the values they close over."""
+    name = getattr(mask_function, "__qualname__", type(mask_function).__name__).split(".")[0]
+    code = getattr(mask_function, "__code__", None)
+    cells = getattr(mask_function, "__closure__", None) or ()
+    closed = {key: cell.cell_contents for key, cell in zip(code.co_freevars if code else (), cells, strict=True)}
+    if name not in _COMPOSED:
+        return {name: closed}
+    parts: dict[str, Any] = {}
+    for inner in closed.values():
+        for function in inner if isinstance(inner, tuple) else (inner,):
+            if callable(function):
+                parts |= _mask_parts(function)
+    return parts
+
+
+def _spec_from_mask_function(mask_function: Callable[..., Any], batch: LiveBatch, has_padding: bool) -> MaskSpec:
+    """What a mask function means over the whole sequence; documents and padding come from the batch's layout."""
+    parts = _mask_parts(mask_function)
+    unknown = set(parts) - _KNOWN_MASKS
+    causal = "causal_mask_function" in parts
+    if not causal and "sliding_window_overlay" in parts:
+        unknown.add("sliding_window_overlay")
+    if unknown:
+        raise UlyssesError(
+            f"an attention mask made of {sorted(unknown)}",
+            "causal, bidirectional, sliding-window, chunked or packed-document attention",
+            "train this model without sequence parallelism (sp_size=1)",
+        )
+    layout = batch.layout
+    window, ahead = parts.get("sliding_window_overlay", {}).get("sliding_window"), None
+    if "sliding_window_bidirectional_overlay" in parts:
+        ahead = parts["sliding_window_bidirectional_overlay"]["sliding_window"]
+        window = min(ahead + 1, window or ahead + 1)
+    return MaskSpec(
+        causal=causal,
+        window=window,
+        documents=layout.documents,
+        valid=layout.valid if has_padding else None,
+        num_padding=layout.num_padding,
+        ahead=ahead,
+        chunk=parts.get("chunked_overlay", {}).get("chunk_size"),
+    )
+
+
+def install_masks(state: SequenceState, handle: Handle, names: tuple[str, ...]) -> None:
+    """Replaces the mask functions registered under ``names``."""
+    from transformers.masking_utils import AttentionMaskInterface
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        @state.takes_over(original)
+        def describe_mask(*args: Any, **kwargs: Any) -> Any:
+            if state.probing:
+                return None
+            batch = state.described_batch
+            if batch is None:
+                return original(*args, **kwargs)
+            call = inspect.signature(original).bind(*args, **kwargs)
+            call.apply_defaults()
+            values = {**call.arguments, **call.arguments.get("kwargs", {})}
+            if state.mesh.sp_size == 1 and not _KNOWN_MASKS.issuperset(_mask_parts(values["mask_function"])):
+                return original(*args, **kwargs)
+            padding = values.get("attention_mask")
+            spec = _spec_from_mask_function(values["mask_function"], batch, padding is not None)
+            seed = torch.ones(1, dtype=torch.bool, device=values.get("device", "cpu"))
+            batch.keep.append(seed)
+            batch.masks[seed.untyped_storage().data_ptr()] = spec
+            # (1,) -> (B, 1, S_r, S_r) without memory: models may look at a mask's shape.
+            return seed.view(1, 1, 1, 1).expand(values["batch_size"], 1, values["q_length"], values["kv_length"])
+
+        return describe_mask
+
+    registry: dict[str, Any] = AttentionMaskInterface._global_mapping
+    for name in names:
+        if name in registry:
+            handle.patch_item(registry, name, wrap(registry[name]))

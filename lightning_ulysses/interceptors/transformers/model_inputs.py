@@ -1,0 +1,111 @@
+"""Supplies transformers models with what they get wrong on slices and packed rows: positions and shifted labels."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ulysses.context import LiveBatch, SequenceState, TargetEvidence
+from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.interceptors.transformers.positions import Numbering, restarting_positions
+from lightning_ulysses.patching.outside_graphs import eager
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def supply_inputs(state: SequenceState, model: PreTrainedModel, numbering: Numbering) -> Callable[..., Any]:
+    """A forward pre-hook that supplies the positions and shifted labels that the model would get wrong on a slice."""
+    signature = inspect.signature(model.forward)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    name = type(model).__name__
+    # transformers falls back to the causal language model's loss where a class has no loss type.
+    shifts = (getattr(model, "loss_type", None) or "ForCausalLM").startswith("ForCausalLM")
+
+    @eager
+    def supply(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        batch = state.described_batch
+        if batch is None:
+            return None
+        given = {**signature.bind_partial(*args, **kwargs).arguments, **kwargs}
+        tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+        if not isinstance(tokens, Tensor):
+            return None
+        added: dict[str, Any] = {}
+        if given.get("position_ids") is None:
+            if "position_ids" in signature.parameters:
+                added["position_ids"] = numbering.supplied(_positions(state, batch, tokens))
+            elif state.mesh.sp_size > 1:
+                raise UlyssesError(
+                    f"{name}, whose forward takes no position_ids",
+                    "a model that can be told the positions of its tokens",
+                    "train it without sequence parallelism (sp_size=1)",
+                )
+        if "use_cache" in signature.parameters and given.get("use_cache") is None:
+            added["use_cache"] = False
+        labels = given.get("labels")
+        if isinstance(labels, Tensor) and not state.probing:
+            added |= shifted_labels(batch, labels, given, shifts, takes_any, name)
+        return (args, {**kwargs, **added}) if added else None
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return supply(module, args, kwargs) if state.described_batch is not None else None
+
+    return hook
+
+
+def _positions(state: SequenceState, batch: LiveBatch, tokens: Tensor) -> Tensor:
+    """(B, S_r) where packed documents number their own tokens, else (1, S_r)."""
+    own = restarting_positions(batch)
+    if own is not None:
+        return own
+    begin = batch.layout.start(state.mesh.sp_rank)
+    # (S_r,) -> (1, S_r)
+    return torch.arange(begin, begin + tokens.shape[1], device=tokens.device).unsqueeze(0)
+
+
+def shifted_labels(
+    batch: LiveBatch, labels: Tensor, given: dict[str, Any], shifts: bool, takes_any: bool, name: str
+) -> dict[str, Tensor]:
+    """The keyword argument that makes the model's loss see the label behind its slice's last token.
+
+    Raises:
+        UlyssesError: If the labels are not the batch's own, or the model takes none that are shifted already.
+    """
+    source = next((key for key in ("labels", "input_ids") if _same(labels, batch.shards.get(key))), None)
+    if source is None and labels.dim() < 2:
+        raise UlyssesError(
+            f"labels of shape {tuple(labels.shape)} for {name}, which then pools the tokens of each row",
+            "one label for each token, (B, S), since a pooling sees this rank's slice only",
+            "train it without sequence parallelism (sp_size=1)",
+        )
+    if source is None:
+        raise UlyssesError(
+            f"labels of shape {tuple(labels.shape)} for {name} that are neither batch['labels'] nor batch['input_ids']",
+            "labels that are part of the batch, since the label behind a slice's last token lies on the next rank",
+            "make the labels in the collate function and pass batch['labels'] to the model",
+        )
+    if not shifts:
+        batch.evidence.append(TargetEvidence(name=source))
+        return {}
+    if not takes_any:
+        raise UlyssesError(
+            f"{name}, which shifts labels inside its forward and takes no shift_labels",
+            "a causal language model whose forward passes **kwargs to its loss function",
+            "compute the loss in training_step from the logits and batch['shift_labels']",
+        )
+    shifted = "shift_labels" if source == "labels" else "shift_input_ids"
+    batch.evidence.append(TargetEvidence(name=shifted))
+    if given.get("shift_labels") is not None:
+        return {}
+    return {"shift_labels": batch.shards[shifted].to(labels.device)}
+
+
+def _same(tensor: Tensor, shard: Tensor | None) -> bool:
+    if shard is None or tensor.shape != shard.shape:
+        return False
+    return tensor.data_ptr() == shard.data_ptr() or torch.equal(tensor, shard.to(tensor.device))

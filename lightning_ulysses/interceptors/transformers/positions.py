@@ -1,0 +1,129 @@
+"""Positions of models that number tokens in their own way: padding gets ``padding_idx``, others count up from there.
+
+RoBERTa and its relatives read these numbers off the token ids, which is possible for the whole sequence only. Their own
+function is called on it, and each rank takes its slice; packed documents are numbered one by one.
+
+Source: transformers ``create_position_ids_from_input_ids`` of ``models/*/modeling_*.py``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ulysses.context import LiveBatch, SequenceState
+from lightning_ulysses.exchange.gather import join_sequence
+from lightning_ulysses.patching.handle import Handle
+from lightning_ulysses.patching.outside_graphs import eager
+from lightning_ulysses.sequence import check_share
+
+FUNCTION = "create_position_ids_from_input_ids"
+Create = Callable[[Tensor, int], Tensor]
+
+
+def restarting_positions(batch: LiveBatch) -> Tensor | None:
+    """The batch's own (B, S_r) positions where they mark documents."""
+    own = batch.shards.get("position_ids")
+    return own if own is not None and own.dim() == 2 and batch.layout.documents is not None else None
+
+
+def _own_function(module: nn.Module) -> Create | None:
+    """How ``module`` numbers tokens if it is given no positions; None for any other module."""
+    if not isinstance(getattr(module, "padding_idx", None), int):
+        return None
+    if "position_ids" not in inspect.signature(module.forward).parameters:
+        return None
+    found = getattr(module, FUNCTION, None) or getattr(sys.modules.get(type(module).__module__), FUNCTION, None)
+    return found if callable(found) else None
+
+
+class Numbering:
+    """Replaces positions that this package supplied by those of the model's own kind.
+
+    Args:
+        state: The strategy's state.
+    """
+
+    def __init__(self, state: SequenceState) -> None:
+        self._state = state
+        self._supplied: deque[Tensor] = deque(maxlen=4)
+        # Tokens and their numbers, of runs of a probe on all of its tokens.
+        self._probed: deque[tuple[Tensor, Tensor]] = deque(maxlen=4)
+
+    def supplied(self, positions: Tensor) -> Tensor:
+        """``positions`` as an object of its own, told apart from what a user passes."""
+        # (B | 1, S_r) -> (B | 1, S_r)
+        positions = positions.view_as(positions)
+        self._supplied.append(positions)
+        return positions
+
+    def install(self, root: nn.Module, handle: Handle) -> None:
+        """Looks after every submodule of ``root`` that numbers tokens by itself."""
+        for module in root.modules():
+            create = _own_function(module)
+            if create is not None:
+                handle.add(module.register_forward_pre_hook(self._hook(module, create), with_kwargs=True).remove)
+
+    def _hook(self, module: nn.Module, create: Create) -> Callable[..., Any]:
+        signature, padding = inspect.signature(module.forward), int(module.padding_idx)  # type: ignore[arg-type]
+
+        @eager
+        def number(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            bound = signature.bind_partial(*args, **kwargs)
+            given, tokens = (bound.arguments.get(key) for key in ("position_ids", "input_ids"))
+            if given is not None and not any(given is own for own in self._supplied):
+                return None
+            batch = self._state.described_batch
+            if isinstance(tokens, Tensor):
+                numbers = self._numbers(tokens, batch, create, padding)
+            else:
+                # Embeddings do not tell what is padding. (B | 1, S_r) -> (B, S_r)
+                rows = bound.arguments["inputs_embeds"].shape[0]
+                numbers = None if given is None else (given + padding + 1).expand(rows, -1)
+            if numbers is None:
+                return None
+            bound.arguments["position_ids"] = numbers
+            return bound.args, bound.kwargs
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            live = self._state.probing or self._state.described_batch is not None
+            return number(args, kwargs) if live else None
+
+        return hook
+
+    def _numbers(self, tokens: Tensor, batch: LiveBatch | None, create: Create, padding: int) -> Tensor | None:
+        """(B, S_r) tokens -> (B, S_r) numbers; None for the model's own."""
+        rank = self._state.mesh.sp_rank
+        if self._state.probing:
+            if batch is None:
+                return self._probe(tokens, create, padding)
+            span = batch.layout.span(rank)
+            return next((n[:, span] for t, n in self._probed if torch.equal(t[:, span], tokens)), None)
+        assert batch is not None
+        layout, group = batch.layout, self._state.mesh.sp_group
+        check_share(tokens.shape[1], layout, rank, "input_ids")
+        whole = tokens.clone() if group is None else join_sequence(tokens, layout.shares, 1, group)
+        # What this package added might count past the last position that there is.
+        whole[:, layout.seq_len - layout.num_padding :] = padding
+        documents = layout.documents if restarting_positions(batch) is not None else None
+        if documents is None:
+            return create(whole, padding)[:, layout.span(rank)]
+        rows = [
+            torch.cat([create(whole[row : row + 1, begin:end], padding) for begin, end in runs], dim=1)
+            for row, runs in enumerate(documents)
+        ]
+        return torch.cat(rows)[:, layout.span(rank)]
+
+    def _probe(self, tokens: Tensor, create: Create, padding: int) -> Tensor:
+        """Numbers that stay where a probe changes one token, which may have been padding."""
+        for before, numbers in self._probed:
+            if before.shape == tokens.shape and int((before != tokens).any(dim=0).sum()) <= 1:
+                return numbers
+        self._probed.append((tokens, create(tokens, padding)))
+        return self._probed[-1][1]

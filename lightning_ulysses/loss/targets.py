@@ -1,0 +1,224 @@
+"""Which tensor of a batch the module's loss is a mean over, learnt from the losses that it computes.
+
+A batch often offers more than one: ``labels`` and ``shift_labels`` differ by one target per row and rank. A weight from
+the wrong one would train almost, but not quite, right.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_ulysses.context import LiveBatch, SequenceState, TargetEvidence
+from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.patching.handle import Handle
+from lightning_ulysses.patching.outside_graphs import eager
+
+_NO, _UNKNOWN, _COUNT, _CONTENT = range(4)
+_SETTLE_AFTER = 3
+# What a module shifts by itself.
+_HIDDEN = ("shift_input_ids", "shift_batch")
+# Such a mean divides by the weights of its targets, not by their number.
+_CLASS_WEIGHTS = "class weights"
+_LABELS_OF = {"loss_mask": ("labels", "shift_labels"), "shift_loss_mask": ("shift_labels",)}
+
+
+def install(state: SequenceState) -> Handle:
+    """Notes the targets of cross entropies computed in a step, while it is open which tensor holds them."""
+    handle = Handle()
+    functional: Any = torch.nn.functional
+
+    def watch(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @functools.wraps(original)
+        def loss_of(input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            result = original(input, target, *args, **kwargs)
+            # Where a plan joins the sequence, the loss comes behind the region in which the batch is live.
+            batch = state.running
+            if batch is not None and state.collect_evidence and not state.probing and not target.is_floating_point():
+                _note(batch, result, target, *args, **kwargs)
+            return result
+
+        return loss_of
+
+    for name in ("cross_entropy", "nll_loss"):
+        handle.patch(functional, name, watch(getattr(functional, name)))
+    return handle
+
+
+@eager
+def _note(batch: LiveBatch, result: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> None:
+    """Keeps what a cross entropy was computed on; the further arguments are those of ``cross_entropy``."""
+    if type(target).__module__.startswith("torch._subclasses"):
+        # A compiler that traces a graph calls by name what is in it.
+        return
+    # Positional order behind the target: weight, size_average, ignore_index, reduce, reduction
+    ignore_index = kwargs.get("ignore_index", args[2] if len(args) > 2 else -100)
+    reduction = kwargs.get("reduction", args[4] if len(args) > 4 else "mean")
+    weight = kwargs.get("weight", args[0] if args else None)
+    name = _CLASS_WEIGHTS if weight is not None and reduction == "mean" else None
+    evidence = TargetEvidence(target.detach(), ignore_index, reduction == "mean", name, result.detach())
+    batch.evidence.append(evidence)
+
+
+def _explains(name: str, evidence: TargetEvidence, live: LiveBatch) -> int:
+    """How well the tensor ``name`` explains a mean over the targets of ``evidence``."""
+    assert evidence.target is not None
+    if float((evidence.target != evidence.ignore_index).sum()) != live.seen[name]:
+        return _NO
+    shard = live.shards.get(name)
+    if shard is None or shard.numel() != evidence.target.numel():
+        return _COUNT
+    aligned = shard.reshape(-1).to(evidence.target.device)
+    return _CONTENT if torch.equal(aligned, evidence.target.reshape(-1).to(aligned.dtype)) else _COUNT
+
+
+def _score(name: str, evidence: TargetEvidence, live: LiveBatch) -> int:
+    """How well one candidate explains one loss."""
+    if evidence.name is not None:
+        return _CONTENT if evidence.name == name else _NO
+    if evidence.is_mean:
+        return _explains(name, evidence, live)
+    # The module takes the mean itself; which labels it used tells which mask belongs to them.
+    if name in _LABELS_OF:
+        labels = next((label for label in _LABELS_OF[name] if label in live.seen), None)
+        return _UNKNOWN if labels is None else max(_UNKNOWN, _explains(labels, evidence, live))
+    if name in _HIDDEN or any(mask in live.counts for mask in _LABELS_OF):
+        return _NO
+    if name == "tokens":
+        # Where the module masks its targets by hand, the cross entropy itself may well be over all tokens.
+        return min(_UNKNOWN, _explains(name, evidence, live))
+    return max(_UNKNOWN, _explains(name, evidence, live))
+
+
+def score_names(live: LiveBatch, names: Iterable[str]) -> dict[str, int]:
+    """How well each candidate explains all losses computed on a batch."""
+    return {
+        name: min((_score(name, e, live) for e in live.evidence), default=_NO if name in _HIDDEN else _UNKNOWN)
+        for name in names
+    }
+
+
+def counts_agree(live: LiveBatch) -> bool:
+    """Whether it makes no difference which of the candidates holds the targets."""
+    return len({count for name, count in live.counts.items() if name != "tokens"}) <= 1
+
+
+def choose_names(scores: Mapping[str, int], all_equal: bool, live: LiveBatch) -> tuple[list[str], bool]:
+    """The best candidates, any of which will do, and whether a single one is beyond doubt.
+
+    Args:
+        scores: Of each candidate, over all ranks.
+        all_equal: Whether `counts_agree` on all ranks.
+        live: A batch, for the message.
+
+    Raises:
+        UlyssesError: If no candidate or no single one explains the loss.
+    """
+    if not scores:
+        raise _uncountable(live)
+    best = max(scores.values())
+    chosen = [name for name in sorted(scores) if scores[name] == best]
+    if best == _NO:
+        raise _unexplained(live)
+    if best == _UNKNOWN:
+        chosen = [name for name in chosen if name != "tokens"] or chosen
+    if len(chosen) > 1 and not all_equal:
+        raise _ambiguous(chosen, live)
+    return chosen, len(chosen) == 1 and best == _CONTENT
+
+
+class TargetResolver:
+    """Settles, on all ranks alike, the name of the tensor that the loss is a mean over.
+
+    Args:
+        explicit: The user's answer, if any.
+        agree: Reduces a small int64 tensor to its minimum over all ranks.
+
+    Attributes:
+        settled: The name, once it is certain.
+    """
+
+    def __init__(self, explicit: str | None, agree: Callable[[Tensor], Tensor]) -> None:
+        self.settled = explicit
+        self._explicit = explicit
+        self._agree = agree
+        self._attempts = 0
+
+    def resolve(self, live: LiveBatch, names: Iterable[str]) -> str:
+        """The name to weight by; a collective until it is settled.
+
+        Args:
+            live: The batch of the step, with the evidence collected.
+            names: The candidates that every rank has.
+
+        Raises:
+            UlyssesError: On every rank, if no candidate or no single one explains the loss.
+        """
+        if self.settled is not None:
+            self.check(live.counts)
+            return self.settled
+        scores = score_names(live, sorted(set(names)))
+        *lowest, all_equal = self._agree(
+            torch.tensor([*scores.values(), counts_agree(live)], dtype=torch.int64)
+        ).tolist()
+        chosen, is_certain = choose_names(dict(zip(scores, lowest, strict=True)), bool(all_equal), live)
+        self._attempts += 1
+        if is_certain or (len(chosen) == 1 and self._attempts >= _SETTLE_AFTER):
+            self.settled = chosen[0]
+        return chosen[0]
+
+    def check(self, counts: Mapping[str, float]) -> None:
+        """Raises `UlyssesError` if a batch lacks the tensor with the targets."""
+        if self.settled is None or not math.isnan(counts.get(self.settled, math.nan)):
+            return
+        explicit = self._explicit is not None
+        raise UlyssesError(
+            f"targets={self.settled!r}" if explicit else f"a batch without {self.settled!r}, the targets so far",
+            f"one of {sorted(counts)}, the tensors of this batch that may hold targets"
+            if explicit
+            else f"the same keys in the batches of all ranks and steps; this one has {sorted(counts)}",
+            "change targets in the strategy" if explicit else "have the collate function make them for every batch",
+        )
+
+
+def _unexplained(live: LiveBatch) -> UlyssesError:
+    seen = [
+        f"{int((e.target != e.ignore_index).sum())} targets (ignore_index={e.ignore_index})"
+        + (f" with {_CLASS_WEIGHTS}" if e.name == _CLASS_WEIGHTS else "")
+        for e in live.evidence
+        if e.target is not None
+    ]
+    return UlyssesError(
+        f"a loss over {', '.join(seen) or 'targets of its own'} on some rank, while this rank's slice has "
+        f"{live.seen} valid targets",
+        "a mean over the targets of one tensor of the batch",
+        "use batch['shift_labels'] instead of shifting inside the step, set ignore_index or targets in the "
+        "strategy, or set loss_weighting='none' if the loss is no mean over tokens",
+    )
+
+
+def _uncountable(live: LiveBatch) -> UlyssesError:
+    if not live.layout.num_padding:
+        return UlyssesError(
+            "batches that have no tensor in common that can hold the targets",
+            "the same keys in the batches of all ranks and steps",
+            "have the collate function make them for every batch",
+        )
+    return UlyssesError(
+        f"a batch padded by {live.layout.num_padding} tokens, none of whose tensors can hold the targets",
+        "integer labels or a loss_mask, in which padding can be marked to be ignored",
+        "leave pad_to_multiple_of out; no multiple is required",
+    )
+
+
+def _ambiguous(chosen: list[str], live: LiveBatch) -> UlyssesError:
+    return UlyssesError(
+        f"a loss that could be a mean over any of {chosen}, with {live.counts} targets on this rank",
+        "to know which of them the loss is a mean over",
+        f"set targets={chosen[-1]!r} (or another of them) in the strategy",
+    )

@@ -1,0 +1,202 @@
+"""The weight of each micro-batch's loss, and the exact loss of the step that comes of it."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from lightning_ulysses.config import UlyssesConfig
+from lightning_ulysses.context import LiveBatch
+from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.exchange.mesh import SequenceMesh
+from lightning_ulysses.loss.accumulation import AccumulationWindow, LossWindow
+from lightning_ulysses.loss.evaluation import EvaluationLoss
+from lightning_ulysses.loss.form import judge, loss_form, votes
+from lightning_ulysses.loss.targets import TargetResolver
+from lightning_ulysses.loss.token_mean import token_weight
+
+
+class StepWeights:
+    """Follows the accumulation window and weights each loss so that ranks and micro-batches add up to the token mean.
+
+    Args:
+        config: The strategy's settings.
+        mesh: Sizes and groups.
+        device: Where collectives take place.
+
+    Attributes:
+        steps: Optimizer steps taken so far.
+        target_name: The tensor that the last loss is a mean over; None before the first, or where that is not asked.
+    """
+
+    def __init__(self, config: UlyssesConfig, mesh: SequenceMesh, device: torch.device) -> None:
+        self._config = config
+        self._mesh = mesh
+        self._device = device
+        self._resolver = TargetResolver(config.targets, self._agree)
+        self._window: LossWindow | None = None
+        self._plan: AccumulationWindow | None = None
+        self._finished: Tensor | None = None
+        self._global: Tensor | None = None
+        self.steps = 0
+        self.target_name: str | None = None
+        self._backwards = 0
+        self._unstepped = 0
+        self._warned = False
+
+    @property
+    def needs_evidence(self) -> bool:
+        """Whether it is still open which tensor holds the targets."""
+        return self._config.loss_weighting == "tokens" and self._resolver.settled is None
+
+    def _agree(self, scores: Tensor) -> Tensor:
+        shared = scores.to(self._device)
+        dist.all_reduce(shared, op=dist.ReduceOp.MIN)
+        return shared.cpu()
+
+    def _over_replicas(self, totals: Mapping[str, float]) -> dict[str, float]:
+        """Sums over data-parallel ranks, of the names that all of them have."""
+        if self._mesh.dp_group is None:
+            return dict(totals)
+        names = [self._resolver.settled] if self._resolver.settled is not None else self._shared_names(totals)
+        shared = torch.tensor([totals.get(name, math.nan) for name in names], dtype=torch.float64, device=self._device)
+        dist.all_reduce(shared, group=self._mesh.dp_group)
+        return dict(zip(names, shared.tolist(), strict=True))
+
+    def _shared_names(self, totals: Mapping[str, float]) -> list[str]:
+        everyone: list[Any] = [None] * self._mesh.dp_size
+        dist.all_gather_object(everyone, set(totals), group=self._mesh.dp_group)
+        return sorted(set.intersection(*everyone))
+
+    def begin(self, counts: Mapping[str, float], plans: deque[AccumulationWindow] | None) -> None:
+        """Takes note of a micro-batch that is about to be trained on.
+
+        Args:
+            counts: Its targets on this data-parallel rank, for each tensor that may hold them.
+            plans: The accumulation windows that the dataloader has looked ahead over.
+
+        Raises:
+            UlyssesError: If the batch is not the one that was counted.
+        """
+        self._backwards = 0
+        if self._config.loss_weighting == "none":
+            return
+        if self._window is None or self._window.is_last:
+            self._plan = plans.popleft() if plans else AccumulationWindow(1, counts)
+            totals = self._plan.totals if self._plan.counts else counts
+            self._window = LossWindow(self._plan.size, self._over_replicas(totals))
+            self._resolver.check(self._window.totals)
+        else:
+            self._window.index += 1
+        planned = self._plan.counts if self._plan is not None else ()
+        if planned and dict(planned[self._window.index]) != dict(counts):
+            raise UlyssesError(
+                f"a batch with targets {dict(counts)} that had {dict(planned[self._window.index])} when the dataloader "
+                "yielded it",
+                "targets that are final when the dataloader yields them, since a step's targets are counted ahead",
+                "move what changes the labels from on_before_batch_transfer to the collate function",
+            )
+
+    def check_boundary(self, last: bool) -> None:
+        """Raises if Lightning and the window disagree on where the optimizer steps."""
+        if self._config.loss_weighting == "tokens" and self._window is not None and self._window.is_last != last:
+            raise UlyssesError(
+                f"an optimizer step {'after' if last else 'not after'} micro-batch {self._window.index + 1} of "
+                f"{self._window.size}",
+                "accumulation windows that follow accumulate_grad_batches and the length of the epoch",
+                "use one train dataloader and do not change accumulate_grad_batches during fit",
+            )
+
+    def apply(self, loss: Tensor, live: LiveBatch, micro_batches: int, automatic: bool) -> Tensor:
+        """The loss to back-propagate on this rank.
+
+        Args:
+            loss: The mean that the module returned.
+            live: The batch it was computed on.
+            micro_batches: ``accumulate_grad_batches``.
+            automatic: Whether Lightning optimises, or the module by hand.
+
+        Raises:
+            UlyssesError: If the loss cannot be told to be a mean over known targets, or a module that optimises by hand
+                calls backward more than once per step.
+        """
+        self._backwards += 1
+        self._unstepped += 1
+        backwards = self._backwards if automatic else self._unstepped
+        if backwards > 1:
+            raise UlyssesError(
+                f"{backwards} backward passes without an optimizer step between them",
+                "one backward pass for each batch and step, since the step's targets are counted ahead",
+                "add the losses before backward"
+                + ("" if automatic else ", or use automatic optimization to accumulate"),
+            )
+        if self._config.loss_weighting == "none":
+            self._window = self._window or LossWindow(micro_batches, {})
+            self._window.add(loss.detach().float() / (self._mesh.world_size * micro_batches))
+            return loss / micro_batches
+        assert self._window is not None
+        name = self.target_name = self._target(loss, live, self._window.totals)
+        weight = token_weight(live.counts[name], self._window.totals[name], self._mesh.world_size)
+        if not self._window.totals[name]:
+            loss = torch.nan_to_num(loss)
+        weighted = loss.float() * weight
+        self._window.add(weighted.detach() / self._mesh.world_size)
+        return weighted
+
+    def _target(self, loss: Tensor, live: LiveBatch, totals: Mapping[str, float]) -> str:
+        """The tensor that the loss is a mean over; while it is open, the loss is looked at as well."""
+        if self._resolver.settled is not None:
+            return self._resolver.resolve(live, totals)
+        name = self._resolver.resolve(live, totals)
+        verdict = self._agree(torch.tensor(votes(loss_form(loss, name, live)), dtype=torch.int64))
+        warning = judge(verdict.tolist(), name, totals[name])
+        if warning is not None and not self._warned:
+            self._warned = True
+            rank_zero_warn(warning)
+        return name
+
+    def stepped(self) -> None:
+        """Closes the window; called after the optimizer has stepped."""
+        self._backwards = self._unstepped = 0
+        if self._window is not None and self._window.loss is not None:
+            self._finished, self._window = self._window.loss, None
+            self._global = None
+            self.steps += 1
+
+    @property
+    def own_loss(self) -> Tensor:
+        """This rank's part of the exact loss of the last optimizer step, () float32; the parts add up to it.
+
+        Raises:
+            RuntimeError: Before the first step; see `steps`.
+        """
+        if self._finished is None:
+            raise RuntimeError("No optimizer step has been taken yet.")
+        return self._finished
+
+    def settle(self, loss: Tensor) -> None:
+        """Takes note of the sum of `own_loss` over all ranks, where another collective has carried it."""
+        self._global = loss
+
+    def global_loss(self) -> Tensor:
+        """The exact loss of the last optimizer step, the same on every rank; a collective the first time it is asked.
+
+        Raises:
+            RuntimeError: Before the first step; see `steps`.
+        """
+        if self._global is None:
+            self._global = self.own_loss.clone()
+            dist.all_reduce(self._global)
+        return self._global
+
+    def evaluation(self) -> EvaluationLoss:
+        """For the loss of one evaluation dataloader, from now on."""
+        by_targets = self._config.loss_weighting == "tokens"
+        return EvaluationLoss(self._resolver.settled if by_targets else None, by_targets, self._device)

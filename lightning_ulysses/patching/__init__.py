@@ -1,0 +1,1 @@
+"""How a function is replaced, found where it was bound early, kept out of graphs, and put back."""

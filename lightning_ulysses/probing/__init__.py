@@ -1,7 +1,0 @@
-"""Finds out, by running a model on a few tokens, whether it can be split along the sequence."""
-
-from __future__ import annotations
-
-from lightning_ulysses.probing.probe import ModelProbe
-
-__all__ = ["ModelProbe"]

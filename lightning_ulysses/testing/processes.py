@@ -1,0 +1,223 @@
+"""A handful of processes that run one function after another as ranks of a gloo world."""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import multiprocessing
+import os
+import pickle
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from types import TracebackType
+from typing import Any, TypeVar
+
+from lightning_ulysses.upstream import deepspeed as upstream_deepspeed
+
+T = TypeVar("T")
+
+
+class RemoteError(RuntimeError):
+    """What a rank raised, with its traceback; ``cause`` is the exception where it could be sent."""
+
+    def __init__(self, rank: int, text: str, cause: BaseException | None) -> None:
+        super().__init__(f"rank {rank}:\n{text}")
+        self.rank = rank
+        self.cause = cause
+
+
+# Trainers are cycles; as they pile up, so do the threads of their process groups.
+_COLLECT_EVERY = 6
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _clean_up(runs: int) -> None:
+    import torch.distributed as dist
+
+    # While the group is there: ZeRO-3 asks for the rank.
+    if "deepspeed" in sys.modules:
+        upstream_deepspeed.release_engines()
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    if "deepspeed" in sys.modules:
+        upstream_deepspeed.forget_world()
+    if runs == 1 or runs % _COLLECT_EVERY == 0:
+        gc.collect()
+    if runs == 1:
+        # What has been imported stays; the collector need not look at it in every run.
+        gc.freeze()
+
+
+def _end_with_parent() -> None:
+    """Ends this process once its parent is gone, although it may wait for other ranks in a collective."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _serve(connection: Connection) -> None:
+    """Runs what it is sent until the other end closes."""
+    import torch
+
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    runs = 0
+    while True:
+        try:
+            message = connection.recv_bytes()
+        except EOFError:
+            return
+        try:
+            # Imports what the function and its arguments come from, which may fail here alone.
+            function, args, environment = pickle.loads(message)
+            os.environ.update(environment)
+            reply: Any = (True, function(int(environment["RANK"]), *args))
+        except BaseException as error:
+            cause: BaseException | None = error
+            try:
+                pickle.loads(pickle.dumps(error))
+            except Exception:
+                cause = None
+            reply = (False, (traceback.format_exc(), cause))
+        finally:
+            runs += 1
+            _clean_up(runs)
+        try:
+            connection.send(reply)
+        except BrokenPipeError:
+            return
+
+
+class ProcessPool:
+    """Processes that outlive the worlds they form.
+
+    Args:
+        size: Processes; a run may use fewer.
+        timeout: Seconds after which a run counts as hung.
+    """
+
+    def __init__(self, size: int, timeout: float = 300.0) -> None:
+        self.size = size
+        self.timeout = timeout
+        self._processes: list[Any] = []
+        self._connections: list[Connection] = []
+
+    def __enter__(self) -> ProcessPool:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        # Runs before multiprocessing's own exit handler, which would wait for the processes for ever.
+        atexit.register(self.close)
+        # A process that loads torch reads it from the environment, so it has to be set before.
+        before = os.environ.get("OMP_NUM_THREADS")
+        os.environ["OMP_NUM_THREADS"] = "1"
+        try:
+            for _ in range(self.size):
+                here, there = context.Pipe()
+                # Not daemons, since those may not start dataloader workers.
+                process = context.Process(target=_serve, args=(there,))
+                process.start()
+                there.close()
+                self._processes.append(process)
+                self._connections.append(here)
+        finally:
+            if before is None:
+                del os.environ["OMP_NUM_THREADS"]
+            else:
+                os.environ["OMP_NUM_THREADS"] = before
+
+    def run(self, function: Callable[..., T], *args: Any, world_size: int) -> list[T]:
+        """Calls ``function(rank, *args)`` on ``world_size`` processes.
+
+        Returns:
+            What each rank returned.
+
+        Raises:
+            RemoteError: What the first failing rank raised; the others are ended if they wait for it.
+            TimeoutError: If a rank does not answer in time.
+        """
+        if world_size > self.size:
+            raise ValueError(f"A world of {world_size} processes in a pool of {self.size}.")
+        if not self._processes:
+            self._start()
+        environment = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            "WORLD_SIZE": str(world_size),
+            "NODE_RANK": "0",
+        }
+        try:
+            for rank in range(world_size):
+                own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                self._connections[rank].send((function, args, own))
+            return self._collect(world_size)
+        except RemoteError:
+            raise
+        except BaseException:
+            # Whoever has not answered yet would answer the next run.
+            self.close()
+            raise
+
+    def _collect(self, world_size: int) -> list[Any]:
+        waiting: dict[Any, int] = {self._connections[rank]: rank for rank in range(world_size)}
+        results: list[Any] = [None] * world_size
+        failure: RemoteError | None = None
+        broken = False
+        deadline = time.monotonic() + self.timeout
+        while waiting:
+            ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for connection in ready:
+                rank = waiting.pop(connection)
+                try:
+                    good, payload = self._connections[rank].recv()
+                except (EOFError, ConnectionError):
+                    good, payload, broken = False, ("the process died", None), True
+                if good:
+                    results[rank] = payload
+                elif failure is None:
+                    failure = RemoteError(rank, *payload)
+                    # The others may wait for it in a collective.
+                    deadline = min(deadline, time.monotonic() + 5.0)
+        if waiting:
+            if failure is None:
+                raise TimeoutError(f"ranks {sorted(waiting.values())} did not answer within {self.timeout:.0f} s")
+            broken = True
+        if broken:
+            self.close()
+        if failure is not None:
+            raise failure
+        return results
+
+    def close(self) -> None:
+        """Ends all processes; the next run starts new ones."""
+        for connection in self._connections:
+            connection.close()
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            process.join(timeout=5.0)
+            if process.is_alive():
+                # Lightning answers the signal with a broadcast, which waits for ranks that may be gone.
+                process.kill()
+                process.join()
+        self._processes, self._connections = [], []
+        atexit.unregister(self.close)

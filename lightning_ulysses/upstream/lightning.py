@@ -1,0 +1,84 @@
+"""The private parts of Lightning that this package leans on, pinned by a test."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+
+def should_accumulate(trainer: pl.Trainer) -> bool:
+    """Whether no optimizer step follows the current micro-batch (Lightning ``loops/training_epoch_loop.py``)."""
+    return bool(trainer.fit_loop._should_accumulate())
+
+
+def used_batches(trainer: pl.Trainer) -> float:
+    """Batches of a training epoch that the loop will use; infinite when unknown."""
+    loader = trainer.fit_loop._combined_loader
+    if loader is None:
+        return float("inf")
+    limit = loader.limits[0] if loader.limits else None
+    return float("inf") if limit is None else float(limit)
+
+
+def forget_train_loader(trainer: pl.Trainer) -> None:
+    """Has the loop set up the train dataloader again, once the checkpoint's loop state is there.
+
+    A scheduler that asks for ``trainer.estimated_stepping_batches`` makes Lightning set it up before that, and then a
+    resumed run would start the epoch from its first batch (``FitLoop.setup_data``).
+    """
+    trainer.fit_loop._combined_loader = None
+
+
+def rescale_progress(checkpoint: dict[str, Any], dp_size: int) -> None:
+    """Counts the batches of a half-done epoch as this number of data-parallel ranks would have (``loops/progress.py``).
+
+    The dataloader's own state, ``TrainLoader.state_dict``, says how many ranks shared the epoch so far.
+    """
+    fit_loop = checkpoint.get("loops", {}).get("fit_loop", {})
+    states = fit_loop.get("state_dict", {}).get("combined_loader") or [{}]
+    former = states[0].get("dp_size", dp_size)
+    if former != dp_size:
+        current = fit_loop["epoch_loop.batch_progress"]["current"]
+        # A checkpoint taken behind a batch misses it in "completed"; Lightning adds it when it resumes.
+        pending = current["processed"] - current["completed"]
+        for name in ("ready", "started", "processed"):
+            current[name] = current[name] * former // dp_size
+        current["completed"] = current["processed"] - pending
+
+
+def set_device_mesh(module: pl.LightningModule, mesh: torch.distributed.device_mesh.DeviceMesh | None) -> None:
+    """Makes ``LightningModule.device_mesh`` answer, as Lightning's ModelParallelStrategy does."""
+    module._device_mesh = mesh
+
+
+class AcceptsCompiled:
+    """For a strategy: takes a LightningModule that has been compiled as a whole.
+
+    Lightning asks each strategy by its class, and turns down every one on DeepSpeed (``utilities/compile.py``).
+    """
+
+    _compiler_ctx: tuple[pl.LightningModule, dict[str, Any]] | None = None
+
+    @property
+    def _lightning_module(self) -> pl.LightningModule | None:
+        """What ``Strategy`` calls so."""
+        module: pl.LightningModule | None = vars(self).get("_module")
+        return module
+
+    @_lightning_module.setter
+    def _lightning_module(self, module: pl.LightningModule | None) -> None:
+        vars(self)["_module"] = module
+        context = getattr(module, "_compiler_ctx", None)
+        if module is not None and context is not None:
+            self._compiler_ctx, module._compiler_ctx = (module, context), None
+
+    def teardown(self) -> None:
+        """Lets Lightning know again that the module is compiled."""
+        super().teardown()  # type: ignore[misc]
+        if self._compiler_ctx is not None:
+            module, context = self._compiler_ctx
+            module._compiler_ctx, self._compiler_ctx = context, None
