@@ -34,8 +34,9 @@ from ready_made import attention_left_out
 from torch import Tensor, nn
 
 from lightning_ulysses.attention import MaskSpec, attend
-from lightning_ulysses.attention.ulysses import sharded_attention
-from lightning_ulysses.context import LiveBatch, SequenceState
+from lightning_ulysses.attention.attend import Softmax
+from lightning_ulysses.attention.ulysses import exchanged
+from lightning_ulysses.context import LocalBatch
 from lightning_ulysses.exchange.mesh import MeshSizes, SequenceMesh
 from lightning_ulysses.geometry.layout import SequenceLayout
 
@@ -88,13 +89,11 @@ def documents_of(seq_len: int) -> tuple[tuple[int, int], ...]:
 def our_side(mesh: SequenceMesh, case: Case) -> Call:
     """What `lightning_ulysses.interceptors.transformers.attention` does with a call of an attention block."""
     documents = (documents_of(case.seq_len),) if case.kind == "packed" else None
-    state = SequenceState(mesh)
-    state.pending = LiveBatch(SequenceLayout(case.seq_len, mesh.sp_size, documents))
-    spec = MaskSpec(causal=True, documents=documents)
+    batch = LocalBatch(SequenceLayout(case.seq_len, mesh.sp_size, documents))
+    meaning = Softmax(MaskSpec(causal=True, documents=documents))
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with state.live():
-            return sharded_attention(state, q, k, v, spec).transpose(1, 2).contiguous()
+        return exchanged(batch, q, k, v, meaning, mesh).transpose(1, 2).contiguous()
 
     return call
 
@@ -135,7 +134,7 @@ def inputs(case: Case, mesh: SequenceMesh) -> tuple[list[Tensor], list[Tensor], 
         q (1, H, S, D), k and v (1, H_kv, S, D); the same with S_r; (1, S_r, H, D).
     """
     torch.manual_seed(0)
-    dtype, span = DTYPES[case.dtype], SequenceLayout(case.seq_len, mesh.sp_size).span(mesh.sp_rank)
+    dtype, span = DTYPES[case.dtype], SequenceLayout(case.seq_len, mesh.sp_size).spans[mesh.sp_rank]
     whole = [torch.randn(1, case.seq_len, heads, D).to(dtype).transpose(1, 2) for heads in (H, H_KV, H_KV)]
     # (1, S_r, heads * D) as a projection returns it -> (1, S_r, heads, D) -> (1, heads, S_r, D)
     local = [t[:, :, span].transpose(1, 2).contiguous().transpose(1, 2).requires_grad_() for t in whole]
@@ -164,7 +163,7 @@ def relative(got: Tensor, expected: Tensor) -> float:
 
 def errors_when_packed(whole: list[Tensor], outs: list[Tensor], case: Case, mesh: SequenceMesh) -> tuple[float, float]:
     """Relative error of the two outputs (1, S_r, H, D) against one attention call per document in one process."""
-    span = SequenceLayout(case.seq_len, mesh.sp_size).span(mesh.sp_rank)
+    span = SequenceLayout(case.seq_len, mesh.sp_size).spans[mesh.sp_rank]
     expected = attend(whole[0], whole[1], whole[2], MaskSpec(causal=True, documents=(documents_of(case.seq_len),)))
     expected = expected[:, :, span].transpose(1, 2)
     return relative(outs[0], expected), relative(outs[1], expected)

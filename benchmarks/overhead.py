@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_ulysses import UlyssesDeepSpeedStrategy
-from lightning_ulysses.context import SequenceState
+from lightning_ulysses.context import SequenceContext
 from lightning_ulysses.exchange.mesh import SequenceMesh
 from lightning_ulysses.interceptors.install_all import install_interceptors
 from lightning_ulysses.testing import QUIET
@@ -142,7 +142,7 @@ def interceptors() -> None:
             found: dict[bool, list[float]] = {True: [], False: []}
             for _ in range(5):
                 found[False].append(microseconds(call))
-                handle = install_interceptors(SequenceState(mesh), torch.nn.Module(), zero_stage_3=False)
+                handle = install_interceptors(SequenceContext(mesh), torch.nn.Module(), zero_stage_3=False)
                 found[True].append(microseconds(call))
                 handle.remove()
             without, with_it = min(found[False]), min(found[True])

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.errors import UlyssesError, UlyssesValueError
 from lightning_ulysses.geometry.batch_keys import BatchRules
 from lightning_ulysses.geometry.split_plan import SequencePlan
 
@@ -27,7 +27,6 @@ class UlyssesConfig:
 
     sp_size: int | Literal["auto"] = "auto"
     dp_shard_size: int | None = None
-    dp_replicate_size: int = 1
     loss_weighting: Literal["tokens", "none"] = "tokens"
     check_model: bool = True
     targets: str | None = None
@@ -64,6 +63,24 @@ def batch_rules(
     dims = {str(key): dim for key, dim in (sequence_dims or {}).items()}
     whole = frozenset(plan.whole) if plan is not None else frozenset()
     return BatchRules(dims, pad_to_multiple_of, ignore_index, whole, plan is not None and bool(plan.join))
+
+
+def check_replicas(dp_shard_size: int | None, dp_replicate_size: int) -> None:
+    """Refuses sizes of the data-parallel axis that no world can have.
+
+    Raises:
+        UlyssesValueError: Naming the argument.
+    """
+    if dp_shard_size is not None and (type(dp_shard_size) is not int or dp_shard_size < 1):
+        raise UlyssesValueError(f"dp_shard_size={dp_shard_size!r}", "a positive number or None", "change dp_shard_size")
+    if dp_replicate_size != 1:
+        replicas = dp_replicate_size if isinstance(dp_replicate_size, int) else 1
+        raise UlyssesValueError(
+            f"dp_replicate_size={dp_replicate_size!r}",
+            "dp_replicate_size=1: ZeRO shards over all processes, and DeepSpeed's hierarchical variants (MiCS, hpZ) "
+            "do not give the same step at every stage",
+            f"drop dp_replicate_size, or set dp_shard_size={(dp_shard_size or 1) * max(replicas, 1)}",
+        )
 
 
 def check_deepspeed_config(config: Mapping[str, Any] | None) -> None:

@@ -1,11 +1,11 @@
-"""What is being trained on right now: the mesh and the live batch, for everything that has to ask."""
+"""What is split at this moment: the one object that interceptors, hooks and public functions ask."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,76 +13,47 @@ from torch import Tensor
 
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.exchange.mesh import SequenceMesh
-from lightning_ulysses.geometry.layout import Runs, SequenceLayout
+from lightning_ulysses.geometry.layout import SequenceLayout
+from lightning_ulysses.geometry.split_plan import SequencePlan
+from lightning_ulysses.notes import Notes
 from lightning_ulysses.patching.outside_graphs import F, eager
 
 
 @dataclass
-class TargetEvidence:
-    """What a cross entropy of the step was computed on, and its result.
-
-    Attributes:
-        target: The targets.
-        ignore_index: The one that counts as none.
-        is_mean: Whether it is a mean over them; else ``value`` is their sum, or has one entry for each.
-        name: Of the tensor with the targets, where that is known for certain.
-        value: The result.
-    """
-
-    target: Tensor | None = None
-    ignore_index: int = -100
-    is_mean: bool = True
-    name: str | None = None
-    value: Tensor | None = None
-
-
-@dataclass
-class LiveBatch:
+class LocalBatch:
     """One batch cut for this rank.
 
     Attributes:
         layout: The geometry of the cut.
         shards: This rank's slice of each sequence tensor, by key, on the device of the model.
-        evidence: The losses computed on it so far, while it is open which tensor holds the targets.
-        masks: Attention masks handed to the model, by storage address; see `interceptors.transformers.masks`.
-        runs: Documents that ``cu_seqlens`` tensors mark, by address and version: only the first layer reads them.
-        keep: Tensors kept alive so that those addresses stay theirs.
         counts: Valid targets in this rank's slice, for each tensor that may hold the targets.
-        rows: B.
         seen: The same as the module sees it, where an empty slice shows one stand-in target. Where every rank gets the
             whole batch, its targets count as spread evenly over the ranks, and each rank sees all of them.
+        rows: B.
         whole: Keys in ``shards`` that are whole instead, since a plan splits the model and not the batch.
-        measured: The geometry of the last region that a plan split.
-        has_whole_part: Whether a part of the loss is that of the whole batch on every rank, such as a router's.
-        outside: Storages of tensors that a region's first submodule got beside those that were split, such as a text.
+        notes: What features remember about this batch.
     """
 
     layout: SequenceLayout
-    shards: dict[str, Tensor] = field(default_factory=dict)
-    evidence: list[TargetEvidence] = field(default_factory=list)
-    masks: dict[int, object] = field(default_factory=dict)
-    runs: dict[tuple[int, ...], Runs] = field(default_factory=dict)
-    keep: list[Tensor] = field(default_factory=list)
-    counts: dict[str, float] = field(default_factory=dict)
-    seen: dict[str, float] = field(default_factory=dict)
+    shards: Mapping[str, Tensor] = field(default_factory=dict)
+    counts: Mapping[str, float] = field(default_factory=dict)
+    seen: Mapping[str, float] = field(default_factory=dict)
     rows: int = 1
     whole: frozenset[str] = frozenset()
-    measured: SequenceLayout | None = None
-    has_whole_part: bool = False
-    outside: set[int] = field(default_factory=set)
+    notes: Notes = field(default_factory=Notes)
 
     @property
-    def split_layout(self) -> SequenceLayout:
-        """The geometry of what was split, where the batch itself says nothing of it."""
-        is_unknown = self.layout.seq_len == self.layout.sp_size
-        return self.measured if self.measured is not None and is_unknown else self.layout
+    def document_positions(self) -> Tensor | None:
+        """The batch's own ``position_ids`` (B, S_r) where they mark documents."""
+        own = self.shards.get("position_ids")
+        return own if own is not None and own.dim() == 2 and self.layout.documents is not None else None
 
     def own(self, key: str, rank: int) -> Tensor | None:
         """This rank's slice (B, S_r) of a tensor (B, S) of the batch, also where the module gets all of it."""
         tensor = self.shards.get(key)
         if tensor is None or key not in self.whole or tensor.shape[1:2] != (self.layout.seq_len,):
             return tensor
-        return tensor[:, self.layout.span(rank)]
+        return tensor[:, self.layout.spans[rank]]
 
 
 @dataclass(frozen=True)
@@ -90,86 +61,87 @@ class Place:
     """Where in a step a call is made.
 
     Attributes:
-        region: What is split there; None outside of a region.
-        is_hidden: Whether nothing counts as split there, as in `unsharded`.
-        is_known: False in a backward pass, which does not say what a forward that it repeats was a part of.
+        batch: Of the step that runs; None outside of steps, and where the step is hidden (`unsharded`).
+        region: What attention computes on: the batch, or the part of a planned model that is split. None outside of it.
+        is_known: False in the backward of a planned step, where a repeated forward may belong anywhere.
+        is_tried: Whether the model is tried on a few tokens: attention keeps tokens apart, see `checks.probing`.
+        is_uncompiled: Whether compiled code runs as it was written.
         last: The geometry of the region that ended here.
     """
 
-    region: LiveBatch | None = None
-    is_hidden: bool = False
+    batch: LocalBatch | None = None
+    region: LocalBatch | None = None
     is_known: bool = True
+    is_tried: bool = False
+    is_uncompiled: bool = False
     last: SequenceLayout | None = None
 
 
-class SequenceState:
-    """Owned by the strategy; interceptors close over it.
+class SequenceContext:
+    """Where the running step stands. Interceptors and hooks close over it and ask two questions.
 
-    A batch is *pending* once it has been cut and *live* while a step (and its backward) runs on it. Only a live batch
-    makes attention exchange anything. With a plan (`regions`), a batch is live in a *region* of the step only.
+    `split` is the batch that is cut at this place of the step; only then does attention exchange anything. `described`
+    is the batch about which attention must know more than the model tells it: it is cut, or documents share its rows.
 
     Attributes:
-        is_planned: Whether a plan says where a sequence is split.
-        is_joined: Whether it also says where the sequence is joined again.
-        place: Where the step is, as far as a plan tells.
-        splits: Regions begun so far.
-        runs_uncompiled: Whether what is compiled runs as it was written.
+        mesh: Sizes and groups.
+        plan: Where the model is split, in place of the batch; None where P = 1.
+        place: Where the step is.
+        suspensions: How often the step was hidden so far.
+        notes: What features remember over all batches.
     """
 
-    def __init__(self, mesh: SequenceMesh) -> None:
+    def __init__(self, mesh: SequenceMesh, plan: SequencePlan | None = None) -> None:
         self.mesh = mesh
-        self.pending: LiveBatch | None = None
-        self.attention_calls = 0
-        self.suspensions = 0
-        self.collect_evidence = False
-        self.probing = False
-        # Whether a model that was probed attends to keys that are no part of the sequence.
-        self.attends_memory = False
-        self.is_planned = self.is_joined = False
+        self.plan = plan if mesh.sp_size > 1 else None
         self.place = Place()
-        self.splits = 0
-        self.runs_uncompiled = False
-        self._depth = 0
+        self.suspensions = 0
+        self.notes = Notes()
 
     @property
-    def running(self) -> LiveBatch | None:
-        """The batch of the step that runs, whether or not it is split at this moment; None where that is suspended."""
-        return self.pending if self._depth > 0 and not self.place.is_hidden else None
+    def is_joined(self) -> bool:
+        """Whether a plan joins the sequence again inside the model."""
+        return self.plan is not None and bool(self.plan.join)
 
     @property
-    def batch(self) -> LiveBatch | None:
-        """The live batch, or None.
+    def region(self) -> LocalBatch | None:
+        """The batch that attention computes on at this place, cut or not.
 
         Raises:
-            UlyssesError: In a backward pass that repeats a part of a planned forward in an unknown way.
+            UlyssesError: In a backward that repeats a part of a planned forward in an unknown way.
         """
-        if self.running is None or not self.is_planned:
-            return self.running
-        if not self.place.is_known:
+        place = self.place
+        if not place.is_known:
             raise UlyssesError(
                 "a forward repeated in the backward pass by other means than the checkpoint of torch or DeepSpeed",
                 "to know which part of the planned model it belongs to",
                 "checkpoint with torch.utils.checkpoint.checkpoint, called by its full name",
             )
-        return self.place.region
+        return place.region
 
     @property
-    def sharded_batch(self) -> LiveBatch | None:
-        """The live batch where it is really cut, i.e. P > 1."""
-        return self.batch if self.mesh.sp_size > 1 else None
+    def split(self) -> LocalBatch | None:
+        """The batch that is cut here, or None."""
+        return self.region if self.mesh.sp_size > 1 else None
 
     @property
-    def described_batch(self) -> LiveBatch | None:
-        """The live batch where attention must know more than a model tells it: it is cut, or documents share a row."""
-        batch = self.batch
-        if batch is None or self.mesh.sp_size > 1 or batch.layout.documents is not None:
-            return batch
+    def described(self) -> LocalBatch | None:
+        """The batch where attention must know more than the model tells it, or None."""
+        region = self.region
+        if region is None or self.mesh.sp_size > 1 or region.layout.documents is not None:
+            return region
         return None
 
-    def takes_over(self, original: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Decorates what stands for ``original`` while a batch is live, kept out of compiled graphs.
+    @property
+    def share(self) -> int:
+        """S_r, the tokens of this rank in what is split here."""
+        assert self.split is not None
+        return self.split.layout.shares[self.mesh.sp_rank]
 
-        In every other call, ``original`` runs as if nothing had been put in its place.
+    def takes_over(self, original: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Decorates the function that stands for ``original`` where a batch is described, outside of compiled graphs.
+
+        Every other call runs ``original`` as if nothing had been patched.
         """
 
         def decorate(replacement: Callable[..., Any]) -> Callable[..., Any]:
@@ -177,7 +149,7 @@ class SequenceState:
 
             @functools.wraps(original)
             def choose(*args: Any, **kwargs: Any) -> Any:
-                if self.probing or self.described_batch is not None:
+                if self.place.is_tried or self.described is not None:
                     return outside(*args, **kwargs)
                 return original(*args, **kwargs)
 
@@ -186,97 +158,82 @@ class SequenceState:
         return decorate
 
     @contextmanager
-    def live(self, *, backward: bool = False) -> Iterator[None]:
-        """Marks the pending batch as live, for a step or its backward pass; nests."""
-        self._depth += 1
-        try:
-            with self.placed(Place(is_known=not backward)):
-                yield
-        finally:
-            self._depth -= 1
-
-    @contextmanager
-    def placed(self, place: Place) -> Iterator[None]:
-        """Goes to another place in the step, and comes back."""
+    def at(self, place: Place) -> Iterator[None]:
+        """Goes to another place of the step, and comes back."""
         before, self.place = self.place, place
         try:
             yield
         finally:
             self.place = before
 
-    @contextmanager
-    def uncompiled(self) -> Iterator[None]:
-        """Runs what is compiled as it was written."""
-        before, self.runs_uncompiled = self.runs_uncompiled, True
-        try:
-            with torch.compiler.set_stance("force_eager"):
-                yield
-        finally:
-            self.runs_uncompiled = before
+    def step(self, batch: LocalBatch) -> AbstractContextManager[None]:
+        """A step on ``batch``. A plan decides inside where it is split; without one, all of it is."""
+        return self.at(Place(batch, None if self.plan else batch))
 
-    @contextmanager
-    def probed(self, batch: LiveBatch | None = None) -> Iterator[None]:
-        """Puts another batch, or none, in the place of the live one, and has attention calls keep tokens apart."""
-        before = self._depth, self.probing, self.pending
-        self._depth, self.probing, self.pending = int(batch is not None), True, batch
-        try:
-            with self.placed(Place(batch)):
-                yield
-        finally:
-            self._depth, self.probing, self.pending = before
+    def backward(self, batch: LocalBatch) -> AbstractContextManager[None]:
+        """The backward of a step: activation checkpointing repeats parts of the forward in it."""
+        return self.at(Place(batch, None if self.plan else batch, is_known=self.plan is None))
 
-    @contextmanager
-    def plain(self) -> Iterator[None]:
-        """Leaves attention alone, also while it is probed."""
-        probing, self.probing = self.probing, False
-        try:
-            with self.placed(Place(is_hidden=True)):
-                yield
-        finally:
-            self.probing = probing
+    def enter(self, region: LocalBatch) -> None:
+        """Begins a region of a planned model; it ends with `leave`, or with the step."""
+        self.place = replace(self.place, region=region, last=None)
+
+    def leave(self, layout: SequenceLayout) -> None:
+        """Ends a region of a planned model."""
+        self.place = replace(self.place, region=None, last=layout)
+
+    def tried(self, batch: LocalBatch | None = None) -> AbstractContextManager[None]:
+        """Puts another batch, or none, in the place of the running one, and has attention keep tokens apart."""
+        return self.at(replace(self.place, batch=batch, region=batch, is_known=True, is_tried=True, last=None))
+
+    def plain(self) -> AbstractContextManager[None]:
+        """Leaves attention alone, also while the model is tried."""
+        return self.at(Place(is_uncompiled=self.place.is_uncompiled))
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Hides the live batch, so that attention is plain."""
+        """Hides the step, so that attention is plain."""
         self.suspensions += 1
-        with self.placed(Place(is_hidden=True)):
+        with self.at(Place(is_tried=self.place.is_tried, is_uncompiled=self.place.is_uncompiled)):
+            yield
+
+    @contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """Runs compiled code as it was written."""
+        with torch.compiler.set_stance("force_eager"), self.at(replace(self.place, is_uncompiled=True)):
             yield
 
 
 class _Slot:
-    """Where public functions that take no strategy find it.
+    """Where public functions find the context, since nobody hands it to them.
 
-    A context variable would not do: activation checkpointing recomputes the forward on autograd's own threads.
+    A context variable would not do: activation checkpointing repeats the forward on autograd's own threads.
     """
 
-    state: SequenceState | None = None
+    context: SequenceContext | None = None
 
 
-def activate(state: SequenceState | None) -> None:
-    """Makes ``state`` the one that public functions see; ``None`` when a strategy is torn down."""
-    _Slot.state = state
+def activate(context: SequenceContext | None) -> None:
+    """Makes ``context`` the one that public functions see; ``None`` when a strategy is torn down."""
+    _Slot.context = context
 
 
-def current_state() -> SequenceState | None:
-    """The state of the strategy that is set up in this process."""
-    return _Slot.state
-
-
-def sharded_state() -> SequenceState | None:
-    """The current state if a batch is live and cut, else None."""
-    state = _Slot.state
-    return state if state is not None and state.sharded_batch is not None else None
+def current_context() -> SequenceContext | None:
+    """The context of the strategy that is set up in this process."""
+    return _Slot.context
 
 
 def eager_while_live(function: F) -> F:
-    """Keeps a public function out of compiled graphs as long as it depends on the live batch."""
+    """Keeps a public function out of compiled graphs as long as its result depends on the running step."""
     outside = eager(function)
 
     @functools.wraps(function)
     def choose(*args: Any, **kwargs: Any) -> Any:
-        state = _Slot.state
-        # Also before and behind the region of a plan, where the batch may be cut and the model is not.
-        if state is not None and (state.probing or (state.running is not None and state.mesh.sp_size > 1)):
+        context = _Slot.context
+        # Also before and after the region of a plan, where the batch may be cut and the model is not.
+        if context is not None and (
+            context.place.is_tried or (context.place.batch is not None and context.mesh.sp_size > 1)
+        ):
             return outside(*args, **kwargs)
         return function(*args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""The one exception this package raises on purpose."""
+"""The exceptions that this package raises on purpose."""
 
 from __future__ import annotations
 
@@ -20,3 +20,7 @@ class UlyssesError(RuntimeError):
 
     def __reduce__(self) -> tuple[type[UlyssesError], tuple[str, str, str]]:
         return type(self), (self.got, self.expected, self.fix)
+
+
+class UlyssesValueError(UlyssesError, ValueError):
+    """An argument that no run could use; raised where it is given."""

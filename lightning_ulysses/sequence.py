@@ -8,18 +8,21 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from lightning_ulysses.context import LiveBatch, SequenceState, current_state, eager_while_live
+from lightning_ulysses.context import LocalBatch, SequenceContext, current_context, eager_while_live
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.exchange.gather import join_sequence
 from lightning_ulysses.geometry.layout import SequenceLayout
 
 
-def _cut_batch(state: SequenceState | None, length: int) -> LiveBatch | None:
+def _cut_batch(context: SequenceContext | None, length: int) -> LocalBatch | None:
     """The batch that a tensor over ``length`` tokens can be a slice of; None where nothing is cut."""
-    if state is None or state.sharded_batch is not None or not state.is_planned or state.is_joined:
-        return state.sharded_batch if state is not None else None
-    # Before the model is split, what the plan leaves to be cut is cut, and what it keeps whole is whole.
-    running = state.running
+    if context is None:
+        return None
+    split = context.split
+    if split is not None or context.plan is None or context.is_joined:
+        return split
+    # Before an unjoined plan splits the model, the plan's `whole` inputs are whole and the rest of the batch is cut.
+    running = context.place.batch
     return None if running is None or length == running.layout.seq_len else running
 
 
@@ -31,24 +34,29 @@ def unsharded() -> Iterator[None]:
         >>> with lightning_ulysses.unsharded():
         ...     sample = self.model(prompt)
     """
-    state = current_state()
-    if state is None:
+    context = current_context()
+    if context is None:
         yield
         return
-    with state.suspended():
+    with context.suspended():
         yield
+
+
+def share_error(length: int, layout: SequenceLayout, rank: int, what: str) -> UlyssesError:
+    """For a ``length`` that is not this rank's share of the batch that is split."""
+    share = layout.shares[rank]
+    return UlyssesError(
+        f"{what} over {length} tokens while this rank holds {share} of the batch's {layout.seq_len}",
+        f"a length of {share}",
+        "run a forward on other data inside `with lightning_ulysses.unsharded():`; with a plan, name a submodule "
+        "whose keys are whole on every rank, such as those of a text, under `local`",
+    )
 
 
 def check_share(length: int, layout: SequenceLayout, rank: int, what: str) -> None:
-    """Raises `UlyssesError` unless ``length`` is this rank's share of the live batch."""
-    share = layout.shares[rank]
-    if length != share:
-        raise UlyssesError(
-            f"{what} over {length} tokens while this rank holds {share} of the batch's {layout.seq_len}",
-            f"a length of {share}",
-            "run a forward on other data inside `with lightning_ulysses.unsharded():`; with a plan, name a submodule "
-            "whose keys are whole on every rank, such as those of a text, under `local`",
-        )
+    """Raises `UlyssesError` unless ``length`` is this rank's share of the batch that is split."""
+    if length != layout.shares[rank]:
+        raise share_error(length, layout, rank, what)
 
 
 @eager_while_live
@@ -66,12 +74,12 @@ def sequence_positions(x: Tensor, dim: int = 1) -> Tensor:
         UlyssesError: If a batch is live and ``x`` does not have this rank's share of it along ``dim``.
     """
     length, offset = x.shape[dim], 0
-    state = current_state()
-    batch = _cut_batch(state, length)
-    if state is not None and batch is not None:
-        layout, rank = batch.layout, state.mesh.sp_rank
+    context = current_context()
+    batch = _cut_batch(context, length)
+    if context is not None and batch is not None:
+        layout, rank = batch.layout, context.mesh.sp_rank
         check_share(length, layout, rank, f"sequence_positions(x, dim={dim})")
-        offset = layout.start(rank)
+        offset = layout.starts[rank]
     return torch.arange(offset, offset + length, device=x.device)
 
 
@@ -85,11 +93,11 @@ def gather_sequence(x: Tensor, dim: int = 1) -> Tensor:
     Raises:
         UlyssesError: If ``x`` does not have this rank's share of the live batch along ``dim``.
     """
-    state = current_state()
-    batch = _cut_batch(state, x.shape[dim])
-    if state is None or batch is None or state.mesh.sp_group is None:
+    context = current_context()
+    batch = _cut_batch(context, x.shape[dim])
+    if context is None or batch is None or context.mesh.sp_group is None:
         return x
     layout = batch.layout
-    check_share(x.shape[dim], layout, state.mesh.sp_rank, f"gather_sequence(x, dim={dim})")
-    whole = join_sequence(x, layout.shares, dim, state.mesh.sp_group)
-    return whole.narrow(dim, 0, layout.seq_len - layout.num_padding)
+    check_share(x.shape[dim], layout, context.mesh.sp_rank, f"gather_sequence(x, dim={dim})")
+    whole = join_sequence(x, layout.shares, dim, context.mesh.sp_group)
+    return whole.narrow(dim, 0, layout.real_len)

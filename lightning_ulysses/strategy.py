@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,19 +18,15 @@ from lightning.pytorch.strategies.deepspeed import DeepSpeedStrategy
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_ulysses.batch.pipeline import BatchPipeline
-from lightning_ulysses.batch.predictions import join_outputs
-from lightning_ulysses.checks.probing import ModelProbe
-from lightning_ulysses.checks.step import check_intercepted, check_output
-from lightning_ulysses.checks.trainer import check_trainer
-from lightning_ulysses.config import UlyssesConfig, batch_rules, check_deepspeed_config, check_stage
-from lightning_ulysses.context import SequenceState, activate
+from lightning_ulysses.batch.clock import Clock
+from lightning_ulysses.checks.trainer import check_trainer, no_output
+from lightning_ulysses.config import UlyssesConfig, batch_rules, check_deepspeed_config, check_replicas, check_stage
+from lightning_ulysses.context import LocalBatch
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.exchange.mesh import SequenceMesh, resolve_sizes
 from lightning_ulysses.geometry.split_plan import read_plan
-from lightning_ulysses.interceptors.install_all import install_interceptors
 from lightning_ulysses.loss.weights import StepWeights
-from lightning_ulysses.patching.handle import Handle
+from lightning_ulysses.sequence_parallel import SequenceParallel
 from lightning_ulysses.upstream import deepspeed as upstream_deepspeed
 from lightning_ulysses.upstream import lightning as upstream_lightning
 from lightning_ulysses.upstream.zero_buckets import agree_on_gradients
@@ -88,12 +85,12 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
         config: str | Path | dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        check_replicas(dp_shard_size, dp_replicate_size)
         check_stage(stage if kwargs.get("zero_optimization", True) else 0)
         read = read_plan(plan)
         self.ulysses = UlyssesConfig(
             sp_size=sp_size,
             dp_shard_size=dp_shard_size,
-            dp_replicate_size=dp_replicate_size,
             loss_weighting=loss_weighting,
             targets=targets,
             check_model=check_model,
@@ -110,12 +107,8 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
         # Only DeepSpeed's timers read it; Lightning would build a second train dataloader to guess it.
         self.config.setdefault("train_micro_batch_size_per_gpu", 1)
         self._mesh: SequenceMesh | None = None
-        self._state: SequenceState | None = None
-        self._handle: Handle | None = None
-        self._pipeline: BatchPipeline | None = None
-        self._probe: ModelProbe | None = None
+        self._core: SequenceParallel | None = None
         self._base_seed = 0
-        self.weights: StepWeights | None = None
 
     @property
     def mesh(self) -> SequenceMesh:
@@ -125,11 +118,38 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
         return self._mesh
 
     @property
-    def state(self) -> SequenceState:
-        """The live batch, for interceptors and callbacks; available between setup and teardown."""
-        if self._state is None:
-            raise RuntimeError("The sequence state exists only while a Trainer runs.")
-        return self._state
+    def core(self) -> SequenceParallel:
+        """What the hooks below pass on to; available from setup on."""
+        if self._core is None:
+            raise RuntimeError("Sequence parallelism is set up only while a Trainer runs.")
+        return self._core
+
+    @property
+    def local(self) -> LocalBatch:
+        """The batch of the current step, cut for this rank."""
+        return self.core.local
+
+    @property
+    def weights(self) -> StepWeights:
+        """The weights of losses, and the exact loss of the last step; available from setup on."""
+        return self.core.weights
+
+    @property
+    def _module_and_trainer(self) -> tuple[pl.LightningModule, pl.Trainer]:
+        assert self.lightning_module is not None
+        return self.lightning_module, self.lightning_module.trainer
+
+    def _now(self) -> Clock:
+        module, trainer = self._module_and_trainer
+        return Clock(
+            stage=str(trainer.state.stage),
+            is_training=trainer.training,
+            epoch=trainer.current_epoch,
+            batch=trainer.fit_loop.total_batch_idx,
+            step=trainer.global_step,
+            accumulate=trainer.accumulate_grad_batches if module.automatic_optimization else 1,
+            is_automatic=module.automatic_optimization,
+        )
 
     @override
     def setup_environment(self) -> None:
@@ -146,7 +166,7 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
     @override
     def setup_distributed(self) -> None:
         self.set_world_ranks()
-        wanted = (self.ulysses.sp_size, self.ulysses.dp_shard_size, self.ulysses.dp_replicate_size)
+        wanted = (self.ulysses.sp_size, self.ulysses.dp_shard_size)
         sizes = resolve_sizes(self.world_size, self.num_processes, *wanted)
         upstream_deepspeed.use_accelerator(self.root_device.type)
         with upstream_deepspeed.without_shared_memory_op() if self.root_device.type == "cpu" else nullcontext():
@@ -175,60 +195,42 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
-        assert self.lightning_module is not None
-        check_trainer(trainer, self.lightning_module)
-        self._remove_interceptors()
+        module, _ = self._module_and_trainer
+        check_trainer(trainer, module)
+        self._close()
         # Schedulers ask for the number of steps in there, and so for the length of a sampler that asks for the mesh.
-        self._state = SequenceState(self.mesh)
-        activate(self._state)
+        self._core = SequenceParallel(self.ulysses, self.mesh, self.root_device, self._base_seed)
         super().setup(trainer)
-        agree_on_gradients(self.deepspeed_engine.optimizer, self.lightning_module, self.root_device)
-        upstream_lightning.set_device_mesh(self.lightning_module, self.mesh.device_mesh)
-        self.weights = StepWeights(self.ulysses, self.mesh, self.root_device)
-        self._handle = install_interceptors(self._state, self.lightning_module, self.zero_stage_3, self.ulysses.plan)
+        agree_on_gradients(self.deepspeed_engine.optimizer, module, self.root_device)
+        upstream_lightning.set_device_mesh(module, self.mesh.device_mesh)
         forget = partial(upstream_deepspeed.forget_trace, self.deepspeed_engine)
-        self._probe = ModelProbe(self._state, self.lightning_module, forget, self.ulysses.check_model)
+        self.core.install(module, gathers_parameters=self.zero_stage_3, forget=forget)
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
-        assert self.lightning_module is not None
-        if self._pipeline is None:
-            self._pipeline = BatchPipeline(self.ulysses.rules, self.mesh, self.root_device, self._base_seed)
-        return self._pipeline.wrap(dataloader, self.lightning_module.trainer, self.ulysses.loss_weighting == "tokens")
+        _, trainer = self._module_and_trainer
+        limit = partial(upstream_lightning.used_batches, trainer)
+        return self.core.loader(dataloader, self._now, limit, trainer.precision_plugin.convert_input)
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        assert self.lightning_module is not None and self.weights is not None and self._pipeline is not None
-        trainer = self.lightning_module.trainer
-        whole = self._pipeline.read(batch, training=trainer.training)
-        move = super().batch_to_device
-        with self._pipeline.drawing("batch_to_device", trainer):
-            result, self.state.pending = self._pipeline.cut(
-                whole, trainer.training, lambda sharded: move(sharded, device, dataloader_idx)
-            )
-        self.state.collect_evidence = self.weights.needs_evidence
-        if trainer.training:
-            self.weights.begin(whole.counts_of_group(), self._pipeline.use())
-        return result
+        move = partial(super().batch_to_device, device=device, dataloader_idx=dataloader_idx)
+        return self.core.receive(batch, self._now(), move)
 
-    def _step(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        assert self.lightning_module is not None and self._pipeline is not None and self._probe is not None
-        suspensions, drawing = self.state.suspensions, self._pipeline.drawing(name, self.lightning_module.trainer)
-        with drawing, self.state.live(), self._probe.watch():
-            output = getattr(super(), name)(*args, **kwargs)
-            check_intercepted(self.state, name, type(self.lightning_module).__name__, suspensions)
-        return output
+    def _step(self, name: str, *args: Any, is_boundary: bool = True, **kwargs: Any) -> Any:
+        with self.core.step(replace(self._now(), is_boundary=is_boundary), name):
+            return getattr(super(), name)(*args, **kwargs)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        assert self.lightning_module is not None and self.weights is not None
-        last = not upstream_lightning.should_accumulate(self.lightning_module.trainer)
-        if self.lightning_module.automatic_optimization:
-            self.weights.check_boundary(last)
+        module, trainer = self._module_and_trainer
+        is_boundary = not upstream_lightning.should_accumulate(trainer)
+        if module.automatic_optimization:
             # DeepSpeed counts micro-steps across epochs, Lightning's window ends with the epoch.
-            self.deepspeed_engine.set_gradient_accumulation_boundary(last)
-        output = self._step("training_step", *args, **kwargs)
-        check_output(output, self.lightning_module)
+            self.deepspeed_engine.set_gradient_accumulation_boundary(is_boundary)
+        output = self._step("training_step", *args, is_boundary=is_boundary, **kwargs)
+        if output is None and module.automatic_optimization:
+            raise no_output(module)
         return output
 
     @override
@@ -241,28 +243,21 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
 
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> Any:
-        output = self._step("predict_step", *args, **kwargs)
-        assert self.state.pending is not None
-        # A plan that joins has done it already.
-        return output if self.state.is_joined else join_outputs(output, self.state.pending, self.mesh)
+        return self.core.join(self._step("predict_step", *args, **kwargs))
 
     @override
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
-        assert self.lightning_module is not None and self.weights is not None
-        assert self.state.pending is not None and self._probe is not None
-        module = self.lightning_module
+        module, trainer = self._module_and_trainer
         # Lightning has divided by it already; the window's own weights take its place.
-        repeats = module.trainer.accumulate_grad_batches if module.automatic_optimization else 1
-        loss = self.weights.apply(closure_loss * repeats, self.state.pending, repeats, module.automatic_optimization)
-        # Activation checkpointing calls attention again from here.
-        with self.state.live(backward=True), self._probe.settled():
+        repeats = trainer.accumulate_grad_batches if module.automatic_optimization else 1
+        loss = self.core.weigh(closure_loss * repeats)
+        with self.core.backward():
             return super().backward(loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     @override
     def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
-        assert self.weights is not None
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
-        self.weights.stepped()
+        self.core.stepped()
         return output
 
     @override
@@ -271,20 +266,16 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
             upstream_deepspeed.allow_weights_only_load(self.deepspeed_engine)
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
         upstream_lightning.rescale_progress(checkpoint, self.mesh.dp_size)
-        assert self.lightning_module is not None
-        upstream_lightning.forget_train_loader(self.lightning_module.trainer)
+        upstream_lightning.forget_train_loader(self._module_and_trainer[1])
         return checkpoint
 
-    def _remove_interceptors(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-        activate(None)
+    def _close(self) -> None:
+        if self._core is not None:
+            self._core.close()
 
     @override
     def teardown(self) -> None:
-        self._remove_interceptors()
-        self._state = self._probe = None
+        self._close()
         upstream_deepspeed.restore_linear()
         super().teardown()
 

@@ -12,7 +12,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from lightning_ulysses.context import SequenceState
+from lightning_ulysses.context import SequenceContext
 from lightning_ulysses.data import PackedStream
 from lightning_ulysses.data import stream as stream_module
 from lightning_ulysses.exchange.mesh import SequenceMesh
@@ -57,8 +57,8 @@ def counted(batches: list[Any]) -> list[list[int]]:
 raw = partial(PackedStream, collate_fn=list)
 
 
-def place(dp_size: int, dp_rank: int, sp_size: int = 2, sp_rank: int = 1) -> SequenceState:
-    return SequenceState(
+def place(dp_size: int, dp_rank: int, sp_size: int = 2, sp_rank: int = 1) -> SequenceContext:
+    return SequenceContext(
         SequenceMesh(dp_rank * sp_size + sp_rank, dp_size * sp_size, sp_size, sp_rank, dp_size, dp_rank)
     )
 

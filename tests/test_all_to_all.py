@@ -61,7 +61,7 @@ def exchange(rank: int, sizes: tuple[int, int, int, int], rows: int, value_size:
     dist.init_process_group("gloo", rank=rank, world_size=sp)
     group, layout = dist.group.WORLD, head_layout(heads, kv_heads, sp)
     assert group is not None
-    span, shares = SequenceLayout(seq_len, sp).span(rank), SequenceLayout(seq_len, sp).shares
+    span, shares = SequenceLayout(seq_len, sp).spans[rank], SequenceLayout(seq_len, sp).shares
     shapes = [(heads, 6), (kv_heads, 6), (kv_heads, value_size)]
     whole = [numbers(i, rows, h, seq_len, d) for i, (h, d) in enumerate(shapes)]
     local = [strided(tensor[:, :, span], kind).requires_grad_() for tensor in whole]
@@ -81,13 +81,13 @@ def exchange(rank: int, sizes: tuple[int, int, int, int], rows: int, value_size:
         assert leaf.grad is not None
         pairs.append((leaf.grad, wanted[:, :, span]))
     out = numbers(9, rows, heads, seq_len, value_size)
-    mine = strided(out[:, slice(*layout.query_range(rank))], kind).requires_grad_()
+    mine = strided(out[:, slice(*layout.query_ranges[rank])], kind).requires_grad_()
     back = heads_to_seq(mine, layout, shares, rank, group)
     pairs.append((back, out[:, :, span]))
     gradient = numbers(10, rows, heads, seq_len, value_size)
     back.backward(strided(gradient[:, :, span], kind))
     assert mine.grad is not None
-    pairs.append((mine.grad, gradient[:, slice(*layout.query_range(rank))]))
+    pairs.append((mine.grad, gradient[:, slice(*layout.query_ranges[rank])]))
     return worst(pairs)
 
 

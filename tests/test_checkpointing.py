@@ -104,7 +104,7 @@ def test_without_copies_of_the_inputs_it_is_wrong(pool: ProcessPool, setting: st
     reference = fit_single(make, [PAIRS[:1]], count_targets)
     run = SplitRun(strategy={setting: True, "check_model": False})
     assert compare(fit_split(pool, make, PAIRS[:1], run)[0], reference).largest <= BOUND
-    target = "lightning_ulysses.upstream.deepspeed.keep_checkpoint_inputs"
+    target = "lightning_ulysses.interceptors.install_all.keep_checkpoint_inputs"
     for outcome in pool.run(fails_or_differs, make, PAIRS[:1], run, target, Handle, world_size=2):
         assert isinstance(outcome, str) or compare(outcome, reference).largest > 100 * BOUND
 
@@ -117,16 +117,16 @@ def fails_or_differs(rank: int, make: Any, batches: Any, run: SplitRun, target: 
 
 
 def dead_in_backward(rank: int, make: Any, batches: Any, run: SplitRun) -> Any:
-    from lightning_ulysses.context import SequenceState
+    from lightning_ulysses.context import SequenceContext
     from lightning_ulysses.strategy import UlyssesDeepSpeedStrategy
 
     backward = UlyssesDeepSpeedStrategy.backward
 
-    def dead(state: SequenceState, **kwargs: Any) -> Any:
-        return state.suspended()
+    def dead(context: SequenceContext, batch: Any) -> Any:
+        return context.suspended()
 
     def hidden(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with mock.patch.object(SequenceState, "live", dead):
+        with mock.patch.object(SequenceContext, "backward", dead):
             return backward(self, *args, **kwargs)
 
     with mock.patch.object(UlyssesDeepSpeedStrategy, "backward", hidden):

@@ -140,13 +140,7 @@ def test_two_steps(pool: ProcessPool, case: str) -> None:
 
 def fit_inside(rank: int, make: Any, batches: list[Any], run: SplitRun) -> tuple[StepResult | None, list[str]]:
     """`fit_compiled` with nothing kept out of the graphs."""
-    from lightning_ulysses.attention.ulysses import sharded_attention
-
-    bare = sharded_attention._torchdynamo_orig_callable  # type: ignore[attr-defined]
-    with (
-        mock.patch("lightning_ulysses.context.eager", lambda function: function),
-        mock.patch("lightning_ulysses.interceptors.torch_sdpa.sharded_attention", bare),
-    ):
+    with mock.patch("lightning_ulysses.context.eager", lambda function: function):
         try:
             return fit_compiled(rank, make, batches, run)
         except RuntimeError:

@@ -19,7 +19,7 @@ from lightning_ulysses import TokenCountMonitor, UlyssesDeepSpeedStrategy, Ulyss
 from lightning_ulysses.batch.whole import read_batch
 from lightning_ulysses.checks.trainer import check_trainer
 from lightning_ulysses.config import UlyssesConfig
-from lightning_ulysses.context import LiveBatch, SequenceState, activate
+from lightning_ulysses.context import LocalBatch, SequenceContext, activate
 from lightning_ulysses.exchange.mesh import SequenceMesh, resolve_sizes
 from lightning_ulysses.geometry.batch_keys import BatchRules
 from lightning_ulysses.geometry.layout import SequenceLayout
@@ -47,18 +47,17 @@ def test_an_error_survives_the_way_between_processes() -> None:
 
 
 SIZES: dict[str, tuple[tuple[Any, ...], tuple[str, ...]]] = {
-    # world, node, sp_size, dp_shard_size, dp_replicate_size
+    # world, node, sp_size, dp_shard_size
     "world not divisible": (
-        (12, 4, 5, None, 1),
+        (12, 4, 5, None),
         ("sp_size=5", "world of 12 processes", "one of [1, 2, 3, 4, 6, 12]"),
     ),
-    "more ranks than processes": ((2, 2, 4, None, 1), ("sp_size=4", "world of 2 processes", "[1, 2]")),
-    "a node that does not divide the world": ((9, 6, "auto", None, 1), ("sp_size=6", "world of 9", "[1, 3, 9]")),
+    "more ranks than processes": ((2, 2, 4, None), ("sp_size=4", "world of 2 processes", "[1, 2]")),
+    "a node that does not divide the world": ((9, 6, "auto", None), ("sp_size=6", "world of 9", "[1, 3, 9]")),
     "wrong product": (
-        (8, 8, 2, 3, 1),
-        ("sp_size=2 * dp_shard_size=3 * dp_replicate_size=1 = 6", "world size, 8", "dp_shard_size=4", "[1, 2, 4, 8]"),
+        (8, 8, 2, 3),
+        ("sp_size=2 * dp_shard_size=3 = 6", "world size, 8", "dp_shard_size=4", "[1, 2, 4, 8]"),
     ),
-    "replicas": ((8, 8, 2, 2, 2), ("dp_replicate_size=2", "MiCS", "hpZ", "dp_shard_size=4")),
 }
 
 
@@ -76,6 +75,11 @@ SETTINGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "sp_size": ({"sp_size": 0}, ("sp_size=0", "'auto' or a positive number")),
     "sp_size as text": ({"sp_size": "4"}, ("sp_size='4'", "'auto' or a positive number")),
     "loss_weighting": ({"loss_weighting": "token"}, ("loss_weighting='token'", "'tokens'", "'none'")),
+    "replicas": (
+        {"dp_shard_size": 2, "dp_replicate_size": 2},
+        ("dp_replicate_size=2", "MiCS", "hpZ", "dp_shard_size=4"),
+    ),
+    "data-parallel size": ({"dp_shard_size": 0}, ("dp_shard_size=0", "positive number or None")),
     "pad_to_multiple_of": ({"pad_to_multiple_of": 0}, ("pad_to_multiple_of=0", "positive")),
 }
 CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
@@ -219,12 +223,11 @@ def call_sdpa(query: Tensor, mask: Tensor | None = None) -> None:
     ],
 )
 def test_calls_inside_a_step(call: Any, parts: tuple[str, ...]) -> None:
-    state = SequenceState(replace(MESH, sp_group=object()))
-    state.pending = LiveBatch(SequenceLayout(9, 2))
-    handle = sdpa.install(state)
-    activate(state)
+    context = SequenceContext(replace(MESH, sp_group=object()))
+    handle = sdpa.install(context)
+    activate(context)
     try:
-        with state.live(), pytest.raises(UlyssesError) as caught:
+        with context.step(LocalBatch(SequenceLayout(9, 2))), pytest.raises(UlyssesError) as caught:
             call()
     finally:
         activate(None)
@@ -234,7 +237,7 @@ def test_calls_inside_a_step(call: Any, parts: tuple[str, ...]) -> None:
 
 def test_a_second_backward_pass() -> None:
     weights = StepWeights(UlyssesConfig(targets="tokens"), MESH, torch.device("cpu"))
-    live = LiveBatch(SequenceLayout(9, 2), counts={"tokens": 5.0})
+    live = LocalBatch(SequenceLayout(9, 2), counts={"tokens": 5.0})
     for automatic in (True, False):
         weights.begin({"tokens": 9.0}, None)
         weights.apply(torch.ones(()), live, 1, automatic)

@@ -293,6 +293,6 @@ def test_negative_control_of_accumulation(pool: ProcessPool, broken: type[StepWe
     run = SplitRun(trainer={"accumulate_grad_batches": 3})
     reference = fit_single(llama(), [batches], count_targets)
     assert compare(fit_split(pool, llama(), batches, run)[0], reference).largest <= BOUND
-    target = "lightning_ulysses.strategy.StepWeights"
+    target = "lightning_ulysses.sequence_parallel.StepWeights"
     result = pool.run(fit_broken, llama(), batches, run, target, broken, world_size=2)[0]
     assert compare(result, reference).largest > 100 * BOUND

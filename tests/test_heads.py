@@ -47,17 +47,16 @@ def test_every_query_head_is_on_exactly_one_rank(layout: HeadLayout) -> None:
 @example(HeadLayout(4, 1, 4))
 def test_each_rank_gets_the_key_value_heads_of_its_queries_and_no_others(layout: HeadLayout) -> None:
     for rank in range(layout.sp_size):
-        needed = sorted({head // layout.group_size for head in range(*layout.query_range(rank))})
-        assert list(range(*layout.kv_range(rank))) == needed
-        assert layout.kv_ranges[rank] == layout.kv_range(rank)
+        needed = sorted({head // layout.group_size for head in range(*layout.query_ranges[rank])})
+        assert list(range(*layout.kv_ranges[rank])) == needed
 
 
 @relaxed
 @over_layouts
 def test_kv_index_points_at_the_key_value_head_of_each_query(layout: HeadLayout) -> None:
     for rank in range(layout.sp_size):
-        index, first = layout.kv_index(rank), layout.kv_range(rank)[0]
-        assert [first + i for i in index] == [head // layout.group_size for head in range(*layout.query_range(rank))]
+        index, first = layout.kv_index(rank), layout.kv_ranges[rank][0]
+        assert [first + i for i in index] == [head // layout.group_size for head in range(*layout.query_ranges[rank])]
 
 
 @relaxed
@@ -67,19 +66,19 @@ def test_kv_index_points_at_the_key_value_head_of_each_query(layout: HeadLayout)
 def test_is_grouped_says_whether_repeating_each_head_gives_the_index(layout: HeadLayout) -> None:
     for rank in range(layout.sp_size):
         index = layout.kv_index(rank)
-        begin, end = layout.kv_range(rank)
+        begin, end = layout.kv_ranges[rank]
         per_head = len(index) / (end - begin)
         repeated = [head for head in range(end - begin) for _ in range(int(per_head))]
-        assert layout.is_grouped(rank) == (per_head.is_integer() and list(index) == repeated)
+        assert (layout.uneven_groups[rank] is None) == (per_head.is_integer() and list(index) == repeated)
 
 
 def test_known_layouts() -> None:
     uneven = HeadLayout(9, 3, 2)
     assert uneven.query_ranges == ((0, 5), (5, 9)) and uneven.kv_ranges == ((0, 2), (1, 3))
-    assert uneven.kv_index(0) == (0, 0, 0, 1, 1) and not uneven.is_grouped(0)
-    assert uneven.kv_index(1) == (0, 1, 1, 1) and not uneven.is_grouped(1)
+    assert uneven.kv_index(0) == (0, 0, 0, 1, 1) and uneven.uneven_groups[0] is not None
+    assert uneven.kv_index(1) == (0, 1, 1, 1) and uneven.uneven_groups[1] is not None
     shared = HeadLayout(4, 1, 4)
-    assert shared.kv_ranges == ((0, 1),) * 4 and all(shared.is_grouped(rank) for rank in range(4))
+    assert shared.kv_ranges == ((0, 1),) * 4 and all(shared.uneven_groups[rank] is None for rank in range(4))
 
 
 def test_head_layout_is_made_once() -> None:

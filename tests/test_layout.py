@@ -47,10 +47,10 @@ def test_spans_cover_the_sequence(seq_len: int, sp_size: int) -> None:
             SequenceLayout(seq_len, sp_size)
         return
     layout = SequenceLayout(seq_len, sp_size)
-    tokens = [t for rank in range(sp_size) for t in range(seq_len)[layout.span(rank)]]
+    tokens = [t for rank in range(sp_size) for t in range(seq_len)[layout.spans[rank]]]
     assert tokens == list(range(seq_len))
     assert max(layout.shares) - min(layout.shares) <= 1 and min(layout.shares) >= 1
-    assert [layout.span(rank).start for rank in range(sp_size)] == [layout.start(rank) for rank in range(sp_size)]
+    assert [layout.spans[rank].start for rank in range(sp_size)] == [layout.starts[rank] for rank in range(sp_size)]
 
 
 @relaxed

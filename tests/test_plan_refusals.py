@@ -27,7 +27,7 @@ from lightning_ulysses import (
     regions,
     unsharded,
 )
-from lightning_ulysses.context import SequenceState
+from lightning_ulysses.context import SequenceContext
 from lightning_ulysses.exchange.mesh import SequenceMesh
 from lightning_ulysses.geometry.split_plan import read_plan
 from lightning_ulysses.testing import (
@@ -118,12 +118,12 @@ def plan(**changes: Any) -> dict[str, Any]:
 )
 def test_names_that_are_not_there(changes: Any, parts: list[str]) -> None:
     module, before = LitModule(), torch.utils.checkpoint.checkpoint
-    state = SequenceState(SequenceMesh(rank=0, world_size=2, sp_size=2, sp_rank=0, dp_size=1, dp_rank=0))
+    context = SequenceContext(SequenceMesh(rank=0, world_size=2, sp_size=2, sp_rank=0, dp_size=1, dp_rank=0))
     with pytest.raises(UlyssesError) as caught:
-        regions.install(state, module, read_plan(plan(**changes)["plan"]))
+        regions.install(context, module, read_plan(plan(**changes)["plan"]))
     assert [part for part in parts if part not in str(caught.value)] == [], caught.value
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in module.modules())
-    assert torch.utils.checkpoint.checkpoint is before and not state.is_planned
+    assert torch.utils.checkpoint.checkpoint is before
 
 
 REFUSED: dict[str, tuple[Any, list[Any], dict[str, Any], list[str]]] = {

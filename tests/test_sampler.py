@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from packs import every_token, lengths_of, ranks, sampler, tokens
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_ulysses.context import SequenceState, activate
+from lightning_ulysses.context import SequenceContext, activate
 from lightning_ulysses.data import PackingCollator, SequenceShardSampler
 from lightning_ulysses.data.packing import Overlong, Pack
 from lightning_ulysses.errors import UlyssesError
@@ -29,7 +29,7 @@ def strategy() -> Iterator[Any]:
 
     def start(rank: int, world: int, sp_size: int) -> None:
         mesh = SequenceMesh(rank, world, sp_size, rank % sp_size, world // sp_size, rank // sp_size)
-        activate(SequenceState(mesh))
+        activate(SequenceContext(mesh))
 
     yield start
     activate(None)

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from models import HandWritten, count_targets, pair_batch
 from torch import Tensor, nn
 
-from lightning_ulysses.context import LiveBatch, SequenceState, TargetEvidence
+from lightning_ulysses.context import LocalBatch, SequenceContext
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.exchange.mesh import SequenceMesh
 from lightning_ulysses.geometry.layout import SequenceLayout
+from lightning_ulysses.loss.evidence import LossEvidence, LossWatch, TargetEvidence
 from lightning_ulysses.loss.targets import TargetResolver, install
 from lightning_ulysses.testing import SplitRun, compare, fit_single, fit_split
 from lightning_ulysses.testing.processes import ProcessPool
@@ -25,12 +26,14 @@ SHIFTED = torch.tensor([[4, 5, 6, 7, -100]])
 MASK = torch.tensor([[0, 1, 1, 0, 1]])
 
 
-def live(*evidence: TargetEvidence, seen: dict[str, float] | None = None, **shards: Tensor) -> LiveBatch:
+def live(*evidence: TargetEvidence, seen: dict[str, float] | None = None, **shards: Tensor) -> LocalBatch:
     """A slice of five tokens; masks are counted by their sum."""
     counts = {name: float(t.sum() if "mask" in name else (t != -100).sum()) for name, t in shards.items()}
     counts["tokens"] = 5.0
     seen = {**counts, **(seen or {})}
-    return LiveBatch(SequenceLayout(10, 2), dict(shards), list(evidence), counts=counts, seen=seen)
+    batch = LocalBatch(SequenceLayout(10, 2), dict(shards), counts=counts, seen=seen)
+    batch.notes.of(LossEvidence).found.extend(evidence)
+    return batch
 
 
 def mean(target: Tensor, ignore_index: int = -100) -> TargetEvidence:
@@ -53,11 +56,11 @@ class Agreement:
         return torch.stack([scores, *(torch.tensor(other) for other in self.others)]).amin(0)
 
 
-def resolve(batch: LiveBatch, resolver: TargetResolver | None = None) -> str:
+def resolve(batch: LocalBatch, resolver: TargetResolver | None = None) -> str:
     return (resolver or TargetResolver(None, Agreement())).resolve(batch, batch.counts)
 
 
-CASES: dict[str, tuple[LiveBatch, str]] = {
+CASES: dict[str, tuple[LocalBatch, str]] = {
     "by name": (live(TargetEvidence(name="shift_labels"), labels=LABELS, shift_labels=LABELS), "shift_labels"),
     "by content": (live(mean(SHIFTED.flatten()), labels=LABELS, shift_labels=SHIFTED), "shift_labels"),
     "by content of equal counts": (live(mean(LABELS.flatten()), labels=LABELS, shift_labels=SHIFTED), "labels"),
@@ -90,7 +93,7 @@ def test_names(case: str) -> None:
     assert resolve(batch) == wanted
 
 
-ERRORS: dict[str, tuple[LiveBatch, tuple[str, ...]]] = {
+ERRORS: dict[str, tuple[LocalBatch, tuple[str, ...]]] = {
     "shifted inside the step": (
         live(mean(torch.tensor([4, 5])), shift_labels=SHIFTED, labels=LABELS),
         ("2 targets (ignore_index=-100)", "'labels': 4.0", "batch['shift_labels']", "loss_weighting='none'"),
@@ -123,7 +126,7 @@ def test_losses_that_cannot_be_explained_are_refused(case: str) -> None:
 
 
 def test_padding_that_no_tensor_can_mark_is_refused() -> None:
-    batch = LiveBatch(SequenceLayout(16, 2, num_padding=5))
+    batch = LocalBatch(SequenceLayout(16, 2, num_padding=5))
     with pytest.raises(UlyssesError, match=r"padded by 5 tokens.*leave pad_to_multiple_of out"):
         resolve(batch)
 
@@ -181,14 +184,14 @@ def test_a_tie_never_settles() -> None:
 
 
 @contextmanager
-def stepping(collect: bool = True) -> Iterator[LiveBatch]:
-    state = SequenceState(SequenceMesh(0, 2, 2, 0, 1, 0))
-    state.pending, state.collect_evidence = live(), collect
+def stepping(collect: bool = True) -> Iterator[LocalBatch]:
+    context, batch = SequenceContext(SequenceMesh(0, 2, 2, 0, 1, 0)), live()
+    context.notes.of(LossWatch).is_open = collect
     original = F.cross_entropy
-    handle = install(state)
+    handle = install(context)
     try:
-        with state.live():
-            yield state.pending
+        with context.step(batch):
+            yield batch
         F.cross_entropy(torch.zeros(2, 3), torch.zeros(2).long())
     finally:
         handle.remove()
@@ -213,14 +216,15 @@ def test_cross_entropies_of_a_step_are_noted() -> None:
             wanted.append(expected)
         F.cross_entropy(logits, logits.softmax(1))
     # Neither probabilities as targets nor a call outside of the step leave anything.
-    assert [(e.ignore_index, e.is_mean, e.name) for e in batch.evidence] == wanted
-    assert all(e.target is not None and torch.equal(e.target, target) for e in batch.evidence)
+    found = batch.notes.of(LossEvidence).found
+    assert [(e.ignore_index, e.is_mean, e.name) for e in found] == wanted
+    assert all(e.target is not None and torch.equal(e.target, target) for e in found)
 
 
 def test_nothing_is_noted_once_settled() -> None:
     with stepping(collect=False) as batch:
         F.cross_entropy(torch.zeros(2, 3), torch.zeros(2).long())
-    assert not batch.evidence
+    assert not batch.notes.of(LossEvidence).found
 
 
 class Clamped(HandWritten):

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_ulysses import TokenCountMonitor, UlyssesError
 from lightning_ulysses.callbacks.token_ledger import count_slice, find_padding
-from lightning_ulysses.context import LiveBatch
+from lightning_ulysses.context import LocalBatch
 from lightning_ulysses.cost.flops import model_operations, peak_of_name
 from lightning_ulysses.geometry.layout import SequenceLayout, runs_from_starts
 
@@ -57,7 +57,7 @@ def test_slices_against_a_loop_over_tokens(seed: int) -> None:
     layout, owner = random_layout(seed)
     lengths = document_lengths(owner)
     for rank in range(layout.sp_size):
-        span = layout.span(rank)
+        span = layout.spans[rank]
         found = count_slice(layout, len(owner), rank)
         places = [(row, t) for row in range(len(owner)) for t in range(span.start, span.stop) if owner[row, t] >= 0]
         assert found.tokens == owner[:, span].numel() and found.real == len(places)
@@ -72,7 +72,7 @@ def judged(labels: list[int], tokens: list[int], second: int) -> list[float] | N
     layout = SequenceLayout(size, 1, (runs_from_starts([second], size),))
     shards = {"input_ids": torch.tensor([tokens]), "shift_labels": torch.tensor([labels])}
     counts = {"shift_labels": float(sum(label != -100 for label in labels))}
-    live = LiveBatch(layout, shards=shards, counts=counts)
+    live = LocalBatch(layout, shards=shards, counts=counts)
     found = find_padding(count_slice(layout, 1, 0).tails, live, "shift_labels", size, -100)
     return None if found is None else found.tolist()
 
@@ -86,7 +86,7 @@ def test_only_a_repeated_token_without_targets_is_padding() -> None:
     # The stand-in target of a slice without any.
     layout = SequenceLayout(4, 1, (runs_from_starts([2], 4),))
     shards = {"input_ids": torch.zeros(1, 4), "shift_labels": torch.tensor([[-100, -100, 0, -100]])}
-    live = LiveBatch(layout, shards=shards, counts={"shift_labels": 0.0})
+    live = LocalBatch(layout, shards=shards, counts={"shift_labels": 0.0})
     found = find_padding(count_slice(layout, 1, 0).tails, live, "shift_labels", 4, -100)
     assert found is not None and found.tolist() == [2, 1, 4]
 

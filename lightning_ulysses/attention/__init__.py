@@ -1,9 +1,9 @@
-"""Attention on a split sequence: the exchange, the kernels, and one interceptor per caller."""
+"""Attention on a split sequence: one route for every call, the exchange, and the maths."""
 
 from __future__ import annotations
 
 from lightning_ulysses.attention.attend import attend
-from lightning_ulysses.attention.ulysses import ulysses_attention
+from lightning_ulysses.attention.function import ulysses_attention
 from lightning_ulysses.geometry.mask_spec import MaskSpec
 from lightning_ulysses.patching.handle import Handle
 

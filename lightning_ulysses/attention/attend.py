@@ -6,12 +6,17 @@ the sum of the squared document lengths.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from lightning_ulysses.attention.draws import own_draws
 from lightning_ulysses.attention.explicit import Extras
 from lightning_ulysses.attention.kernel import Kernel
 from lightning_ulysses.attention.packed import attend_packed, fits
+from lightning_ulysses.exchange.mesh import SequenceMesh
 from lightning_ulysses.geometry.layout import Runs
 from lightning_ulysses.geometry.mask_spec import MaskSpec
 
@@ -80,7 +85,7 @@ def _masked_keys(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, spec: MaskSpec
     length = q.shape[2]
     if not valid:
         return _nothing(q, v)
-    if spec.reach is not None or kernel.extras.alibi_slopes is not None:
+    if spec.reach is not None or (kernel.extras and kernel.extras.alibi_slopes is not None):
         return _blocks(kernel, q, k, v, spec, valid)
     keys = _cat([k[:, :, begin:end] for begin, end in valid])
     values = _cat([v[:, :, begin:end] for begin, end in valid])
@@ -191,13 +196,13 @@ def attend(
     if kv_index is not None:
         index = torch.tensor(kv_index, device=k.device)
         k, v = k.index_select(1, index), v.index_select(1, index)
-    kernel = Kernel(scale, dropout_p, extras or Extras())
+    kernel = Kernel(scale, dropout_p, extras)
     rows = [_row_runs(spec, row, q.shape[2]) for row in range(q.shape[0])]
     if bias is not None:
         return kernel(q, k, v, mask=_with_bias(bias, spec, rows, q.shape[2]))
     if all(row == rows[0] for row in rows):
         rows = rows[:1]
-    if fits(q, v, kernel, rows):
+    if any(len(documents) > 1 for documents, _ in rows) and fits(q, v, kernel, rows):
         window = spec.reach or (-1, 0 if spec.causal else -1)
         return attend_packed(q, k, v, kernel, [documents for documents, _ in rows], window)
     outputs = []
@@ -211,3 +216,45 @@ def attend(
             parts.append(_document(kernel, queries[number], keys[number], values[number], spec, runs))
         outputs.append(_cat(parts))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """Softmax attention: arguments of `attend` for all H heads.
+
+    Args:
+        spec: Which keys each query sees.
+        bias: (S, S), (H, S, S) or (B | 1, H | 1, S, S) of the whole sequence.
+        scale: Of the scores; 1 / sqrt(D) if None.
+        dropout_p: Dropout probability of the attention weights.
+        extras: Softcap, sinks and ALiBi.
+    """
+
+    spec: MaskSpec
+    bias: Tensor | None = None
+    scale: float | None = None
+    dropout_p: float = 0.0
+    extras: Extras | None = None
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, heads: slice, kv_index: tuple[int, ...] | None, mesh: SequenceMesh
+    ) -> Tensor:
+        """See `attention.call.Meaning`."""
+        bias = None
+        if self.bias is not None:
+            # (S, S) or (H, S, S) or (B | 1, H | 1, S, S) -> (B | 1, H_r | 1, S, S)
+            bias = self.bias[(None,) * (4 - self.bias.dim())]
+            bias = bias if bias.shape[1] == 1 else bias[:, heads]
+        draws = own_draws(mesh, q.device) if self.dropout_p and mesh.sp_group is not None else nullcontext()
+        with draws:
+            return attend(
+                q,
+                k,
+                v,
+                self.spec,
+                scale=self.scale,
+                dropout_p=self.dropout_p,
+                kv_index=kv_index,
+                bias=bias,
+                extras=self.extras and self.extras.heads(heads),
+            )

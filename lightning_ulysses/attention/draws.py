@@ -15,15 +15,12 @@ from lightning_ulysses.exchange.mesh import SequenceMesh
 
 
 @contextmanager
-def own_draws(mesh: SequenceMesh, device: torch.device, dropout_p: float) -> Iterator[None]:
+def own_draws(mesh: SequenceMesh, device: torch.device) -> Iterator[None]:
     """Draws inside differ between ranks; behind it, the generators stand where they would on any other rank.
 
     Else the first head of each, or the first token, would drop the same. The seed is drawn from the CPU's generator,
     which activation checkpointing puts back for its second forward.
     """
-    if not dropout_p:
-        yield
-        return
     seed = int(torch.randint(2**62, ())) + mesh.dp_rank * mesh.sp_size + mesh.sp_rank
     with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"):
         torch.manual_seed(seed)

@@ -32,7 +32,7 @@ class Kernel:
 
     scale: float | None
     dropout_p: float
-    extras: Extras
+    extras: Extras | None = None
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tensor | None = None, offset: int = 0
@@ -86,4 +86,4 @@ def attend_memory(
     """
     if mask is not None:
         mask = mask.expand(*mask.shape[:2], q.shape[2], k.shape[2])
-    return Kernel(scale, dropout_p, extras or Extras())(q, k, v, mask=mask)
+    return Kernel(scale, dropout_p, extras)(q, k, v, mask=mask)

@@ -39,7 +39,7 @@ def _has_kernel(q: Tensor) -> bool:
 
 
 def fits(q: Tensor, v: Tensor, kernel: Kernel, rows: list[tuple[Runs, Runs | None]]) -> bool:
-    """Whether one call can do it: several documents, no padding among them, and nothing that the kernel lacks.
+    """Whether one call can do several documents: no padding among them, and nothing that the kernel lacks.
 
     Args:
         q: (B, H, S, D).
@@ -47,10 +47,10 @@ def fits(q: Tensor, v: Tensor, kernel: Kernel, rows: list[tuple[Runs, Runs | Non
         kernel: The arguments of the attention call.
         rows: Documents and kept keys of each row, or of the first one if all are alike.
     """
-    packed = any(len(documents) > 1 for documents, _ in rows) and all(valid is None for _, valid in rows)
+    unpadded = all(valid is None for _, valid in rows)
     plain = not kernel.extras and not kernel.dropout_p and q.shape[3] == v.shape[3]
     fitting = q.shape[3] % 8 == 0 and q.shape[3] <= 256
-    return packed and plain and fitting and _has_kernel(q) and _varlen() is not None
+    return unpadded and plain and fitting and _has_kernel(q) and _varlen() is not None
 
 
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, rows: list[Runs], window: tuple[int, int]) -> Tensor:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_ulysses.context import SequenceState
-
 
 def keep_apart(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """What each token would get if it saw itself alone, and a trace of its query and key, which carry its position.
@@ -30,9 +28,3 @@ def keep_apart(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # (..., H_kv, S, D_v) -> (..., H, S, D_v)
         seen = seen.repeat_interleave(q.shape[-3] // k.shape[-3], dim=-3)
     return seen + trace
-
-
-def probe_attention(state: SequenceState, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`keep_apart`, noting whether the model attends to a memory."""
-    state.attends_memory |= k.shape[-2] != q.shape[-2]
-    return keep_apart(q, k, v)

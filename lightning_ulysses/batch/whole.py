@@ -36,6 +36,7 @@ class WholeBatch:
         layout: The geometry of the cut.
         counts: For each tensor that may hold the targets, the valid ones that each rank sees. ``"tokens"`` counts every
             token.
+        rows: B.
         whole: Keys in ``tensors`` that every rank gets whole.
         keeps_all: Whether that is all of them, and every rank sees all targets.
     """
@@ -46,13 +47,9 @@ class WholeBatch:
     hidden: frozenset[str]
     layout: SequenceLayout
     counts: dict[str, tuple[float, ...]]
+    rows: int = 1
     whole: frozenset[str] = frozenset()
     keeps_all: bool = False
-
-    @property
-    def rows(self) -> int:
-        """B."""
-        return count_rows(self.tensors, self.dims)
 
     def counts_of_group(self) -> dict[str, float]:
         """Valid targets of the whole batch, for each tensor that may hold them."""
@@ -74,7 +71,7 @@ class WholeBatch:
         Returns:
             The batch in its own type, the slices by key, and the valid targets as the module sees them.
         """
-        span = self.layout.span(rank)
+        span = self.layout.spans[rank]
         shards = {
             key: tensor
             if key in self.whole
@@ -133,7 +130,7 @@ def _pad(tensor: Tensor, key: str, dim: int, amount: int, rules: BatchRules, is_
 def _count(tensor: Tensor, dim: int, layout: SequenceLayout, ignore_index: int, is_mask: bool) -> tuple[float, ...]:
     valid = tensor.double() if is_mask else (tensor != ignore_index).double()
     per_position = valid.movedim(dim, 0).flatten(1).sum(dim=1) if valid.dim() > 1 else valid
-    return tuple(float(per_position[layout.span(rank)].sum()) for rank in range(layout.sp_size))
+    return tuple(float(per_position[layout.spans[rank]].sum()) for rank in range(layout.sp_size))
 
 
 def _count_samples(
@@ -202,7 +199,7 @@ def read_batch(batch: Any, rules: BatchRules, sp_size: int) -> WholeBatch:
         counts |= {key: (count,) * sp_size for key, count in _count_samples(everything, dims, rows, rules).items()}
         tensors = {**everything, **tensors}
     whole = frozenset(tensors) if rules.keeps_all else rules.whole & set(tensors)
-    return WholeBatch(batch, tensors, dims, frozenset(hidden), layout, counts, whole, rules.keeps_all)
+    return WholeBatch(batch, tensors, dims, frozenset(hidden), layout, counts, rows, whole, rules.keeps_all)
 
 
 def _candidates(tensors: Mapping[str, Tensor], is_mapping: bool) -> list[str]:
@@ -240,5 +237,5 @@ def _add_shifted(
             tensors[target], dims[target] = _shift(tensors[source], layout, fill), 1
             if layout.num_padding and source == "input_ids":
                 # The padding itself must not become a target.
-                tensors[target][:, layout.seq_len - layout.num_padding - 1 :] = fill
+                tensors[target][:, layout.real_len - 1 :] = fill
             candidates.append(target)

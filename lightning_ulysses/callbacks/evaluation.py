@@ -30,9 +30,7 @@ def strategy_of(trainer: pl.Trainer) -> UlyssesDeepSpeedStrategy:
 
 def weights_of(trainer: pl.Trainer) -> StepWeights:
     """The weights of the losses; available while a Trainer runs."""
-    weights = strategy_of(trainer).weights
-    assert weights is not None
-    return weights
+    return strategy_of(trainer).weights
 
 
 def _loss_of(outputs: Any) -> Tensor | None:
@@ -56,8 +54,8 @@ class EvaluationMonitor(pl.Callback):
         strategy_of(trainer)
 
     def _add(self, trainer: pl.Trainer, outputs: Any, dataloader_idx: int) -> None:
-        loss, live = _loss_of(outputs), strategy_of(trainer).state.pending
-        if loss is not None and live is not None:
+        loss, live = _loss_of(outputs), strategy_of(trainer).local
+        if loss is not None:
             self._evaluated[dataloader_idx].add(loss, live)
 
     def _log_evaluation(self, pl_module: pl.LightningModule, stage: str) -> None:

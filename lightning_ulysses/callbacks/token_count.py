@@ -172,8 +172,8 @@ class TokenCountMonitor(EvaluationMonitor):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        live, weights, ledger = strategy_of(trainer).state.pending, weights_of(trainer), self._ledger
-        assert live is not None and ledger is not None
+        live, weights, ledger = strategy_of(trainer).local, weights_of(trainer), self._ledger
+        assert ledger is not None
         ledger.add(live, weights.target_name)
         if weights.steps == self._steps:
             return

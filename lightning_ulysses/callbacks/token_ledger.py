@@ -12,12 +12,13 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_ulysses.context import LiveBatch
+from lightning_ulysses.context import LocalBatch
 from lightning_ulysses.cost.flops import ModelOperations
 from lightning_ulysses.exchange.mesh import SequenceMesh
 from lightning_ulysses.geometry.batch_keys import MASK_KEYS
 from lightning_ulysses.geometry.layout import Runs, SequenceLayout
 from lightning_ulysses.geometry.shares import even_shares
+from lightning_ulysses.regions.notes import split_layout
 
 FIELDS = ("loss", "targets", "tokens", "padding", "documents", "pairs", "work", "peak_bytes")
 LOSS, TARGETS, TOKENS, PADDING, DOCUMENTS, PAIRS, WORK, PEAK = range(len(FIELDS))
@@ -67,7 +68,7 @@ def count_slice(layout: SequenceLayout, rows: int, rank: int) -> SliceCounts:
         rows: B.
         rank: Rank in the sequence-parallel group.
     """
-    span, end = layout.span(rank), layout.seq_len - layout.num_padding
+    span, end = layout.spans[rank], layout.real_len
     sums, squares, tails = np.zeros(3), 0.0, []
     for row in range(rows):
         runs = np.array(
@@ -100,7 +101,7 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
 
 
 def find_padding(
-    tails: _Floats, live: LiveBatch, name: str | None, end: int, ignore_index: int, rank: int = 0
+    tails: _Floats, live: LocalBatch, name: str | None, end: int, ignore_index: int, rank: int = 0
 ) -> Tensor | None:
     """What of the slice is padding that a collate function put into a document of its own at the end of a row.
 
@@ -172,9 +173,9 @@ class StepLedger:
         self._sums = np.zeros(len(FIELDS))
         self._padding: Tensor | None = None
 
-    def add(self, live: LiveBatch, name: str | None) -> None:
+    def add(self, live: LocalBatch, name: str | None) -> None:
         """Adds a micro-batch; ``name`` is the tensor that holds its targets."""
-        layout, rank = live.split_layout, self._mesh.sp_rank
+        layout, rank = split_layout(live), self._mesh.sp_rank
         counts = count_slice(layout, live.rows, rank)
         name = name if name is not None else next((key for key in ("shift_labels", "labels") if key in live.counts), "")
         work = self.operations.of(counts.tokens, counts.squares * self._head_share)
@@ -188,7 +189,7 @@ class StepLedger:
             work,
             0.0,
         )
-        end = min(layout.shares[rank], layout.seq_len - layout.num_padding - layout.start(rank))
+        end = min(layout.shares[rank], layout.real_len - layout.starts[rank])
         found = find_padding(counts.tails, live, name, end, self._ignore_index, rank)
         if found is not None:
             self._padding = found if self._padding is None else self._padding + found

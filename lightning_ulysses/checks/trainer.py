@@ -77,3 +77,12 @@ def _check_precision(trainer: pl.Trainer) -> None:
             f"one of {[*others, '32-true']}",
             f"set Trainer(precision={[*others, '32-true'][0]!r})",
         )
+
+
+def no_output(module: pl.LightningModule) -> UlyssesError:
+    """For a training step that skips its batch, whose targets the optimizer step has already counted."""
+    return UlyssesError(
+        f"None from {type(module).__name__}.training_step",
+        "a loss for every batch, since a step's targets are counted ahead over all micro-batches and ranks",
+        "leave unwanted batches out in the dataset, or give their labels the ignore_index",
+    )

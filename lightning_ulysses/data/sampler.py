@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DistributedSampler, Sampler
 from typing_extensions import override
 
-from lightning_ulysses.context import current_state
+from lightning_ulysses.context import current_context
 from lightning_ulysses.cost.model import CostModel
 from lightning_ulysses.data.balance import Deal
 from lightning_ulysses.data.data_rank import Place, given_place, place_in
@@ -110,12 +110,12 @@ class SequenceShardSampler(DistributedSampler[Pack]):
 
     def _place(self) -> Place:
         """Data-parallel ranks and this one's number."""
-        state = current_state()
-        if state is None:
+        context = current_context()
+        if context is None:
             live = (dist.get_world_size(), dist.get_rank()) if dist.is_available() and dist.is_initialized() else (1, 0)
             # Lightning asks for the length once more after the strategy has been torn down.
             return self._given or self._former or live
-        self._former = place_in(state.mesh, self._given, self.max_tokens)
+        self._former = place_in(context.mesh, self._given, self.max_tokens)
         return self._former
 
     @property

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import IterableDataset, get_worker_info
 from typing_extensions import override
 
-from lightning_ulysses.context import current_state
+from lightning_ulysses.context import current_context
 from lightning_ulysses.data.buffer import Pack, PackingPass, PackingRules, spread
 from lightning_ulysses.data.collate import PackingCollator
 from lightning_ulysses.data.data_rank import Place, given_place, place_in
@@ -138,9 +138,9 @@ class PackedStream(IterableDataset[Any]):
 
     def _known_place(self) -> Place | None:
         """Data-parallel ranks and this one's number, as far as this process knows."""
-        state = current_state()
-        if state is not None:
-            return place_in(state.mesh, self._given, self.rules.max_tokens)
+        context = current_context()
+        if context is not None:
+            return place_in(context.mesh, self._given, self.rules.max_tokens)
         if self._given is None and dist.is_available() and dist.is_initialized():
             return dist.get_world_size(), dist.get_rank()
         return self._given or self._inherited

@@ -1,44 +1,69 @@
-"""Shows that the ranks of a group hold the same numbers where they all compute the whole sequence."""
+"""Whether the ranks of a group hold the same: one exchange of a few numbers, for every check of that kind."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.exchange.mesh import SequenceMesh
+_MASK = 2**62 - 1
 
 
-def _summary(tensor: Tensor) -> Tensor:
-    """(2,) float64 that two different tensors hardly ever share, and that rounding hardly changes."""
+def from_all(mine: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """(...) -> (ranks, ...): the same tensor of every rank of a group, of the world if None; a collective."""
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, mine, group=group)
+    return torch.stack(everyone)
+
+
+def same_on_all(mine: Tensor, group: dist.ProcessGroup | None, tolerance: float = 0.0) -> Tensor:
+    """Compares rows of numbers over the ranks of a group, of the world if None; a collective.
+
+    Args:
+        mine: (N, K) numbers of this rank.
+        group: The ranks.
+        tolerance: The largest difference that is none, relative to the last number of the row.
+
+    Returns:
+        (N,) of bool, the same on every rank.
+    """
+    everyone = from_all(mine, group)
+    # (ranks, N, K) -> (N,)
+    distance = (everyone - everyone[0]).abs().amax(dim=(0, 2))
+    # Non-finite values are no sign of another tensor: a comparison with NaN is false.
+    return ~(distance > tolerance * everyone[0][:, -1].clamp_min(1e-12) if tolerance else distance > 0)
+
+
+def digest(*parts: object) -> int:
+    """A number that two different values hardly ever share, by their ``repr``."""
+    return int.from_bytes(hashlib.blake2s(repr(parts).encode(), digest_size=8).digest(), "little") & _MASK
+
+
+def _fingerprint(tensor: Tensor) -> int:
+    values = tensor.detach().flatten()
+    if values.is_floating_point() or values.is_complex():
+        values = torch.view_as_real(values).flatten() if values.is_complex() else values
+        values = values.double().view(torch.int64)
+    # An order-sensitive sum that wraps around.
+    index = torch.arange(1, values.numel() + 1, dtype=torch.int64, device=values.device)
+    values = values.to(torch.int64)
+    return int(((values ^ (values >> 17)) * (index * 2654435761 | 1)).sum()) if values.numel() else 0
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> int:
+    """A number that two different sequences of tensors hardly ever share: exact values, in order."""
+    number = 0
+    for tensor in tensors:
+        number = (number * 31 + _fingerprint(tensor)) & _MASK
+    return number
+
+
+def summary(tensor: Tensor) -> Tensor:
+    """(2,) float64, a sum and the norm: different tensors hardly ever share them, and rounding hardly changes them."""
     values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     values = values.detach().double().flatten()
     weights = torch.cos(torch.arange(values.numel(), device=values.device, dtype=torch.float64))
     return torch.stack([(values * weights).sum(), values.norm()])
-
-
-def check_same_inputs(mesh: SequenceMesh, name: str, leaves: Mapping[str, list[Tensor]]) -> None:
-    """Compares what is about to be cut over the ranks of a group; a collective.
-
-    Raises:
-        UlyssesError: On every rank, if they differ by more than rounding.
-    """
-    keys = [key for key, tensors in leaves.items() for _ in tensors]
-    mine = torch.stack([_summary(tensor) for tensors in leaves.values() for tensor in tensors])
-    everyone = [torch.empty_like(mine) for _ in range(mesh.sp_size)]
-    dist.all_gather(everyone, mine, group=mesh.sp_group)
-    # (P, tensors, 2) -> (tensors,)
-    distance = (torch.stack(everyone) - everyone[0]).abs().amax(dim=(0, 2))
-    # Non-finite values are no sign of a different tensor.
-    wrong = (distance > 1e-2 * everyone[0][:, 1].clamp_min(1e-12)).tolist()
-    different = list(dict.fromkeys(key for key, is_wrong in zip(keys, wrong, strict=True) if is_wrong))
-    if different:
-        raise UlyssesError(
-            f"{', '.join(different)} of {name} that the ranks of one sequence-parallel group computed differently",
-            "the same whole tensor on every rank, since each of them goes on with its slice",
-            "draw random numbers from the default generators, which a group shares in every step, or seed a generator "
-            "of your own by trainer.strategy.mesh.dp_rank, which a group has in common",
-        )

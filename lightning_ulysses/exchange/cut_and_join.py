@@ -28,7 +28,7 @@ from lightning_ulysses.geometry.layout import SequenceLayout
 
 def cut(tensor: Tensor, dim: int, layout: SequenceLayout, rank: int) -> Tensor:
     """(..., S, ...) -> (..., S_r, ...); its own memory, so that the whole can go."""
-    span = layout.span(rank)
+    span = layout.spans[rank]
     return tensor.narrow(dim, span.start, span.stop - span.start).contiguous()
 
 

@@ -27,7 +27,6 @@ def resolve_sizes(
     node_size: int,
     sp_size: int | Literal["auto"],
     dp_shard_size: int | None,
-    dp_replicate_size: int,
 ) -> MeshSizes:
     """Turns the strategy's sizes into axis lengths.
 
@@ -36,18 +35,10 @@ def resolve_sizes(
         node_size: Processes on this node, the meaning of ``sp_size="auto"``.
         sp_size: P.
         dp_shard_size: Data-parallel ranks; ``None`` takes what is left of the world.
-        dp_replicate_size: Replicas of the ZeRO shards; only 1 is exact.
 
     Raises:
-        UlyssesError: If the product is not the world size, or replication is asked for.
+        UlyssesError: If the product is not the world size.
     """
-    if dp_replicate_size != 1:
-        raise UlyssesError(
-            f"dp_replicate_size={dp_replicate_size}",
-            "dp_replicate_size=1: ZeRO shards over all processes, and DeepSpeed's hierarchical variants (MiCS, hpZ) "
-            "do not give the same step at every stage",
-            f"drop dp_replicate_size, or set dp_shard_size={(dp_shard_size or 1) * max(dp_replicate_size, 1)}",
-        )
     sp = node_size if sp_size == "auto" else sp_size
     fitting = [size for size in range(1, world_size + 1) if world_size % size == 0]
     if sp < 1 or world_size % sp:
@@ -59,7 +50,7 @@ def resolve_sizes(
     dp = world_size // sp if dp_shard_size is None else dp_shard_size
     if sp * dp != world_size:
         raise UlyssesError(
-            f"sp_size={sp} * dp_shard_size={dp} * dp_replicate_size={dp_replicate_size} = {sp * dp}",
+            f"sp_size={sp} * dp_shard_size={dp} = {sp * dp}",
             f"a product equal to the world size, {world_size}",
             f"set dp_shard_size={world_size // sp} (or leave it out) with sp_size={sp}; fitting sp_size: {fitting}",
         )

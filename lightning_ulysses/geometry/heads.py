@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.geometry.shares import even_shares, starts
+
+Ranges = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -48,40 +50,41 @@ class HeadLayout:
         """Query heads that share one key/value head."""
         return self.num_heads // self.num_kv_heads
 
-    @property
+    @cached_property
     def query_shares(self) -> tuple[int, ...]:
         """Query heads per rank, H_r."""
         return even_shares(self.num_heads, self.sp_size)
 
-    def query_range(self, rank: int) -> tuple[int, int]:
-        """First and one-past-last query head of ``rank``."""
-        begin = starts(self.query_shares)[rank]
-        return begin, begin + self.query_shares[rank]
+    @cached_property
+    def query_ranges(self) -> Ranges:
+        """For each rank its first and one-past-last query head."""
+        return tuple(
+            (begin, begin + share) for begin, share in zip(starts(self.query_shares), self.query_shares, strict=True)
+        )
 
-    def kv_range(self, rank: int) -> tuple[int, int]:
-        """First and one-past-last key/value head that ``rank`` needs."""
-        begin, end = self.query_range(rank)
-        return begin // self.group_size, (end - 1) // self.group_size + 1
-
-    @property
-    def query_ranges(self) -> tuple[tuple[int, int], ...]:
-        """`query_range` of every rank."""
-        return tuple(self.query_range(rank) for rank in range(self.sp_size))
-
-    @property
-    def kv_ranges(self) -> tuple[tuple[int, int], ...]:
-        """`kv_range` of every rank."""
-        return tuple(self.kv_range(rank) for rank in range(self.sp_size))
+    @cached_property
+    def kv_ranges(self) -> Ranges:
+        """For each rank the first and one-past-last key/value head that it needs."""
+        size = self.group_size
+        return tuple((begin // size, (end - 1) // size + 1) for begin, end in self.query_ranges)
 
     def kv_index(self, rank: int) -> tuple[int, ...]:
         """For each query head of ``rank``, its key/value head counted from the rank's first one."""
-        begin, end = self.query_range(rank)
+        begin, end = self.query_ranges[rank]
         first = begin // self.group_size
         return tuple(head // self.group_size - first for head in range(begin, end))
 
-    def is_grouped(self, rank: int) -> bool:
-        """Whether every key/value head of ``rank`` serves equally many of its query heads, in order."""
-        begin, end = self.kv_range(rank)
+    @cached_property
+    def uneven_groups(self) -> tuple[tuple[int, ...] | None, ...]:
+        """For each rank its `kv_index` where its groups are uneven.
+
+        None where every key/value head of the rank serves equally many of its query heads, in order, so that a kernel
+        can group them by itself.
+        """
+        return tuple(None if self._is_grouped(rank) else self.kv_index(rank) for rank in range(self.sp_size))
+
+    def _is_grouped(self, rank: int) -> bool:
+        begin, end = self.kv_ranges[rank]
         index = self.kv_index(rank)
         per_head, rest = divmod(len(index), end - begin)
         return not rest and index == tuple(position // per_head for position in range(len(index)))

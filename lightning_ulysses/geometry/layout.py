@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 from lightning_ulysses.errors import UlyssesError
@@ -42,18 +43,24 @@ class SequenceLayout:
             )
 
     @property
+    def real_len(self) -> int:
+        """S without the padding that this package added."""
+        return self.seq_len - self.num_padding
+
+    @cached_property
     def shares(self) -> tuple[int, ...]:
         """Tokens per rank, S_r; they differ by at most one."""
         return even_shares(self.seq_len, self.sp_size)
 
-    def start(self, rank: int) -> int:
-        """Position of the first token of ``rank`` in the whole sequence."""
-        return starts(self.shares)[rank]
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """Position of each rank's first token in the whole sequence."""
+        return starts(self.shares)
 
-    def span(self, rank: int) -> slice:
-        """The tokens of ``rank`` as a slice of the whole sequence."""
-        begin = self.start(rank)
-        return slice(begin, begin + self.shares[rank])
+    @cached_property
+    def spans(self) -> tuple[slice, ...]:
+        """For each rank its tokens as a slice of the whole sequence."""
+        return tuple(slice(begin, begin + share) for begin, share in zip(self.starts, self.shares, strict=True))
 
 
 def runs_from_starts(begins: list[int], seq_len: int) -> Runs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from lightning_ulysses.geometry.layout import Runs
 
@@ -34,7 +35,7 @@ class MaskSpec:
         if self.window is not None and not self.causal and self.ahead is None:
             raise ValueError("a window that is not causal needs `ahead`")
 
-    @property
+    @cached_property
     def reach(self) -> tuple[int, int] | None:
         """How many keys before and behind it a query sees; None if that is not limited."""
         if self.window is None:

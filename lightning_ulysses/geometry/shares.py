@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 
+
+@lru_cache(maxsize=1024)
 def even_shares(total: int, parts: int) -> tuple[int, ...]:
     """Splits ``total`` into ``parts`` whole numbers that differ by at most one, the larger ones first."""
     base, extra = divmod(total, parts)
     return tuple(base + (part < extra) for part in range(parts))
 
 
+@lru_cache(maxsize=1024)
 def starts(shares: tuple[int, ...]) -> tuple[int, ...]:
     """The offset at which each share begins."""
     offsets = [0]

@@ -17,15 +17,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_ulysses.attention.attend import Softmax
+from lightning_ulysses.attention.call import AttentionCall
 from lightning_ulysses.attention.explicit import Extras
-from lightning_ulysses.attention.stand_in import probe_attention
-from lightning_ulysses.attention.ulysses import (
-    document_runs,
-    sees_memory,
-    sharded_attention,
-)
-from lightning_ulysses.context import LiveBatch, SequenceState
+from lightning_ulysses.attention.mask_table import document_runs
+from lightning_ulysses.attention.route import intercept
+from lightning_ulysses.context import LocalBatch, SequenceContext
 from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.geometry.layout import Runs, SequenceLayout
 from lightning_ulysses.geometry.mask_spec import MaskSpec
 from lightning_ulysses.patching.early_bound import rebind
 from lightning_ulysses.patching.handle import Handle
@@ -79,26 +78,30 @@ def refuse(name: str, what: str, expected: str) -> UlyssesError:
     )
 
 
-def _mask(name: str, given: Arguments, batch: LiveBatch) -> MaskSpec:
+def _mask(name: str, given: Arguments) -> MaskSpec:
     """What ``causal`` and ``window_size`` mean."""
     for key in _UNSUPPORTED:
         value = given.get(key)
         if isinstance(value, Tensor) or (any(value) if isinstance(value, tuple) else value):
             raise refuse(name, key, "plain softmax attention")
     left, right = (-1 if side is None else side for side in given.get("window_size") or (-1, -1))
-    causal = bool(given.get("causal")) or right == 0
+    causal = _is_causal(given)
     if not causal and (left >= 0) != (right >= 0):
         raise refuse(name, f"window_size={(left, right)}", "a window that is limited on both sides, or none")
     window, ahead = (left + 1, right) if left >= 0 else (None, None)
-    return MaskSpec(causal, window, num_padding=batch.layout.num_padding, ahead=ahead)
+    return MaskSpec(causal, window, ahead=ahead)
 
 
-def _extras(name: str, given: Arguments) -> Extras:
+def _is_causal(given: Arguments) -> bool:
+    return bool(given.get("causal")) or (given.get("window_size") or (-1, -1))[1] == 0
+
+
+def _extras(name: str, given: Arguments) -> Extras | None:
     """Softcap, sinks and ALiBi."""
     slopes = given.get("alibi_slopes")
     if slopes is not None and slopes.dim() != 1:
         raise refuse(name, f"alibi_slopes of shape {tuple(slopes.shape)}", "one slope for each head, (H,)")
-    return Extras(given.get("softcap") or None, given.get("s_aux", given.get("learnable_sink")), slopes)
+    return Extras(given.get("softcap") or None, given.get("s_aux", given.get("learnable_sink")), slopes) or None
 
 
 def _tensors(given: Arguments) -> tuple[Tensor, Tensor, Tensor]:
@@ -113,16 +116,16 @@ def _tensors(given: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def _documents(name: str, given: Arguments, batch: LiveBatch, rank: int) -> tuple[Any, ...]:
+def _documents(name: str, given: Arguments, tokens: int, layout: SequenceLayout, share: int) -> tuple[Runs, ...]:
+    """The documents of the whole row that so many packed ``tokens`` are a slice of."""
     edges: Any = given.get("cu_seqlens", given.get("cu_seqlens_q"))
     others: Any = given.get("cu_seqlens_k")
     others = edges if others is None else others
-    length, share = batch.layout.seq_len, batch.layout.shares[rank]
-    tokens = _tensors(given)[0].shape[0]
+    length = layout.seq_len
     runs = document_runs(edges, length) if tokens == share else None
     same = others is edges or (runs is not None and document_runs(others, length) == runs)
     # One document more than it names: it ends before the row does, and only padding may lie there.
-    is_short = runs is not None and len(runs) >= edges.numel() and not batch.layout.num_padding
+    is_short = runs is not None and len(runs) >= edges.numel() and not layout.num_padding
     if runs is None or not same or is_short:
         raise UlyssesError(
             f"{name} on {tokens} tokens with cu_seqlens of shape {tuple(edges.shape)}, in a step of S={length}",
@@ -132,61 +135,52 @@ def _documents(name: str, given: Arguments, batch: LiveBatch, rank: int) -> tupl
     return (runs,)
 
 
-def _flash(state: SequenceState, original: Callable[..., Any]) -> Callable[..., Any]:
+def _wrap(context: SequenceContext, original: Callable[..., Any]) -> Callable[..., Any]:
     signature, name = inspect.signature(original), original.__name__
     packed = "varlen" in name
     # Where it cannot be asked for the log-sum-exp under this name, flash-attn returns a pair in any case.
     pair = name != "varlen_attn" and "return_attn_probs" not in signature.parameters
 
-    @state.takes_over(original)
-    def attention(*args: Any, **kwargs: Any) -> Any:
-        batch = state.sharded_batch
-        if batch is None and not state.probing:
-            return original(*args, **kwargs)
-        call = signature.bind(*args, **kwargs)
-        call.apply_defaults()
-        given = {_ALIASES.get(key, key): value for key, value in call.arguments.items()}
-        # (B, S_r, H, D) or, packed, (S_r, H, D) -> (B, H, S_r, D)
-        q, k, v = (t.transpose(-3, -2) for t in _tensors(given))
-        if batch is None or state.probing:
-            apart = probe_attention(state, q, k, v).transpose(-3, -2).contiguous()
-            return (apart, None) if pair else apart
-        spec = _mask(name, given, batch)
-        if not packed and sees_memory(state, q, k, spec.causal):
-            return original(*args, **kwargs)
-        if packed:
-            documents = _documents(name, given, batch, state.mesh.sp_rank)
-            spec = replace(spec, documents=documents)
-            q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
-        out = sharded_attention(
-            state,
-            q,
-            k,
-            v,
-            spec,
-            scale=given.get("softmax_scale"),
-            dropout_p=given.get("dropout_p") or 0.0,
-            extras=_extras(name, given),
-        )
+    def write(out: Tensor) -> Any:
         # (B, H, S_r, D) -> (B, S_r, H, D) or, packed, (S_r, H, D)
         out = out.transpose(1, 2).contiguous()
         out = out.squeeze(0) if packed else out
         return (out, None) if pair else out
 
-    return attention
+    def read(*args: Any, **kwargs: Any) -> AttentionCall:
+        call = signature.bind(*args, **kwargs)
+        call.apply_defaults()
+        given = {_ALIASES.get(key, key): value for key, value in call.arguments.items()}
+        # (B, S_r, H, D) or, packed, (S_r, H, D) -> (B, H, S_r, D)
+        q, k, v = (t.transpose(-3, -2)[None] if packed else t.transpose(-3, -2) for t in _tensors(given))
+
+        def meaning(batch: LocalBatch, known: MaskSpec | None) -> Softmax:
+            spec = replace(_mask(name, given), num_padding=batch.layout.num_padding)
+            if packed:
+                spec = replace(spec, documents=_documents(name, given, q.shape[2], batch.layout, context.share))
+            return Softmax(
+                spec,
+                scale=given.get("softmax_scale"),
+                dropout_p=given.get("dropout_p") or 0.0,
+                extras=_extras(name, given),
+            )
+
+        return AttentionCall(q, k, v, meaning, is_causal=_is_causal(given), takes_memory=not packed, write=write)
+
+    return intercept(context, original, read)
 
 
 def replace_imported(
-    state: SequenceState,
+    context: SequenceContext,
     root: nn.Module,
     modules: tuple[str, ...],
     is_wanted: Callable[[str], bool],
-    wrap: Callable[[SequenceState, Callable[..., Any]], Callable[..., Any]],
+    wrap: Callable[[SequenceContext, Callable[..., Any]], Callable[..., Any]],
 ) -> Handle:
     """Replaces functions of modules that have been imported, wherever they are held; only where P > 1.
 
     Args:
-        state: The strategy's state.
+        context: Where the step stands.
         root: The user's LightningModule, in which references to the functions are looked for.
         modules: Names of modules that may hold the functions.
         is_wanted: Tells by the name whether a function is to be replaced.
@@ -196,13 +190,13 @@ def replace_imported(
         A handle whose ``remove()`` restores everything.
     """
     handle = Handle()
-    if state.mesh.sp_size == 1:
+    if context.mesh.sp_size == 1:
         return handle
     found: dict[Callable[..., Any], Callable[..., Any]] = {}
     for module in (sys.modules[name] for name in modules if name in sys.modules):
         for name, function in list(vars(module).items()):
             if is_wanted(name) and inspect.isfunction(function):
-                found.setdefault(function, wrap(state, function))
+                found.setdefault(function, wrap(context, function))
     for original, replacement in found.items():
         if original.__module__ == "torch.nn.attention.varlen":
             handle.patch(sys.modules[original.__module__], original.__name__, replacement)
@@ -215,11 +209,11 @@ def _is_attention(name: str) -> bool:
     return is_flash or name == "varlen_attn"
 
 
-def install(state: SequenceState, root: nn.Module) -> Handle:
+def install(context: SequenceContext, root: nn.Module) -> Handle:
     """Replaces what has been imported, where P > 1.
 
     Args:
-        state: The strategy's state.
+        context: Where the step stands.
         root: The user's LightningModule, in which references to the functions are looked for.
 
     Returns:
@@ -227,4 +221,4 @@ def install(state: SequenceState, root: nn.Module) -> Handle:
     """
     import torch.nn.attention.varlen  # noqa: F401  (part of torch: a step may import it later)
 
-    return replace_imported(state, root, _MODULES, _is_attention, _flash)
+    return replace_imported(context, root, _MODULES, _is_attention, _wrap)

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from lightning_ulysses import regions
-from lightning_ulysses.context import SequenceState
-from lightning_ulysses.geometry.split_plan import SequencePlan
+from lightning_ulysses.context import SequenceContext
 from lightning_ulysses.interceptors import (
     flash_attn,
     torch_dropout,
@@ -24,16 +23,13 @@ from lightning_ulysses.patching.handle import Handle
 from lightning_ulysses.upstream.deepspeed import keep_checkpoint_inputs
 
 
-def install_interceptors(
-    state: SequenceState, module: nn.Module, zero_stage_3: bool, plan: SequencePlan | None = None
-) -> Handle:
+def install_interceptors(context: SequenceContext, module: nn.Module, zero_stage_3: bool) -> Handle:
     """Patches everything that a step may call.
 
     Args:
-        state: The strategy's state.
+        context: Where the step stands.
         module: The user's LightningModule.
         zero_stage_3: Whether every forward gathers parameters from all ranks.
-        plan: Where the model is split, in place of the batch.
 
     Returns:
         One handle; ``remove()`` restores everything.
@@ -43,33 +39,31 @@ def install_interceptors(
     """
     handle = Handle()
     try:
-        _install(handle, state, module, zero_stage_3, plan)
+        _install(handle, context, module, zero_stage_3)
     except BaseException:
         handle.remove()
         raise
     return handle
 
 
-def _install(
-    handle: Handle, state: SequenceState, module: nn.Module, zero_stage_3: bool, plan: SequencePlan | None
-) -> None:
-    if state.mesh.sp_size > 1:
+def _install(handle: Handle, context: SequenceContext, module: nn.Module, zero_stage_3: bool) -> None:
+    if context.mesh.sp_size > 1:
         check_adapters(module)
     # What has been compiled so far holds the functions that are replaced here, and what will be, their replacements.
     torch.compiler.reset()
     handle.add(torch.compiler.reset)
     handle.add(keep_checkpoint_inputs().remove)
-    handle.add(targets.install(state).remove)
-    handle.add(torch_dropout.install(state).remove)
-    handle.add(torch_sdpa.install(state, module).remove)
-    handle.add(torch_multihead.install(state).remove)
-    handle.add(flash_attn.install(state, module).remove)
-    handle.add(xformers.install(state, module).remove)
-    handle.add(torch_flex.install(state, module).remove)
-    if plan is not None and state.mesh.sp_size > 1:
-        handle.add(regions.install(state, module, plan).remove)
+    handle.add(targets.install(context).remove)
+    handle.add(torch_dropout.install(context).remove)
+    handle.add(torch_sdpa.install(context, module).remove)
+    handle.add(torch_multihead.install(context).remove)
+    handle.add(flash_attn.install(context, module).remove)
+    handle.add(xformers.install(context, module).remove)
+    handle.add(torch_flex.install(context, module).remove)
+    if context.plan is not None:
+        handle.add(regions.install(context, module, context.plan).remove)
     # A module that holds a transformers model has imported it; nobody else pays for the import.
     if "transformers.modeling_utils" in sys.modules:
         from lightning_ulysses.interceptors.transformers import attention
 
-        handle.add(attention.install(state, module, sync_steps=zero_stage_3).remove)
+        handle.add(attention.install(context, module, sync_steps=zero_stage_3).remove)

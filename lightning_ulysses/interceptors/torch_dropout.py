@@ -10,17 +10,16 @@ import torch
 from torch import Tensor
 
 from lightning_ulysses.attention.draws import own_draws
-from lightning_ulysses.context import LiveBatch, SequenceState
+from lightning_ulysses.context import LocalBatch, SequenceContext
 from lightning_ulysses.patching.handle import Handle
 
 
-def _carries_tokens(x: Tensor, batch: LiveBatch, rank: int) -> bool:
+def _carries_tokens(x: Tensor, batch: LocalBatch, share: int) -> bool:
     """Whether one of the dimensions is as long as this rank's slice, or as its slices of all rows."""
-    share = batch.layout.shares[rank]
     return share in x.shape or batch.rows * share in x.shape
 
 
-def install(state: SequenceState) -> Handle:
+def install(context: SequenceContext) -> Handle:
     """Has dropout draw for this rank's tokens alone, where P > 1; in what is compiled it stays as it is.
 
     Dropout of a tensor without tokens, such as a condition for the whole sample, is the same on all ranks of a group.
@@ -35,17 +34,17 @@ def install(state: SequenceState) -> Handle:
         def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
             if torch.compiler.is_compiling() or not training or not p:
                 return original(input, p, training, inplace)
-            batch = state.sharded_batch
-            if batch is None or not _carries_tokens(input, batch, state.mesh.sp_rank):
+            batch = context.split
+            if batch is None or not _carries_tokens(input, batch, context.share):
                 return original(input, p, training, inplace)
-            with own_draws(state.mesh, input.device, p):
+            with own_draws(context.mesh, input.device):
                 return original(input, p, training, inplace)
 
         return dropout
 
     handle = Handle()
     functional: Any = torch.nn.functional
-    if state.mesh.sp_size > 1:
+    if context.mesh.sp_size > 1:
         for name in ("dropout", "alpha_dropout"):
             handle.patch(functional, name, wrap(getattr(functional, name)))
     return handle

@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_ulysses.attention.stand_in import probe_attention
-from lightning_ulysses.attention.ulysses import exchanged, sees_memory
-from lightning_ulysses.context import SequenceState
+from lightning_ulysses.attention.call import AttentionCall
+from lightning_ulysses.attention.route import route
+from lightning_ulysses.context import LocalBatch, SequenceContext
 from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.exchange.mesh import SequenceMesh
 from lightning_ulysses.geometry.layout import SequenceLayout
+from lightning_ulysses.geometry.mask_spec import MaskSpec
 from lightning_ulysses.patching.early_bound import compiled_copies, rebind
 from lightning_ulysses.patching.handle import Handle
 
@@ -33,7 +36,7 @@ def _check_block_mask(block_mask: BlockMask | None, num_heads: int, layout: Sequ
     """Raises `UlyssesError` unless it is one of the whole sequence."""
     if block_mask is None:
         return
-    real = layout.seq_len - layout.num_padding
+    real = layout.real_len
     lengths, heads = tuple(block_mask.seq_lengths), block_mask.kv_num_blocks.shape[1]
     if lengths != (real, real) or heads not in (1, num_heads):
         raise UlyssesError(
@@ -72,35 +75,44 @@ def _of_heads(block_mask: BlockMask, heads: slice) -> BlockMask:
     )
 
 
-def _kernel(
-    original: Callable[..., Any],
-    score_mod: Mod | None,
-    block_mask: BlockMask | None,
-    layout: SequenceLayout,
-    settings: Mapping[str, Any],
-) -> Callable[..., Tensor]:
-    """Computes some heads over the whole sequence, once they are exchanged."""
-    real = layout.seq_len - layout.num_padding
+@dataclass(frozen=True)
+class Flex:
+    """What a call of ``flex_attention`` computes over the whole sequence.
 
-    def compute(q: Tensor, k: Tensor, v: Tensor, heads: slice, kv_index: tuple[int, ...] | None) -> Tensor:
-        q, k, v = (t[:, :, :real] for t in (q, k, v))
+    Args:
+        original: The function, or a compiled copy of it.
+        score_mod: Changes scores.
+        block_mask: Which keys each query sees.
+        layout: The geometry of the batch.
+        settings: Further arguments of the call.
+    """
+
+    original: Callable[..., Any]
+    score_mod: Mod | None
+    block_mask: BlockMask | None
+    layout: SequenceLayout
+    settings: Mapping[str, Any]
+
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, heads: slice, kv_index: tuple[int, ...] | None, mesh: SequenceMesh
+    ) -> Tensor:
+        """See `attention.call.Meaning`."""
+        q, k, v = (t[:, :, : self.layout.real_len] for t in (q, k, v))
         # Fused kernels want equal groups, of a size that is a power of two.
         if kv_index is None and (ratio := q.shape[1] // k.shape[1]) & (ratio - 1):
             kv_index = tuple(head // ratio for head in range(q.shape[1]))
         if kv_index is not None:
             index = torch.tensor(kv_index, device=k.device)
             k, v = k.index_select(1, index), v.index_select(1, index)
-        score = None if score_mod is None else _shifted(score_mod, heads.start, 2)
-        mask = None if block_mask is None else _of_heads(block_mask, heads)
-        out: Tensor = original(q, k, v, score, mask, enable_gqa=q.shape[1] != k.shape[1], **settings)
-        return nn.functional.pad(out, (0, 0, 0, layout.num_padding))
+        score = None if self.score_mod is None else _shifted(self.score_mod, heads.start, 2)
+        mask = None if self.block_mask is None else _of_heads(self.block_mask, heads)
+        is_grouped = q.shape[1] != k.shape[1]
+        out: Tensor = self.original(q, k, v, score, mask, enable_gqa=is_grouped, **self.settings)
+        return nn.functional.pad(out, (0, 0, 0, self.layout.num_padding))
 
-    return compute
 
-
-def _wrap(state: SequenceState, original: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(original)
-    def flex_attention(
+def _wrap(context: SequenceContext, original: Callable[..., Any]) -> Callable[..., Any]:
+    def read(
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -111,45 +123,49 @@ def _wrap(state: SequenceState, original: Callable[..., Any]) -> Callable[..., A
         return_lse: bool = False,
         kernel_options: Any = None,
         **kwargs: Any,
-    ) -> Any:
-        settings = {"scale": scale, "kernel_options": kernel_options}
-        if state.probing:
-            return probe_attention(state, query, key, value)
-        batch = state.sharded_batch
-        if batch is None or sees_memory(state, query, key, False):
-            more = {"enable_gqa": enable_gqa, "return_lse": return_lse, **settings, **kwargs}
-            return original(query, key, value, score_mod, block_mask, **more)
-        if return_lse or any(kwargs.get("return_aux") or ()):
-            raise UlyssesError(
-                "flex_attention that returns the log-sum-exp or the largest scores",
-                "a call for the output alone",
-                "leave out return_lse and return_aux, or train without sequence parallelism (sp_size=1)",
-            )
-        _check_block_mask(block_mask, query.shape[1], batch.layout)
-        compute = _kernel(original, score_mod, block_mask, batch.layout, settings)
-        return exchanged(state, query, key, value, compute)
+    ) -> AttentionCall:
+        def meaning(batch: LocalBatch, known: MaskSpec | None) -> Flex:
+            if return_lse or any(kwargs.get("return_aux") or ()):
+                raise UlyssesError(
+                    "flex_attention that returns the log-sum-exp or the largest scores",
+                    "a call for the output alone",
+                    "leave out return_lse and return_aux, or train without sequence parallelism (sp_size=1)",
+                )
+            _check_block_mask(block_mask, query.shape[1], batch.layout)
+            settings = {"scale": scale, "kernel_options": kernel_options}
+            return Flex(original, score_mod, block_mask, batch.layout, settings)
+
+        return AttentionCall(query, key, value, meaning)
+
+    # Not kept out of compiled graphs: a compiled copy has to stay compiled inside.
+    @functools.wraps(original)
+    def flex_attention(*args: Any, **kwargs: Any) -> Any:
+        batch = context.described
+        if batch is None and not context.place.is_tried:
+            return original(*args, **kwargs)
+        return route(context, batch, read(*args, **kwargs), functools.partial(original, *args, **kwargs))
 
     return flex_attention
 
 
-def install(state: SequenceState, root: nn.Module) -> Handle:
+def install(context: SequenceContext, root: nn.Module) -> Handle:
     """Replaces the function and every compiled copy of it, where P > 1.
 
     Args:
-        state: The strategy's state.
+        context: Where the step stands.
         root: The user's LightningModule, in which references to the function are looked for.
 
     Returns:
         A handle whose ``remove()`` restores everything.
     """
     handle = Handle()
-    if state.mesh.sp_size > 1:
+    if context.mesh.sp_size > 1:
         import torch.nn.attention.flex_attention as package
 
         original = package.flex_attention
         for function in compiled_copies(root, original):
-            rebind(handle, root, function, _wrap(state, function))
-        replacement = _wrap(state, original)
+            rebind(handle, root, function, _wrap(context, function))
+        replacement = _wrap(context, original)
         handle.patch(package, "flex_attention", replacement)
         rebind(handle, root, original, replacement)
     return handle

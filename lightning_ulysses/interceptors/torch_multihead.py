@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-from lightning_ulysses.context import SequenceState
+from lightning_ulysses.context import SequenceContext
 from lightning_ulysses.patching.handle import Handle
 
 
-def install(state: SequenceState) -> Handle:
+def install(context: SequenceContext) -> Handle:
     """Guards ``torch.nn.functional.multi_head_attention_forward``.
 
     Args:
-        state: The strategy's state.
+        context: Where the step stands.
 
     Returns:
         A handle whose ``remove()`` restores the function and the fused path.
@@ -29,9 +29,9 @@ def install(state: SequenceState) -> Handle:
     original = functional.multi_head_attention_forward
     signature = inspect.signature(original)
 
-    @state.takes_over(original)
+    @context.takes_over(original)
     def multi_head_attention_forward(*args: Any, **kwargs: Any) -> Any:
-        if state.sharded_batch is None and not state.probing:
+        if context.split is None and not context.place.is_tried:
             return original(*args, **kwargs)
         call = signature.bind(*args, **kwargs)
         call.arguments["need_weights"] = False
@@ -39,7 +39,7 @@ def install(state: SequenceState) -> Handle:
 
     handle = Handle()
     handle.patch(functional, "multi_head_attention_forward", multi_head_attention_forward)
-    if state.mesh.sp_size > 1:
+    if context.mesh.sp_size > 1:
         enabled = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
         handle.add(lambda: torch.backends.mha.set_fastpath_enabled(enabled))

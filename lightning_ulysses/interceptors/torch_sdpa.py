@@ -2,74 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_ulysses.attention.stand_in import probe_attention
-from lightning_ulysses.attention.ulysses import covers_sequence, local_mask_error, sees_memory, sharded_attention
-from lightning_ulysses.context import LiveBatch, SequenceState
+from lightning_ulysses.attention.attend import Softmax
+from lightning_ulysses.attention.call import AttentionCall, read_mask
+from lightning_ulysses.attention.route import intercept
+from lightning_ulysses.context import LocalBatch, SequenceContext
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.geometry.mask_spec import MaskSpec
-from lightning_ulysses.interceptors.transformers.masks import find_mask
 from lightning_ulysses.patching.early_bound import rebind
 from lightning_ulysses.patching.handle import Handle
 
 
-def _read_mask(batch: LiveBatch, mask: Tensor, spec: MaskSpec) -> tuple[MaskSpec, Tensor | None]:
-    """What a mask tensor means over the whole sequence: the spec it was made from, or a bias beside ``spec``."""
-    known = find_mask(batch, mask)
-    if known is not None:
-        return known, None
-    if covers_sequence(mask, batch.layout):
-        return spec, mask
-    raise local_mask_error(mask, batch.layout)
+def _squeeze(out: Tensor) -> Tensor:
+    # (1, H, S_r, D_v) -> (H, S_r, D_v)
+    return out.squeeze(0)
 
 
-def _wrap(state: SequenceState, original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    @state.takes_over(original)
-    def scaled_dot_product_attention(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        if state.probing:
-            return probe_attention(state, query, key, value)
-        batch = state.described_batch
-        whole = state.mesh.sp_size == 1
-        if batch is None or (whole and (attn_mask is None or find_mask(batch, attn_mask) is None)):
-            return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-        if sees_memory(state, query, key, is_causal):
-            return original(query, key, value, attn_mask, dropout_p, scale=scale, enable_gqa=enable_gqa)
+def _read(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> AttentionCall:
+    def meaning(batch: LocalBatch, known: MaskSpec | None) -> Softmax:
         spec = MaskSpec(is_causal, num_padding=batch.layout.num_padding)
-        bias = None
-        if attn_mask is not None:
-            spec, bias = _read_mask(batch, attn_mask, spec)
+        spec, bias = read_mask(batch, known, attn_mask, spec)
         if query.dim() not in (3, 4):
             raise UlyssesError(
                 f"scaled_dot_product_attention on a query of shape {tuple(query.shape)}",
                 "(B, H, S_r, D) or (H, S_r, D)",
                 "reshape to four dimensions, or put attention along another dimension into unsharded()",
             )
-        q, k, v = (t if t.dim() == 4 else t.unsqueeze(0) for t in (query, key, value))
-        out = sharded_attention(state, q, k, v, spec, scale=scale, dropout_p=dropout_p, bias=bias)
-        return out if query.dim() == 4 else out.squeeze(0)
+        return Softmax(spec, bias, scale, dropout_p)
 
-    return scaled_dot_product_attention
+    if query.dim() != 3:
+        return AttentionCall(query, key, value, meaning, attn_mask, is_causal)
+    # (H, S_r, D) -> (1, H, S_r, D)
+    q, k, v = (t if t.dim() == 4 else t.unsqueeze(0) for t in (query, key, value))
+    return AttentionCall(q, k, v, meaning, attn_mask, is_causal, write=_squeeze)
 
 
-def install(state: SequenceState, root: nn.Module | None = None) -> Handle:
-    """Routes calls made on a live batch through the exchange; every other call goes to the original.
+def install(context: SequenceContext, root: nn.Module | None = None) -> Handle:
+    """Routes the function's calls while a strategy is set up.
 
     Args:
-        state: The strategy's state.
+        context: Where the step stands.
         root: The user's LightningModule, in which references to the function are looked for.
 
     Returns:
@@ -77,9 +62,9 @@ def install(state: SequenceState, root: nn.Module | None = None) -> Handle:
     """
     functional: Any = torch.nn.functional
     original = functional.scaled_dot_product_attention
-    replacement = _wrap(state, original)
+    replacement = intercept(context, original, _read)
     handle = Handle()
     handle.patch(functional, "scaled_dot_product_attention", replacement)
-    if root is not None and state.mesh.sp_size > 1:
+    if root is not None and context.mesh.sp_size > 1:
         rebind(handle, root, original, replacement)
     return handle

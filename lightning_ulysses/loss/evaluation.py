@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_ulysses.context import LiveBatch
+from lightning_ulysses.context import LocalBatch
 from lightning_ulysses.geometry.layout import SequenceLayout
 from lightning_ulysses.loss.targets import choose_names, counts_agree, score_names
 from lightning_ulysses.loss.token_mean import TokenMean
@@ -46,10 +46,10 @@ class EvaluationLoss:
         self._means: dict[str, TokenMean] | None = None
         self._scores: dict[str, int] = {}
         self._all_equal = True
-        self._first: LiveBatch | None = None
+        self._first: LocalBatch | None = None
         self._batches = 0
 
-    def add(self, loss: Tensor, live: LiveBatch) -> None:
+    def add(self, loss: Tensor, live: LocalBatch) -> None:
         """Adds the mean over a rank's targets of one batch."""
         counts = live.counts if self._by_targets else {"": 1.0}
         if self._name is not None and self._name in counts:
@@ -92,7 +92,7 @@ class EvaluationLoss:
         wanted = self._name if self._by_targets else ""
         if wanted is None or wanted not in names:
             # A rank without a batch says the same in fewer words.
-            live = self._first or LiveBatch(SequenceLayout(1, 1))
+            live = self._first or LocalBatch(SequenceLayout(1, 1))
             wanted = choose_names(scores, all(word.all_equal for word in words), live)[0][0]
         return (self._means or {}).get(wanted, TokenMean().to(self._device)).compute()
 

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from lightning_ulysses.context import LiveBatch, TargetEvidence
+from lightning_ulysses.context import LocalBatch
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.geometry.batch_keys import MASK_KEYS
+from lightning_ulysses.loss.evidence import LossEvidence, TargetEvidence
 
 SILENT, MEAN, SUM, OTHER = range(4)
 
@@ -23,7 +24,7 @@ def _valid(evidence: TargetEvidence) -> Tensor:
     return (evidence.target != evidence.ignore_index).flatten()
 
 
-def _means(evidence: TargetEvidence, live: LiveBatch) -> Iterator[Tensor]:
+def _means(evidence: TargetEvidence, live: LocalBatch) -> Iterator[Tensor]:
     """The means over targets that can be made of one cross entropy."""
     assert evidence.value is not None
     value, valid = evidence.value.double().flatten(), _valid(evidence)
@@ -39,7 +40,7 @@ def _means(evidence: TargetEvidence, live: LiveBatch) -> Iterator[Tensor]:
                 yield value[kept].sum() / kept.sum()
 
 
-def loss_form(loss: Tensor, name: str, live: LiveBatch) -> int:
+def loss_form(loss: Tensor, name: str, live: LocalBatch) -> int:
     """Whether a rank's loss is a mean over targets, a sum of them over some number, or neither.
 
     Args:
@@ -51,8 +52,9 @@ def loss_form(loss: Tensor, name: str, live: LiveBatch) -> int:
         ``MEAN``, ``SUM`` or ``OTHER``; ``SILENT`` where nothing can be said, as for a slice without targets, a loss
         without a cross entropy, one of several, or one with a router's loss.
     """
-    found = [evidence for evidence in live.evidence if evidence.value is not None and evidence.target is not None]
-    if len(found) != 1 or live.has_whole_part or not live.counts.get(name) or not bool(torch.isfinite(loss)):
+    noted = live.notes.of(LossEvidence)
+    found = [evidence for evidence in noted.found if evidence.value is not None and evidence.target is not None]
+    if len(found) != 1 or noted.has_whole_part or not live.counts.get(name) or not bool(torch.isfinite(loss)):
         return SILENT
     evidence, value = found[0], loss.detach().double().squeeze()
     assert evidence.value is not None

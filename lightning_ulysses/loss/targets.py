@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ulysses.context import LiveBatch, SequenceState, TargetEvidence
+from lightning_ulysses.context import LocalBatch, SequenceContext
 from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.loss.evidence import LossEvidence, LossWatch, TargetEvidence
 from lightning_ulysses.patching.handle import Handle
 from lightning_ulysses.patching.outside_graphs import eager
 
@@ -28,19 +29,21 @@ _CLASS_WEIGHTS = "class weights"
 _LABELS_OF = {"loss_mask": ("labels", "shift_labels"), "shift_loss_mask": ("shift_labels",)}
 
 
-def install(state: SequenceState) -> Handle:
+def install(context: SequenceContext) -> Handle:
     """Notes the targets of cross entropies computed in a step, while it is open which tensor holds them."""
     handle = Handle()
     functional: Any = torch.nn.functional
+    losses = context.notes.of(LossWatch)
 
     def watch(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @functools.wraps(original)
         def loss_of(input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             result = original(input, target, *args, **kwargs)
             # Where a plan joins the sequence, the loss comes behind the region in which the batch is live.
-            batch = state.running
-            if batch is not None and state.collect_evidence and not state.probing and not target.is_floating_point():
-                _note(batch, result, target, *args, **kwargs)
+            place = context.place
+            wanted = losses.is_open and not place.is_tried and not target.is_floating_point()
+            if wanted and place.batch is not None:
+                _note(place.batch, result, target, *args, **kwargs)
             return result
 
         return loss_of
@@ -51,7 +54,7 @@ def install(state: SequenceState) -> Handle:
 
 
 @eager
-def _note(batch: LiveBatch, result: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> None:
+def _note(batch: LocalBatch, result: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> None:
     """Keeps what a cross entropy was computed on; the further arguments are those of ``cross_entropy``."""
     if type(target).__module__.startswith("torch._subclasses"):
         # A compiler that traces a graph calls by name what is in it.
@@ -62,10 +65,10 @@ def _note(batch: LiveBatch, result: Tensor, target: Tensor, *args: Any, **kwargs
     weight = kwargs.get("weight", args[0] if args else None)
     name = _CLASS_WEIGHTS if weight is not None and reduction == "mean" else None
     evidence = TargetEvidence(target.detach(), ignore_index, reduction == "mean", name, result.detach())
-    batch.evidence.append(evidence)
+    batch.notes.of(LossEvidence).found.append(evidence)
 
 
-def _explains(name: str, evidence: TargetEvidence, live: LiveBatch) -> int:
+def _explains(name: str, evidence: TargetEvidence, live: LocalBatch) -> int:
     """How well the tensor ``name`` explains a mean over the targets of ``evidence``."""
     assert evidence.target is not None
     if float((evidence.target != evidence.ignore_index).sum()) != live.seen[name]:
@@ -77,7 +80,7 @@ def _explains(name: str, evidence: TargetEvidence, live: LiveBatch) -> int:
     return _CONTENT if torch.equal(aligned, evidence.target.reshape(-1).to(aligned.dtype)) else _COUNT
 
 
-def _score(name: str, evidence: TargetEvidence, live: LiveBatch) -> int:
+def _score(name: str, evidence: TargetEvidence, live: LocalBatch) -> int:
     """How well one candidate explains one loss."""
     if evidence.name is not None:
         return _CONTENT if evidence.name == name else _NO
@@ -95,20 +98,21 @@ def _score(name: str, evidence: TargetEvidence, live: LiveBatch) -> int:
     return max(_UNKNOWN, _explains(name, evidence, live))
 
 
-def score_names(live: LiveBatch, names: Iterable[str]) -> dict[str, int]:
+def score_names(live: LocalBatch, names: Iterable[str]) -> dict[str, int]:
     """How well each candidate explains all losses computed on a batch."""
+    found = live.notes.of(LossEvidence).found
     return {
-        name: min((_score(name, e, live) for e in live.evidence), default=_NO if name in _HIDDEN else _UNKNOWN)
+        name: min((_score(name, e, live) for e in found), default=_NO if name in _HIDDEN else _UNKNOWN)
         for name in names
     }
 
 
-def counts_agree(live: LiveBatch) -> bool:
+def counts_agree(live: LocalBatch) -> bool:
     """Whether it makes no difference which of the candidates holds the targets."""
     return len({count for name, count in live.counts.items() if name != "tokens"}) <= 1
 
 
-def choose_names(scores: Mapping[str, int], all_equal: bool, live: LiveBatch) -> tuple[list[str], bool]:
+def choose_names(scores: Mapping[str, int], all_equal: bool, live: LocalBatch) -> tuple[list[str], bool]:
     """The best candidates, any of which will do, and whether a single one is beyond doubt.
 
     Args:
@@ -149,7 +153,7 @@ class TargetResolver:
         self._agree = agree
         self._attempts = 0
 
-    def resolve(self, live: LiveBatch, names: Iterable[str]) -> str:
+    def resolve(self, live: LocalBatch, names: Iterable[str]) -> str:
         """The name to weight by; a collective until it is settled.
 
         Args:
@@ -186,11 +190,11 @@ class TargetResolver:
         )
 
 
-def _unexplained(live: LiveBatch) -> UlyssesError:
+def _unexplained(live: LocalBatch) -> UlyssesError:
     seen = [
         f"{int((e.target != e.ignore_index).sum())} targets (ignore_index={e.ignore_index})"
         + (f" with {_CLASS_WEIGHTS}" if e.name == _CLASS_WEIGHTS else "")
-        for e in live.evidence
+        for e in live.notes.of(LossEvidence).found
         if e.target is not None
     ]
     return UlyssesError(
@@ -202,7 +206,7 @@ def _unexplained(live: LiveBatch) -> UlyssesError:
     )
 
 
-def _uncountable(live: LiveBatch) -> UlyssesError:
+def _uncountable(live: LocalBatch) -> UlyssesError:
     if not live.layout.num_padding:
         return UlyssesError(
             "batches that have no tensor in common that can hold the targets",
@@ -216,7 +220,7 @@ def _uncountable(live: LiveBatch) -> UlyssesError:
     )
 
 
-def _ambiguous(chosen: list[str], live: LiveBatch) -> UlyssesError:
+def _ambiguous(chosen: list[str], live: LocalBatch) -> UlyssesError:
     return UlyssesError(
         f"a loss that could be a mean over any of {chosen}, with {live.counts} targets on this rank",
         "to know which of them the loss is a mean over",

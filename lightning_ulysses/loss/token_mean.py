@@ -57,8 +57,3 @@ class TokenMean(Metric):
     def compute(self) -> Tensor:
         """The mean, () float32; NaN without a target."""
         return (self.total / self.count).float()
-
-
-def token_weight(count: float, total: float, world_size: int) -> float:
-    """The factor on a rank's mean: n_w * W / N, and 0 for a step without a single target."""
-    return count * world_size / total if total else 0.0

@@ -3,24 +3,55 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_ulysses.config import UlyssesConfig
-from lightning_ulysses.context import LiveBatch
+from lightning_ulysses.context import LocalBatch
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.exchange.mesh import SequenceMesh
-from lightning_ulysses.loss.accumulation import AccumulationWindow, LossWindow
+from lightning_ulysses.loss.accumulation import AccumulationWindow
 from lightning_ulysses.loss.evaluation import EvaluationLoss
 from lightning_ulysses.loss.form import judge, loss_form, votes
 from lightning_ulysses.loss.targets import TargetResolver
-from lightning_ulysses.loss.token_mean import token_weight
+
+
+@dataclass
+class LossWindow:
+    """One optimizer step under way.
+
+    Attributes:
+        size: Micro-batches in it.
+        totals: N for each tensor that may hold the targets, over all micro-batches and data-parallel ranks.
+        index: The current micro-batch.
+        loss: This rank's part of the exact loss so far.
+    """
+
+    size: int
+    totals: Mapping[str, float]
+    index: int = 0
+    loss: Tensor | None = None
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the optimizer steps after the current micro-batch."""
+        return self.index + 1 >= self.size
+
+    def add(self, part: Tensor) -> None:
+        """Adds one micro-batch's part of the loss."""
+        self.loss = part if self.loss is None else self.loss + part
+
+
+def token_weight(count: float, total: float, world_size: int) -> float:
+    """The factor on a rank's mean: n_w * W / N, and 0 for a step without a single target."""
+    return count * world_size / total if total else 0.0
 
 
 class StepWeights:
@@ -92,7 +123,9 @@ class StepWeights:
             self._plan = plans.popleft() if plans else AccumulationWindow(1, counts)
             totals = self._plan.totals if self._plan.counts else counts
             self._window = LossWindow(self._plan.size, self._over_replicas(totals))
-            self._resolver.check(self._window.totals)
+            settled = self._resolver.settled
+            if settled is not None and math.isnan(self._window.totals.get(settled, math.nan)):
+                self._resolver.check(self._window.totals)
         else:
             self._window.index += 1
         planned = self._plan.counts if self._plan is not None else ()
@@ -114,7 +147,7 @@ class StepWeights:
                 "use one train dataloader and do not change accumulate_grad_batches during fit",
             )
 
-    def apply(self, loss: Tensor, live: LiveBatch, micro_batches: int, automatic: bool) -> Tensor:
+    def apply(self, loss: Tensor, live: LocalBatch, micro_batches: int, automatic: bool) -> Tensor:
         """The loss to back-propagate on this rank.
 
         Args:
@@ -150,16 +183,20 @@ class StepWeights:
         self._window.add(weighted.detach() / self._mesh.world_size)
         return weighted
 
-    def _target(self, loss: Tensor, live: LiveBatch, totals: Mapping[str, float]) -> str:
+    def _target(self, loss: Tensor, live: LocalBatch, totals: Mapping[str, float]) -> str:
         """The tensor that the loss is a mean over; while it is open, the loss is looked at as well."""
-        if self._resolver.settled is not None:
-            return self._resolver.resolve(live, totals)
+        settled = self._resolver.settled
+        if settled is not None:
+            if settled not in live.counts:
+                self._resolver.check(live.counts)
+            return settled
         name = self._resolver.resolve(live, totals)
         verdict = self._agree(torch.tensor(votes(loss_form(loss, name, live)), dtype=torch.int64))
         warning = judge(verdict.tolist(), name, totals[name])
         if warning is not None and not self._warned:
             self._warned = True
-            rank_zero_warn(warning)
+            if self._mesh.rank == 0:
+                warnings.warn(warning, stacklevel=2)
         return name
 
     def stepped(self) -> None:

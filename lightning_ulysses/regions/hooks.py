@@ -9,16 +9,18 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lightning_ulysses.context import LiveBatch, Place, SequenceState
+from lightning_ulysses.context import LocalBatch, SequenceContext
 from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.exchange.agreement import check_same_inputs
 from lightning_ulysses.exchange.cut_and_join import cut, join
 from lightning_ulysses.geometry.layout import SequenceLayout
 from lightning_ulysses.geometry.split_plan import ONLY_OUTPUT, SequencePlan
+from lightning_ulysses.notes import known
 from lightning_ulysses.patching.handle import Handle
 from lightning_ulysses.patching.outside_graphs import eager
 from lightning_ulysses.regions import recompute
 from lightning_ulysses.regions.matching import Inputs, Matcher
+from lightning_ulysses.regions.notes import Beside, RegionSizes, RegionTally
+from lightning_ulysses.regions.same_inputs import check_same_inputs
 
 _CHECKED_REGIONS = 3
 
@@ -31,31 +33,29 @@ class Splitter:
     """Cuts the inputs of one submodule, and begins a region where none is open.
 
     Args:
-        state: The strategy's state.
+        context: Where the step stands.
         name: Of the submodule.
         inputs: What to cut.
     """
 
-    def __init__(self, state: SequenceState, name: str, inputs: Inputs) -> None:
-        self._state = state
+    def __init__(self, context: SequenceContext, name: str, inputs: Inputs) -> None:
+        self._context = context
         self._name = name
         self._inputs = inputs
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward pre-hook."""
-        state = self._state
+        context = self._context
         given = self._inputs.get(args, kwargs)
         leaves = {key: self._tensors(key, value) for key, value in given.items()}
-        region = state.batch
+        region = context.region
         if region is None:
             region = self._begin(leaves)
             others = self._inputs.put(args, kwargs, dict.fromkeys(given))
-            beside = [leaf for leaf in tree_flatten(others)[0] if isinstance(leaf, Tensor)]
-            region.outside = {leaf.untyped_storage().data_ptr() for leaf in beside}
-            # So that those addresses stay theirs.
-            region.keep += beside
+            beside = known(leaf for leaf in tree_flatten(others)[0] if isinstance(leaf, Tensor))
+            region.notes.of(Beside).tensors = beside
         new = {key: self._cut(key, value, leaves, region.layout) for key, value in given.items()}
-        state.place = Place(region)
+        context.enter(region)
         return self._inputs.put(args, kwargs, new)
 
     def _tensors(self, key: str, value: Any) -> list[Tensor]:
@@ -88,33 +88,34 @@ class Splitter:
             "`with lightning_ulysses.unsharded():`",
         )
 
-    def _begin(self, leaves: Mapping[str, list[Tensor]]) -> LiveBatch:
+    def _begin(self, leaves: Mapping[str, list[Tensor]]) -> LocalBatch:
         """A region as long as the inputs, which are whole, since nothing is split yet."""
-        state = self._state
-        running, sizes = state.running, self._sizes(leaves)
+        context, mesh = self._context, self._context.mesh
+        running, sizes = context.place.batch, self._sizes(leaves)
         assert running is not None
-        known = running.layout.seq_len
-        if not state.is_joined:
-            if known not in sizes:
-                raise self._refusal(leaves, f"at least one that is as long as the batch, {known}")
+        length = running.layout.seq_len
+        if not context.is_joined:
+            if length not in sizes:
+                raise self._refusal(leaves, f"at least one that is as long as the batch, {length}")
             region = running
         else:
-            if len(sizes) != 1 or min(sizes) < state.mesh.sp_size:
+            if len(sizes) != 1 or min(sizes) < mesh.sp_size:
                 raise self._refusal(
-                    leaves, f"one length S of at least {state.mesh.sp_size} along the dimensions {self._inputs.dims}"
+                    leaves, f"one length S of at least {mesh.sp_size} along the dimensions {self._inputs.dims}"
                 )
             seq_len = sizes.pop()
             # Documents and padding are those of the batch, where that is what is split.
-            layout = running.layout if seq_len == known else SequenceLayout(seq_len, state.mesh.sp_size)
-            region = LiveBatch(layout, rows=running.rows)
-            running.measured = layout
-        if state.splits < _CHECKED_REGIONS:
-            check_same_inputs(state.mesh, self._name, leaves)
-        state.splits += 1
+            layout = running.layout if seq_len == length else SequenceLayout(seq_len, mesh.sp_size)
+            region = LocalBatch(layout, rows=running.rows)
+            running.notes.of(RegionSizes).layout = layout
+        tally = context.notes.of(RegionTally)
+        if tally.begun < _CHECKED_REGIONS:
+            check_same_inputs(mesh, self._name, leaves)
+        tally.begun += 1
         return region
 
     def _cut(self, key: str, value: Any, leaves: Mapping[str, list[Tensor]], layout: SequenceLayout) -> Any:
-        rank, wanted = self._state.mesh.sp_rank, self._inputs.dims[key]
+        rank, wanted = self._context.mesh.sp_rank, self._inputs.dims[key]
         share = layout.shares[rank]
         flat, spec = tree_flatten(value)
         for index, tensor in enumerate(flat):
@@ -143,26 +144,25 @@ class Joiner:
     """Joins outputs of one submodule, and ends the region.
 
     Args:
-        state: The strategy's state.
+        context: Where the step stands.
         name: Of the submodule.
         dims: What to join.
     """
 
-    def __init__(self, state: SequenceState, name: str, dims: Mapping[str, int]) -> None:
-        self._state = state
+    def __init__(self, context: SequenceContext, name: str, dims: Mapping[str, int]) -> None:
+        self._context = context
         self._name = name
         self._dims = dims
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         """A forward hook."""
-        state = self._state
-        region = state.batch
+        region = self._context.region
         if region is None:
             self._check_whole(output)
             return None
         parts = {key: self._part(key, output) for key in self._dims}
         joined = {key: self._join(key, part, region.layout) for key, part in parts.items()}
-        state.place = Place(last=region.layout)
+        self._context.leave(region.layout)
         return self._rebuild(output, joined)
 
     def _part(self, key: str, output: Any) -> Tensor:
@@ -186,7 +186,7 @@ class Joiner:
         )
 
     def _join(self, key: str, part: Tensor, layout: SequenceLayout) -> Tensor:
-        mesh, dim = self._state.mesh, self._dims[key]
+        mesh, dim = self._context.mesh, self._dims[key]
         share = layout.shares[mesh.sp_rank]
         if not -part.dim() <= dim < part.dim() or part.shape[dim] != share:
             raise self._refusal(part, f"this rank's share, {share}, along dimension {dim}")
@@ -195,12 +195,12 @@ class Joiner:
 
     def _check_whole(self, output: Any) -> None:
         """Refuses a slice of a region that has ended: nobody would join it."""
-        last = self._state.place.last
+        last = self._context.place.last
         if last is None:
             return
         for key, dim in self._dims.items():
             part = self._part(key, output)
-            if -part.dim() <= dim < part.dim() and part.shape[dim] == last.shares[self._state.mesh.sp_rank]:
+            if -part.dim() <= dim < part.dim() and part.shape[dim] == last.shares[self._context.mesh.sp_rank]:
                 raise self._refusal(
                     part, "one join behind each split; this one comes when the sequence is joined already"
                 )
@@ -221,14 +221,14 @@ class Joiner:
 class Local:
     """Leaves attention inside one submodule plain."""
 
-    def __init__(self, state: SequenceState) -> None:
-        self._state = state
+    def __init__(self, context: SequenceContext) -> None:
+        self._context = context
         self._open: list[ExitStack] = []
 
     def enter(self, module: nn.Module, args: Any) -> None:
         """A forward pre-hook."""
         stack = ExitStack()
-        stack.enter_context(self._state.plain())
+        stack.enter_context(self._context.plain())
         self._open.append(stack)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -237,21 +237,21 @@ class Local:
             self._open.pop().close()
 
 
-def _in_steps(state: SequenceState, hook: Callable[..., Any]) -> Callable[..., Any]:
+def _in_steps(context: SequenceContext, hook: Callable[..., Any]) -> Callable[..., Any]:
     """``hook`` where there is something to split or to join, and out of compiled graphs."""
     outside = eager(hook)
 
     def choose(*args: Any) -> Any:
-        return None if state.probing or state.running is None else outside(*args)
+        return None if context.place.is_tried or context.place.batch is None else outside(*args)
 
     return choose
 
 
-def install(state: SequenceState, root: nn.Module, plan: SequencePlan) -> Handle:
+def install(context: SequenceContext, root: nn.Module, plan: SequencePlan) -> Handle:
     """Has a plan decide where in a step the sequence is split.
 
     Args:
-        state: The strategy's state; P > 1.
+        context: Where the step stands; P > 1.
         root: The user's LightningModule.
         plan: The plan.
 
@@ -268,11 +268,11 @@ def install(state: SequenceState, root: nn.Module, plan: SequencePlan) -> Handle
         for name, module in matcher.find("split", pattern):
             inputs.setdefault(name, (module, {}))[1].update(dims)
     splitters = [
-        (module, Splitter(state, name, Inputs(name, module, dims, plan.is_family)))
+        (module, Splitter(context, name, Inputs(name, module, dims, plan.is_family)))
         for name, (module, dims) in inputs.items()
     ]
     joiners = [
-        (module, Joiner(state, name, dims))
+        (module, Joiner(context, name, dims))
         for pattern, dims in plan.join.items()
         for name, module in matcher.find("join", pattern)
     ]
@@ -280,18 +280,12 @@ def install(state: SequenceState, root: nn.Module, plan: SequencePlan) -> Handle
         raise matcher.nothing("join", list(plan.join))
     local = [module for pattern in plan.local for _, module in matcher.find("local", pattern)]
     for module, splitter in splitters:
-        handle.add(module.register_forward_pre_hook(_in_steps(state, splitter), with_kwargs=True).remove)
+        handle.add(module.register_forward_pre_hook(_in_steps(context, splitter), with_kwargs=True).remove)
     for module, joiner in joiners:
-        handle.add(module.register_forward_hook(_in_steps(state, joiner)).remove)
+        handle.add(module.register_forward_hook(_in_steps(context, joiner)).remove)
     for module in local:
-        hooks = Local(state)
+        hooks = Local(context)
         handle.add(module.register_forward_pre_hook(eager(hooks.enter)).remove)
         handle.add(module.register_forward_hook(eager(hooks.leave), always_call=True).remove)
-    recompute.install(state, root, handle)
-    state.is_planned, state.is_joined = True, bool(plan.join)
-
-    def reset() -> None:
-        state.is_planned = state.is_joined = False
-
-    handle.add(reset)
+    recompute.install(context, root, handle)
     return handle

@@ -13,7 +13,7 @@ from typing import Any
 import torch.utils.checkpoint
 from torch import nn
 
-from lightning_ulysses.context import SequenceState
+from lightning_ulysses.context import SequenceContext
 from lightning_ulysses.patching.early_bound import rebind
 from lightning_ulysses.patching.handle import Handle
 
@@ -21,12 +21,10 @@ from lightning_ulysses.patching.handle import Handle
 class _Placed:
     """A function that is run once, and then again as if at the same place."""
 
-    def __init__(self, state: SequenceState, function: Callable[..., Any]) -> None:
-        self._state = state
+    def __init__(self, context: SequenceContext, function: Callable[..., Any]) -> None:
+        self._context = context
         self._function = function
-        self._place = state.place
-        # What was computed without a compiler saved other tensors than it would with one.
-        self._uncompiled = state.runs_uncompiled
+        self._place = context.place
         self._is_first = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -34,16 +32,17 @@ class _Placed:
             # What a split or a join inside it begins or ends holds behind it as well.
             self._is_first = False
             return self._function(*args, **kwargs)
-        state = self._state
-        with state.placed(self._place), state.uncompiled() if self._uncompiled else nullcontext():
+        context = self._context
+        # What was computed without a compiler saved other tensors than it would with one.
+        with context.at(self._place), context.uncompiled() if self._place.is_uncompiled else nullcontext():
             return self._function(*args, **kwargs)
 
 
-def install(state: SequenceState, root: nn.Module, handle: Handle) -> None:
+def install(context: SequenceContext, root: nn.Module, handle: Handle) -> None:
     """Guards the checkpoints of torch and of DeepSpeed, also where they were bound early.
 
     Args:
-        state: The strategy's state.
+        context: Where the step stands.
         root: The user's LightningModule.
         handle: Undoes it.
     """
@@ -52,7 +51,7 @@ def install(state: SequenceState, root: nn.Module, handle: Handle) -> None:
     def guarded(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            return original(_Placed(state, function), *args, **kwargs)
+            return original(_Placed(context, function), *args, **kwargs)
 
         return checkpoint
 

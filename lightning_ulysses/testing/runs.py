@@ -108,7 +108,7 @@ class StepRecorder(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         strategy = trainer.strategy
-        assert isinstance(strategy, UlyssesDeepSpeedStrategy) and strategy.weights is not None
+        assert isinstance(strategy, UlyssesDeepSpeedStrategy)
         if strategy.weights.steps > len(self.losses):
             self.losses.append(float(strategy.weights.global_loss()))
             self.grad_norms.append(float(strategy.deepspeed_engine.get_global_grad_norm() or 0.0))

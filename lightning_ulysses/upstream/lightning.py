@@ -63,18 +63,13 @@ class AcceptsCompiled:
 
     _compiler_ctx: tuple[pl.LightningModule, dict[str, Any]] | None = None
 
-    @property
-    def _lightning_module(self) -> pl.LightningModule | None:
-        """What ``Strategy`` calls so."""
-        module: pl.LightningModule | None = vars(self).get("_module")
-        return module
-
-    @_lightning_module.setter
-    def _lightning_module(self, module: pl.LightningModule | None) -> None:
-        vars(self)["_module"] = module
-        context = getattr(module, "_compiler_ctx", None)
-        if module is not None and context is not None:
-            self._compiler_ctx, module._compiler_ctx = (module, context), None
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Takes note of a module's compiler settings, and hides them as long as the strategy holds the module."""
+        super().__setattr__(name, value)
+        # Assigned by the Trainer itself, and not by a method that could be overridden.
+        context = getattr(value, "_compiler_ctx", None) if name == "_lightning_module" else None
+        if context is not None:
+            self._compiler_ctx, value._compiler_ctx = (value, context), None
 
     def teardown(self) -> None:
         """Lets Lightning know again that the module is compiled."""

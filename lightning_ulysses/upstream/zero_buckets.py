@@ -9,7 +9,6 @@ that no token of a slice chose has none there. Stage 3 sorts by itself.
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.exchange.agreement import digest, same_on_all
 
 # Parameter group, place in the group
 _Key = tuple[int, int]
@@ -91,11 +91,8 @@ class GradientAgreement:
         ]
 
     def _same_everywhere(self, keys: list[_Key], pending: list[_Key]) -> bool:
-        digest = hashlib.blake2s(repr((keys, pending)).encode(), digest_size=7).digest()
-        mine = torch.tensor([int.from_bytes(digest, "little")], dtype=torch.int64, device=self._device)
-        everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(everyone, mine)
-        return len(set(torch.cat(everyone).tolist())) == 1
+        mine = torch.tensor([[digest(keys, pending)]], dtype=torch.int64, device=self._device)
+        return bool(same_on_all(mine, None))
 
     def _complete(self, buckets: Sequence[Any], pending: list[_Key], is_last: bool) -> None:
         """Adds what is pending, and zeros for parameters that got a gradient on other ranks only."""

@@ -25,6 +25,7 @@ from lightning_ulysses.config import batch_rules
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.geometry.batch_keys import BatchRules
 from lightning_ulysses.geometry.split_plan import read_plan
+from lightning_ulysses.regions.notes import RegionSizes
 from lightning_ulysses.strategy import UlyssesDeepSpeedStrategy
 from lightning_ulysses.testing import QUIET
 from lightning_ulysses.verification.dropout import dropout_off, silence_modules
@@ -187,9 +188,9 @@ class _Keeper(pl.Callback):
     ) -> None:
         strategy = trainer.strategy
         if isinstance(strategy, UlyssesDeepSpeedStrategy):
-            assert strategy.weights is not None and strategy.state.pending is not None
-            if strategy.state.pending.measured is not None and not self.record.shares:
-                self.record.shares = strategy.state.pending.measured.shares
+            region = strategy.local.notes.of(RegionSizes).layout
+            if region is not None and not self.record.shares:
+                self.record.shares = region.shares
             self.record.losses.append(float(strategy.weights.global_loss()))
         else:
             self.record.losses.append(float(outputs["loss"] if isinstance(outputs, dict) else outputs))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lightning_ulysses.notes import StorageTable
 
 # Changing these would not change what a token is.
 _NOT_CONTENT = {
@@ -65,17 +67,17 @@ class Call:
         args: Its positional arguments.
         kwargs: Its keyword arguments.
         share: S_r.
-        outside: Storages of tensors that carry no sequence, whatever their shape.
+        outside: Tensors that carry no sequence, whatever their shape.
     """
 
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     share: int
-    outside: frozenset[int] = frozenset()
+    outside: StorageTable[Any] = field(default_factory=StorageTable)
 
     def _dim(self, tensor: Tensor) -> int | None:
-        if tensor.untyped_storage().data_ptr() in self.outside:
+        if tensor in self.outside:
             return None
         dims = [dim for dim, size in enumerate(tensor.shape) if size == self.share]
         return (1 if 1 in dims else dims[0]) if dims else None
@@ -110,16 +112,15 @@ class Call:
         """Whether an argument carries the sequence."""
         return has_dim((self.args, self.kwargs), {self.share})
 
-    def counts_from_zero(self, known: set[int]) -> bool:
-        """Whether an argument is 0, 1, 2, ... S_r - 1 and no tensor of the batch, whose storages are ``known``."""
+    def counts_from_zero(self, of_batch: StorageTable[Any]) -> bool:
+        """Whether an argument is 0, 1, 2, ... S_r - 1 and none of the tensors ``of_batch``."""
         found: list[bool] = []
 
         def look(name: str, tensor: Tensor) -> Tensor:
             dim = self._dim(tensor)
             if dim is not None and not tensor.is_floating_point() and tensor.dtype != torch.bool:
                 counted = torch.arange(self.share, device=tensor.device)
-                mine = tensor.untyped_storage().data_ptr() in known
-                found.append(not mine and bool((tensor.movedim(dim, -1) == counted).all()))
+                found.append(tensor not in of_batch and bool((tensor.movedim(dim, -1) == counted).all()))
             return tensor
 
         rebuild((self.args, self.kwargs), look)

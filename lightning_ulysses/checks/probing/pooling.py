@@ -98,16 +98,16 @@ class PoolingWatch:
         self._candidates: list[Candidate] = []
         self._of_tokens: set[Node] = set()
         self._outer: nn.Module | None = None
-        self._open = False
+        self.is_open = False
 
     def begin(self) -> None:
         """Starts with a training step; every rank has to."""
         self._close()
-        self._open = True
+        self.is_open = True
 
     def _close(self) -> None:
         self._handle.remove()
-        self._handle, self._candidates, self._of_tokens, self._open = Handle(), [], set(), False
+        self._handle, self._candidates, self._of_tokens, self.is_open = Handle(), [], set(), False
 
     def follow_outputs(self, module: nn.Module, suspects: Sequence[Suspects], sizes: tuple[int, int]) -> None:
         """Has the outputs of submodules that pool watched in the call of ``module`` that follows.
@@ -117,7 +117,7 @@ class PoolingWatch:
             suspects: From `shapes_that_stay`, of all ranks.
             sizes: B and S_r.
         """
-        if not self._open:
+        if not self.is_open:
             return
         names: dict[str, None] = {}
         for first in range(0, len(suspects), self._mesh.sp_size):
@@ -139,7 +139,7 @@ class PoolingWatch:
 
     def follow_inputs(self, module: nn.Module, inputs: Any, sizes: tuple[int, int]) -> None:
         """Has inputs watched that are one vector for each row, made in the step from what submodules returned."""
-        if not self._open:
+        if not self.is_open:
             return
         for tensor in tensors_in(inputs):
             if _one_per_row(tensor, *sizes) and self._comes_from_tokens(tensor):
@@ -147,7 +147,7 @@ class PoolingWatch:
 
     def note_outputs(self, output: Any, sizes: tuple[int, int]) -> None:
         """Takes note of what a submodule returned to the step."""
-        if not self._open:
+        if not self.is_open:
             return
         if self._outer is not None:
             self._follow_pooled(output, self._outer, sizes)
@@ -193,7 +193,7 @@ class PoolingWatch:
         Raises:
             UlyssesError: On every rank.
         """
-        if not self._open:
+        if not self.is_open:
             return
         mine = [candidate.key for candidate in self._candidates if candidate.reached]
         self._close()

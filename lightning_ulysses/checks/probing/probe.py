@@ -7,16 +7,17 @@ must come out as they do among the others. What has no tokens any more is follow
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities import rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
+from lightning_ulysses.attention.route import AttentionTally
+from lightning_ulysses.batch.random_streams import kept_streams
 from lightning_ulysses.checks.probing.attributes import attributes_kept
 from lightning_ulysses.checks.probing.calls import Call, choose_length, has_dim
 from lightning_ulysses.checks.probing.compiled import (
@@ -27,9 +28,11 @@ from lightning_ulysses.checks.probing.compiled import (
 )
 from lightning_ulysses.checks.probing.pooling import PoolingWatch, Suspects, shapes_that_stay
 from lightning_ulysses.checks.probing.recording import Recording, first_to_depend_on_place, first_to_move, record
-from lightning_ulysses.context import LiveBatch, SequenceState
+from lightning_ulysses.context import LocalBatch, SequenceContext
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.geometry.layout import SequenceLayout
+from lightning_ulysses.notes import known
+from lightning_ulysses.regions.notes import Beside
 
 _MOST_CALLS = 64
 
@@ -38,51 +41,57 @@ class ModelProbe:
     """Looks at the outermost module calls of the first step of each kind.
 
     Args:
-        state: The strategy's state.
+        context: Where the step stands.
         root: The user's LightningModule.
-        forget: Called behind each look, for whoever keeps count of the module calls of a step.
+        device: Where the model is.
+        forget: Called after each try, for whoever keeps count of the module calls of a step.
         enabled: False looks at nothing.
     """
 
-    def __init__(self, state: SequenceState, root: nn.Module, forget: Callable[[], None], enabled: bool = True) -> None:
+    def __init__(
+        self,
+        context: SequenceContext,
+        root: nn.Module,
+        device: torch.device,
+        forget: Callable[[], None] | None = None,
+        enabled: bool = True,
+    ) -> None:
+        self._device = device
         self._forget = forget
-        self._state = state
+        self._context = context
         self._root = root
         self._names = {id(module): name for name, module in root.named_modules()}
-        # Training, evaluation or both, which need no look any more.
-        self._done: set[bool] = set() if enabled else {False, True}
+        #: Modes, training or not, whose steps need no look any more.
+        self.done: set[bool] = set() if enabled and context.mesh.sp_size > 1 else {False, True}
         # For each module that runs, whether it was called with something split.
         self._open: list[bool] = []
         self._calls = 0
         self._suspects: Suspects = {}
-        self._pooling = PoolingWatch(state.mesh, root)
+        self.pooling = PoolingWatch(context.mesh, root)
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Probes the calls made inside, unless that has been done for this mode, training or evaluation."""
+        """Probes the calls made in a step; once for each mode, training or evaluation."""
         training = self._root.training
-        if self._state.running is None or self._state.mesh.sp_size == 1 or training in self._done:
-            yield
-            return
-        self._done.add(training)
+        self.done.add(training)
         self._open, self._calls, self._root_calls = [], 0, 0
         if training:
-            self._pooling.begin()
+            self.pooling.begin()
         with ExitStack() as stack:
             # A step that is compiled as a whole runs as it was written, once: no call inside could be looked at.
             stack.callback(uncompile_steps(self._root).remove)
             # The strategy calls a step by way of the root's own forward.
             hook = self._root.register_forward_pre_hook(self._enter_root, with_kwargs=True)
             stack.callback(hook.remove)
-            if self._state.is_planned:
+            if self._context.plan is not None:
                 # What is split may begin inside of what is compiled.
-                stack.enter_context(self._state.uncompiled())
+                stack.enter_context(self._context.uncompiled())
             self._hook_submodules(stack)
             stack.callback(self._root.register_forward_hook(self._leave_root, always_call=True).remove)
             yield
 
     def _hook_submodules(self, stack: ExitStack) -> None:
-        planned = self._state.is_planned
+        planned = self._context.plan is not None
         for module in self._root.modules() if planned else outermost_compiled(self._root):
             if module is self._root:
                 continue
@@ -107,7 +116,7 @@ class ModelProbe:
         # A module that is held twice, compiled and not, has its hooks in the graph as well.
         if torch.compiler.is_compiling():
             return
-        batch = self._state.sharded_batch
+        batch = self._context.split
         is_inside = any(self._open)
         self._open.append(batch is not None)
         if is_inside or batch is None:
@@ -117,31 +126,25 @@ class ModelProbe:
             self._calls += 1
             # Calls made by the probe itself go deeper and are not looked at.
             self._probe(module, args, kwargs)
-        self._pooling.follow_inputs(module, (args, kwargs), self._sizes())
+        self.pooling.follow_inputs(module, (args, kwargs), self._sizes())
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self._open or torch.compiler.is_compiling():
             return
         self._open.pop()
-        if not any(self._open) and self._state.sharded_batch is not None:
-            self._pooling.note_outputs(output, self._sizes())
+        if not any(self._open) and self._context.split is not None:
+            self.pooling.note_outputs(output, self._sizes())
 
     def _sizes(self) -> tuple[int, int]:
         """B and S_r."""
-        batch = self._state.sharded_batch
+        batch = self._context.split
         assert batch is not None
-        return batch.rows, batch.layout.shares[self._state.mesh.sp_rank]
-
-    @contextmanager
-    def settled(self) -> Iterator[None]:
-        """Around each backward; behind the first one, refuses tokens that were pooled on the way to the loss."""
-        yield
-        self._pooling.settle()
+        return batch.rows, self._context.share
 
     def _probe(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        batch, mesh = self._state.sharded_batch, self._state.mesh
+        batch, mesh = self._context.split, self._context.mesh
         assert batch is not None
-        call = Call(module, args, kwargs, batch.layout.shares[mesh.sp_rank], frozenset(batch.outside))
+        call = Call(module, args, kwargs, self._context.share, batch.notes.of(Beside).tensors)
         error: UlyssesError | None = None
         opened = list(self._open)
         self._suspects = {}
@@ -150,27 +153,29 @@ class ModelProbe:
         except UlyssesError as refusal:
             error = refusal
         except Exception as failure:
-            self._state.attends_memory = False
-            rank_zero_warn(
-                f"{type(module).__name__} could not be checked for layers that mix tokens outside of attention: "
-                f"{failure!r}"
-            )
+            self._context.notes.of(AttentionTally).attends_memory = False
+            if mesh.rank == 0:
+                warnings.warn(
+                    f"{type(module).__name__} could not be checked for layers that mix tokens outside of attention: "
+                    f"{failure!r}",
+                    stacklevel=2,
+                )
         self._open = opened
-        self._forget()
+        if self._forget is not None:
+            self._forget()
         answers: list[Any] = [None] * mesh.world_size
         dist.all_gather_object(answers, (error, self._suspects))
         for found, _ in answers:
             if found is not None:
                 raise found
-        self._pooling.follow_outputs(module, [suspects for _, suspects in answers], (batch.rows, call.share))
+        self.pooling.follow_outputs(module, [suspects for _, suspects in answers], (batch.rows, call.share))
 
-    def _verdict(self, call: Call, batch: LiveBatch) -> UlyssesError | None:
+    def _verdict(self, call: Call, batch: LocalBatch) -> UlyssesError | None:
         """What is wrong with the call's module, if anything."""
-        mesh, name = self._state.mesh, self._names.get(id(call.module), "")
+        mesh, name = self._context.mesh, self._names.get(id(call.module), "")
         if not call.has_tokens:
             return None
-        known = {shard.untyped_storage().data_ptr() for shard in batch.shards.values()}
-        if mesh.sp_rank and call.counts_from_zero(known):
+        if mesh.sp_rank and call.counts_from_zero(known(batch.shards.values())):
             return _restarts(name, ("", type(call.module).__name__))
         rows = call.rows
         tokens = choose_length(call.module, min(batch.layout.shares), mesh.sp_size, rows, call.other_sizes)
@@ -187,7 +192,7 @@ class ModelProbe:
             if found is not None:
                 return _mixes(name, found)
             layout = SequenceLayout(tokens, mesh.sp_size)
-            span = layout.span(mesh.sp_rank)
+            span = layout.spans[mesh.sp_rank]
             training = {module: module.training for module in call.module.modules()}
             try:
                 call.module.eval()
@@ -201,9 +206,9 @@ class ModelProbe:
 
     def _record(self, call: Call, layout: SequenceLayout | None) -> Recording:
         """One run; with ``layout`` as this rank's share of it, else whole."""
-        batch = LiveBatch(layout) if layout is not None else None
+        batch = LocalBatch(layout) if layout is not None else None
         uncompiled = torch.compiler.set_stance("force_eager")
-        with uncompiled, isolate_rng(), self._state.probed(batch), record(call.module) as recording:
+        with uncompiled, kept_streams(self._device), self._context.tried(batch), record(call.module) as recording:
             torch.manual_seed(0)
             call.run()
         return recording

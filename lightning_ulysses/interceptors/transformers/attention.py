@@ -15,16 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from lightning_ulysses.attention.attend import Softmax
+from lightning_ulysses.attention.call import AttentionCall, local_mask_error
 from lightning_ulysses.attention.explicit import Extras
-from lightning_ulysses.attention.stand_in import probe_attention
-from lightning_ulysses.attention.ulysses import local_mask_error, sharded_attention
-from lightning_ulysses.context import LiveBatch, SequenceState
+from lightning_ulysses.attention.route import intercept
+from lightning_ulysses.context import LocalBatch, SequenceContext
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.exchange.mesh import SequenceMesh
 from lightning_ulysses.geometry.mask_spec import MaskSpec
-from lightning_ulysses.interceptors.transformers.eager import check_formula, install_eager
+from lightning_ulysses.interceptors.transformers.eager import check_formula
 from lightning_ulysses.interceptors.transformers.generation import install_generate
-from lightning_ulysses.interceptors.transformers.masks import find_mask, install_masks
+from lightning_ulysses.interceptors.transformers.masks import install_masks
 from lightning_ulysses.interceptors.transformers.model_inputs import supply_inputs
 from lightning_ulysses.interceptors.transformers.positions import Numbering
 from lightning_ulysses.interceptors.transformers.router_loss import check_router, install_router
@@ -51,13 +52,14 @@ def _names(root: nn.Module) -> list[str]:
     return [*IMPLEMENTATIONS, *sorted(set(hub) - set(IMPLEMENTATIONS))]
 
 
-def _call_spec(batch: LiveBatch, attention_mask: Tensor | None, is_causal: bool, window: int | None) -> MaskSpec:
+def _call_spec(
+    batch: LocalBatch, known: MaskSpec | None, attention_mask: Tensor | None, is_causal: bool, window: int | None
+) -> MaskSpec:
     layout = batch.layout
+    if known is not None:
+        return known
     if attention_mask is None:
         return MaskSpec(is_causal, window, layout.documents, num_padding=layout.num_padding)
-    spec = find_mask(batch, attention_mask)
-    if spec is not None:
-        return spec
     shard = batch.shards.get("attention_mask")
     if shard is not None and attention_mask.dim() == 2 and attention_mask.shape == shard.shape:
         return MaskSpec(is_causal, window, layout.documents, layout.valid, layout.num_padding)
@@ -82,17 +84,29 @@ def _check_features(module: nn.Module, arguments: Mapping[str, Any]) -> None:
         )
 
 
+def _write(out: Tensor) -> tuple[Tensor, None]:
+    # (B, H, S_r, D_v) -> (B, S_r, H, D_v)
+    return out.transpose(1, 2).contiguous(), None
+
+
 def _wrap(
-    state: SequenceState,
-    known: weakref.WeakSet[nn.Module],
+    context: SequenceContext,
+    ours: weakref.WeakSet[nn.Module],
     tried: set[tuple[type, Any]],
     name: str,
     original: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """The replacement of one function; ``tried`` collects the eager ones whose formula has been checked."""
+    """The replacement of one function.
 
-    @state.takes_over(original)
-    def attention_forward(
+    Args:
+        context: Where the step stands.
+        ours: Submodules of the LightningModule.
+        tried: Collects eager functions whose formula has been checked, by the class that calls them.
+        name: Of the implementation.
+        original: The function.
+    """
+
+    def read(
         module: nn.Module,
         query: Tensor,
         key: Tensor,
@@ -102,41 +116,54 @@ def _wrap(
         scaling: float | None = None,
         is_causal: bool | None = None,
         **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        if state.probing:
-            # (B, H, S, D_v) -> (B, S, H, D_v)
-            return probe_attention(state, query, key, value).transpose(1, 2).contiguous(), None
-        batch = state.described_batch
-        whole = state.mesh.sp_size == 1
-        if batch is None or (whole and (attention_mask is None or find_mask(batch, attention_mask) is None)):
-            settings = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
-            out: tuple[Tensor, None] = original(module, query, key, value, attention_mask, **settings)
-            return out
-        if not whole and module not in known:
-            raise _stranger(module)
-        _check_features(module, kwargs)
-        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-        window = kwargs.get("sliding_window") if name not in _MASKED and causal else None
-        spec = _call_spec(batch, attention_mask, causal, window)
-        extras = Extras(kwargs.get("softcap"), kwargs.get("s_aux"))
-        if name == "eager" and (type(module), original) not in tried:
-            check_formula(original, module, query, key, value, scaling, extras, **kwargs)
-            tried.add((type(module), original))
-        result = sharded_attention(state, query, key, value, spec, scale=scaling, dropout_p=dropout, extras=extras)
-        # (B, H, S_r, D_v) -> (B, S_r, H, D_v)
-        return result.transpose(1, 2).contiguous(), None
+    ) -> AttentionCall:
+        def meaning(batch: LocalBatch, known: MaskSpec | None) -> Softmax:
+            if context.mesh.sp_size > 1 and module not in ours:
+                raise _stranger(module)
+            _check_features(module, kwargs)
+            causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+            window = kwargs.get("sliding_window") if name not in _MASKED and causal else None
+            softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
+            extras = None if softcap is None and sinks is None else Extras(softcap, sinks)
+            spec = _call_spec(batch, known, attention_mask, causal, window)
+            if name == "eager" and (type(module), original) not in tried:
+                check_formula(original, module, query, key, value, scaling, extras, **kwargs)
+                tried.add((type(module), original))
+            return Softmax(spec, None, scaling, dropout, extras)
 
-    return attention_forward
+        return AttentionCall(query, key, value, meaning, attention_mask, takes_memory=False, write=_write)
+
+    return intercept(context, original, read)
 
 
-def _install_attention(state: SequenceState, handle: Handle, root: nn.Module, names: list[str]) -> None:
+def _install_attention(context: SequenceContext, handle: Handle, root: nn.Module, names: list[str]) -> None:
     from transformers.modeling_utils import AttentionInterface
 
-    wrap = functools.partial(_wrap, state, weakref.WeakSet(root.modules()), set())
+    wrap = functools.partial(_wrap, context, weakref.WeakSet(root.modules()), set())
     registry: dict[str, Any] = AttentionInterface._global_mapping
     for name in names:
         handle.patch_item(registry, name, wrap(name, registry[name]))
-    install_eager(handle, wrap)
+    _install_eager(handle, wrap)
+
+
+def _install_eager(handle: Handle, wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:
+    """Has ``wrap`` take over what models fall back on under ``attn_implementation="eager"``.
+
+    Args:
+        handle: Undoes it.
+        wrap: Makes the replacement of a model's function, given ``"eager"`` and the function.
+    """
+    from transformers.modeling_utils import AttentionInterface
+
+    original = AttentionInterface.get_interface
+    wrapped = functools.lru_cache(maxsize=None)(functools.partial(wrap, "eager"))
+
+    @functools.wraps(original)
+    def get_interface(self: AttentionInterface, attn_implementation: str, default: Callable[..., Any]) -> Any:
+        found = original(self, attn_implementation, default)
+        return wrapped(default) if attn_implementation == "eager" and found is default else found
+
+    handle.patch(AttentionInterface, "get_interface", get_interface)
 
 
 def check_model(model: PreTrainedModel, mesh: SequenceMesh, names: list[str]) -> None:
@@ -166,11 +193,11 @@ def check_model(model: PreTrainedModel, mesh: SequenceMesh, names: list[str]) ->
     check_router(model)
 
 
-def install(state: SequenceState, root: nn.Module, *, sync_steps: bool = False) -> Handle:
+def install(context: SequenceContext, root: nn.Module, *, sync_steps: bool = False) -> Handle:
     """Installs the interceptors for every transformers model below ``root``.
 
     Args:
-        state: The strategy's state.
+        context: Where the step stands.
         root: The user's LightningModule.
         sync_steps: Whether ranks must call forward equally often (ZeRO-3), for ``generate``.
 
@@ -185,18 +212,18 @@ def install(state: SequenceState, root: nn.Module, *, sync_steps: bool = False) 
     handle = Handle()
     try:
         names = _names(root)
-        install_masks(state, handle, (*names, "eager"))
-        _install_attention(state, handle, root, names)
-        install_generate(state, handle, sync_steps)
+        install_masks(context, handle, (*names, "eager"))
+        _install_attention(context, handle, root, names)
+        install_generate(context, handle, sync_steps)
         models = [model for model in root.modules() if isinstance(model, PreTrainedModel)]
-        numbering = Numbering(state)
+        numbering = Numbering(context)
         for model in models:
-            if state.mesh.sp_size > 1:
-                check_model(model, state.mesh, names)
-            hook = model.register_forward_pre_hook(supply_inputs(state, model, numbering), with_kwargs=True)
+            if context.mesh.sp_size > 1:
+                check_model(model, context.mesh, names)
+            hook = model.register_forward_pre_hook(supply_inputs(context, model, numbering), with_kwargs=True)
             handle.add(hook.remove)
         numbering.install(root, handle)
-        install_router(state, handle, models)
+        install_router(context, handle, models)
     except BaseException:
         handle.remove()
         raise

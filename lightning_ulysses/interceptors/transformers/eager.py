@@ -8,7 +8,6 @@ Source: transformers ``AttentionInterface.get_interface`` and ``eager_attention_
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,6 @@ from lightning_ulysses.attention.attend import attend
 from lightning_ulysses.attention.explicit import Extras
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.geometry.mask_spec import MaskSpec
-from lightning_ulysses.patching.handle import Handle
 
 _TOKENS = 4
 Forward = Callable[..., tuple[Tensor, Tensor | None]]
@@ -32,7 +30,7 @@ def check_formula(
     k: Tensor,
     v: Tensor,
     scale: float | None,
-    extras: Extras,
+    extras: Extras | None,
     **kwargs: Any,
 ) -> None:
     """Runs a model's own function on a few tokens beside `attend`.
@@ -65,23 +63,3 @@ def check_formula(
             "softmax over scaled products of queries and keys, with a softcap or sinks at most",
             "train this model without sequence parallelism (sp_size=1)",
         )
-
-
-def install_eager(handle: Handle, wrap: Callable[[str, Forward], Forward]) -> None:
-    """Has ``wrap`` take over what models fall back on under ``attn_implementation="eager"``.
-
-    Args:
-        handle: Undoes it.
-        wrap: Makes the replacement of a model's function, given ``"eager"`` and the function.
-    """
-    from transformers.modeling_utils import AttentionInterface
-
-    original = AttentionInterface.get_interface
-    wrapped = functools.lru_cache(maxsize=None)(functools.partial(wrap, "eager"))
-
-    @functools.wraps(original)
-    def get_interface(self: AttentionInterface, attn_implementation: str, default: Forward) -> Any:
-        found = original(self, attn_implementation, default)
-        return wrapped(default) if attn_implementation == "eager" and found is default else found
-
-    handle.patch(AttentionInterface, "get_interface", get_interface)

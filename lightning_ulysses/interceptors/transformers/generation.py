@@ -8,17 +8,18 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_ulysses.context import SequenceState
+from lightning_ulysses.context import SequenceContext
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.exchange.gather import join_sequence
+from lightning_ulysses.notes import StorageTable
 from lightning_ulysses.patching.handle import Handle
 
 
-def install_generate(state: SequenceState, handle: Handle, sync_steps: bool) -> None:
+def install_generate(context: SequenceContext, handle: Handle, sync_steps: bool) -> None:
     """Wraps ``GenerationMixin.generate``.
 
     Args:
-        state: The strategy's state.
+        context: Where the step stands.
         handle: Undoes it.
         sync_steps: Whether all ranks must call forward equally often (ZeRO-3).
     """
@@ -28,19 +29,21 @@ def install_generate(state: SequenceState, handle: Handle, sync_steps: bool) -> 
 
     @functools.wraps(original)
     def generate(self: Any, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        batch, group = state.sharded_batch, state.mesh.sp_group
+        batch, group = context.split, context.mesh.sp_group
         if sync_steps:
             # Under ZeRO-3 every forward gathers parameters, so all ranks must take equally many steps.
             kwargs.setdefault("synced_gpus", True)
         if batch is None or group is None:
             # Outside of a region of a plan, prompts are whole; its hooks must not take them for a batch.
-            with state.suspended() if state.is_planned else nullcontext():
+            with context.suspended() if context.plan is not None else nullcontext():
                 return original(self, inputs, *args, **kwargs)
         named = {key: kwargs.get(key) for key in ("input_ids", "attention_mask", "position_ids", "inputs_embeds")}
-        shards = {shard.untyped_storage().data_ptr(): shard for shard in batch.shards.values()}
+        shards: StorageTable[Tensor] = StorageTable()
+        for each in batch.shards.values():
+            shards[each] = each
 
         def whole(name: str, tensor: Any) -> Any:
-            shard = shards.get(tensor.untyped_storage().data_ptr()) if isinstance(tensor, Tensor) else None
+            shard = shards.get(tensor) if isinstance(tensor, Tensor) else None
             if shard is None:
                 return tensor
             if tensor.shape[:2] != shard.shape[:2]:
@@ -50,10 +53,10 @@ def install_generate(state: SequenceState, handle: Handle, sync_steps: bool) -> 
                     "cut the prompt out of lightning_ulysses.gather_sequence(batch['input_ids'])",
                 )
             joined = join_sequence(tensor, batch.layout.shares, 1, group)
-            return joined[:, : batch.layout.seq_len - batch.layout.num_padding]
+            return joined[:, : batch.layout.real_len]
 
         kwargs |= {name: whole(name, tensor) for name, tensor in named.items() if tensor is not None}
-        with state.suspended():
+        with context.suspended():
             return original(self, whole("inputs", inputs), *args, **kwargs)
 
     handle.patch(GenerationMixin, "generate", generate)

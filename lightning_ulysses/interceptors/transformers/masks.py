@@ -1,7 +1,7 @@
 """Describes the attention masks of transformers models instead of building them.
 
-A model passes a one-element tensor around that stands for a `MaskSpec` of the whole sequence; its own function would
-build a mask of this rank's slice, with positions counted from the slice's start.
+A model passes a one-element tensor around that stands for a `MaskSpec` of the whole sequence, see `MaskTable`; its own
+function would build a mask of this rank's slice, with positions counted from the slice's start.
 
 Source: transformers ``masking_utils.py``.
 """
@@ -13,9 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from lightning_ulysses.context import LiveBatch, SequenceState
+from lightning_ulysses.attention.mask_table import MaskTable
+from lightning_ulysses.context import LocalBatch, SequenceContext
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.geometry.mask_spec import MaskSpec
 from lightning_ulysses.patching.handle import Handle
@@ -29,12 +29,6 @@ _KNOWN_MASKS = {
     "chunked_overlay",
     "packed_sequence_mask_function",
 }
-
-
-def find_mask(batch: LiveBatch, attn_mask: Tensor) -> MaskSpec | None:
-    """What a mask made here stands for; detached or sliced copies share its storage."""
-    spec = batch.masks.get(attn_mask.untyped_storage().data_ptr())
-    return spec if isinstance(spec, MaskSpec) else None
 
 
 def _mask_parts(mask_function: Callable[..., Any]) -> dict[str, Any]:
@@ -53,7 +47,7 @@ def _mask_parts(mask_function: Callable[..., Any]) -> dict[str, Any]:
     return parts
 
 
-def _spec_from_mask_function(mask_function: Callable[..., Any], batch: LiveBatch, has_padding: bool) -> MaskSpec:
+def _spec_from_mask_function(mask_function: Callable[..., Any], batch: LocalBatch, has_padding: bool) -> MaskSpec:
     """What a mask function means over the whole sequence; documents and padding come from the batch's layout."""
     parts = _mask_parts(mask_function)
     unknown = set(parts) - _KNOWN_MASKS
@@ -82,28 +76,28 @@ def _spec_from_mask_function(mask_function: Callable[..., Any], batch: LiveBatch
     )
 
 
-def install_masks(state: SequenceState, handle: Handle, names: tuple[str, ...]) -> None:
+def install_masks(context: SequenceContext, handle: Handle, names: tuple[str, ...]) -> None:
     """Replaces the mask functions registered under ``names``."""
     from transformers.masking_utils import AttentionMaskInterface
 
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-        @state.takes_over(original)
+        @context.takes_over(original)
         def describe_mask(*args: Any, **kwargs: Any) -> Any:
-            if state.probing:
+            if context.place.is_tried:
                 return None
-            batch = state.described_batch
+            # Whoever is taken over has asked whether the batch is described.
+            batch = context.place.region
             if batch is None:
                 return original(*args, **kwargs)
             call = inspect.signature(original).bind(*args, **kwargs)
             call.apply_defaults()
             values = {**call.arguments, **call.arguments.get("kwargs", {})}
-            if state.mesh.sp_size == 1 and not _KNOWN_MASKS.issuperset(_mask_parts(values["mask_function"])):
+            if context.mesh.sp_size == 1 and not _KNOWN_MASKS.issuperset(_mask_parts(values["mask_function"])):
                 return original(*args, **kwargs)
             padding = values.get("attention_mask")
             spec = _spec_from_mask_function(values["mask_function"], batch, padding is not None)
             seed = torch.ones(1, dtype=torch.bool, device=values.get("device", "cpu"))
-            batch.keep.append(seed)
-            batch.masks[seed.untyped_storage().data_ptr()] = spec
+            batch.notes.of(MaskTable)[seed] = spec
             # (1,) -> (B, 1, S_r, S_r) without memory: models may look at a mask's shape.
             return seed.view(1, 1, 1, 1).expand(values["batch_size"], 1, values["q_length"], values["kv_length"])
 

@@ -9,16 +9,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ulysses.context import LiveBatch, SequenceState, TargetEvidence
+from lightning_ulysses.context import LocalBatch, SequenceContext
 from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.interceptors.transformers.positions import Numbering, restarting_positions
+from lightning_ulysses.interceptors.transformers.positions import Numbering
+from lightning_ulysses.loss.evidence import LossEvidence, TargetEvidence
 from lightning_ulysses.patching.outside_graphs import eager
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def supply_inputs(state: SequenceState, model: PreTrainedModel, numbering: Numbering) -> Callable[..., Any]:
+def supply_inputs(context: SequenceContext, model: PreTrainedModel, numbering: Numbering) -> Callable[..., Any]:
     """A forward pre-hook that supplies the positions and shifted labels that the model would get wrong on a slice."""
     signature = inspect.signature(model.forward)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
@@ -27,10 +28,7 @@ def supply_inputs(state: SequenceState, model: PreTrainedModel, numbering: Numbe
     shifts = (getattr(model, "loss_type", None) or "ForCausalLM").startswith("ForCausalLM")
 
     @eager
-    def supply(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        batch = state.described_batch
-        if batch is None:
-            return None
+    def supply(batch: LocalBatch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = {**signature.bind_partial(*args, **kwargs).arguments, **kwargs}
         tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
         if not isinstance(tokens, Tensor):
@@ -38,8 +36,9 @@ def supply_inputs(state: SequenceState, model: PreTrainedModel, numbering: Numbe
         added: dict[str, Any] = {}
         if given.get("position_ids") is None:
             if "position_ids" in signature.parameters:
-                added["position_ids"] = numbering.supplied(_positions(state, batch, tokens))
-            elif state.mesh.sp_size > 1:
+                positions = _positions(batch, tokens, context.mesh.sp_rank)
+                added["position_ids"] = numbering.supplied(positions) if numbering.is_used else positions
+            elif context.mesh.sp_size > 1:
                 raise UlyssesError(
                     f"{name}, whose forward takes no position_ids",
                     "a model that can be told the positions of its tokens",
@@ -48,28 +47,28 @@ def supply_inputs(state: SequenceState, model: PreTrainedModel, numbering: Numbe
         if "use_cache" in signature.parameters and given.get("use_cache") is None:
             added["use_cache"] = False
         labels = given.get("labels")
-        if isinstance(labels, Tensor) and not state.probing:
+        if isinstance(labels, Tensor) and not context.place.is_tried:
             added |= shifted_labels(batch, labels, given, shifts, takes_any, name)
         return (args, {**kwargs, **added}) if added else None
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return supply(module, args, kwargs) if state.described_batch is not None else None
+        batch = context.described
+        return None if batch is None else supply(batch, args, kwargs)
 
     return hook
 
 
-def _positions(state: SequenceState, batch: LiveBatch, tokens: Tensor) -> Tensor:
+def _positions(batch: LocalBatch, tokens: Tensor, rank: int) -> Tensor:
     """(B, S_r) where packed documents number their own tokens, else (1, S_r)."""
-    own = restarting_positions(batch)
-    if own is not None:
-        return own
-    begin = batch.layout.start(state.mesh.sp_rank)
+    if batch.layout.documents is not None and batch.document_positions is not None:
+        return batch.document_positions
+    begin = batch.layout.starts[rank]
     # (S_r,) -> (1, S_r)
     return torch.arange(begin, begin + tokens.shape[1], device=tokens.device).unsqueeze(0)
 
 
 def shifted_labels(
-    batch: LiveBatch, labels: Tensor, given: dict[str, Any], shifts: bool, takes_any: bool, name: str
+    batch: LocalBatch, labels: Tensor, given: dict[str, Any], shifts: bool, takes_any: bool, name: str
 ) -> dict[str, Tensor]:
     """The keyword argument that makes the model's loss see the label behind its slice's last token.
 
@@ -89,8 +88,9 @@ def shifted_labels(
             "labels that are part of the batch, since the label behind a slice's last token lies on the next rank",
             "make the labels in the collate function and pass batch['labels'] to the model",
         )
+    evidence = batch.notes.of(LossEvidence).found
     if not shifts:
-        batch.evidence.append(TargetEvidence(name=source))
+        evidence.append(TargetEvidence(name=source))
         return {}
     if not takes_any:
         raise UlyssesError(
@@ -99,7 +99,7 @@ def shifted_labels(
             "compute the loss in training_step from the logits and batch['shift_labels']",
         )
     shifted = "shift_labels" if source == "labels" else "shift_input_ids"
-    batch.evidence.append(TargetEvidence(name=shifted))
+    evidence.append(TargetEvidence(name=shifted))
     if given.get("shift_labels") is not None:
         return {}
     return {"shift_labels": batch.shards[shifted].to(labels.device)}
@@ -108,4 +108,4 @@ def shifted_labels(
 def _same(tensor: Tensor, shard: Tensor | None) -> bool:
     if shard is None or tensor.shape != shard.shape:
         return False
-    return tensor.data_ptr() == shard.data_ptr() or torch.equal(tensor, shard.to(tensor.device))
+    return tensor.is_set_to(shard) or torch.equal(tensor, shard.to(tensor.device))

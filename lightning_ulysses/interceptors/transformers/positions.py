@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_ulysses.context import LiveBatch, SequenceState
+from lightning_ulysses.context import LocalBatch, SequenceContext
 from lightning_ulysses.exchange.gather import join_sequence
 from lightning_ulysses.patching.handle import Handle
 from lightning_ulysses.patching.outside_graphs import eager
@@ -25,12 +25,6 @@ from lightning_ulysses.sequence import check_share
 
 FUNCTION = "create_position_ids_from_input_ids"
 Create = Callable[[Tensor, int], Tensor]
-
-
-def restarting_positions(batch: LiveBatch) -> Tensor | None:
-    """The batch's own (B, S_r) positions where they mark documents."""
-    own = batch.shards.get("position_ids")
-    return own if own is not None and own.dim() == 2 and batch.layout.documents is not None else None
 
 
 def _own_function(module: nn.Module) -> Create | None:
@@ -47,17 +41,19 @@ class Numbering:
     """Replaces positions that this package supplied by those of the model's own kind.
 
     Args:
-        state: The strategy's state.
+        context: Where the step stands.
     """
 
-    def __init__(self, state: SequenceState) -> None:
-        self._state = state
+    def __init__(self, context: SequenceContext) -> None:
+        self._context = context
+        #: Whether any module numbers tokens by itself.
+        self.is_used = False
         self._supplied: deque[Tensor] = deque(maxlen=4)
         # Tokens and their numbers, of runs of a probe on all of its tokens.
         self._probed: deque[tuple[Tensor, Tensor]] = deque(maxlen=4)
 
     def supplied(self, positions: Tensor) -> Tensor:
-        """``positions`` as an object of its own, told apart from what a user passes."""
+        """``positions`` as an object of its own, told apart from those that a user passes."""
         # (B | 1, S_r) -> (B | 1, S_r)
         positions = positions.view_as(positions)
         self._supplied.append(positions)
@@ -68,6 +64,7 @@ class Numbering:
         for module in root.modules():
             create = _own_function(module)
             if create is not None:
+                self.is_used = True
                 handle.add(module.register_forward_pre_hook(self._hook(module, create), with_kwargs=True).remove)
 
     def _hook(self, module: nn.Module, create: Create) -> Callable[..., Any]:
@@ -79,7 +76,7 @@ class Numbering:
             given, tokens = (bound.arguments.get(key) for key in ("position_ids", "input_ids"))
             if given is not None and not any(given is own for own in self._supplied):
                 return None
-            batch = self._state.described_batch
+            batch = self._context.described
             if isinstance(tokens, Tensor):
                 numbers = self._numbers(tokens, batch, create, padding)
             else:
@@ -92,33 +89,33 @@ class Numbering:
             return bound.args, bound.kwargs
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            live = self._state.probing or self._state.described_batch is not None
+            live = self._context.place.is_tried or self._context.described is not None
             return number(args, kwargs) if live else None
 
         return hook
 
-    def _numbers(self, tokens: Tensor, batch: LiveBatch | None, create: Create, padding: int) -> Tensor | None:
+    def _numbers(self, tokens: Tensor, batch: LocalBatch | None, create: Create, padding: int) -> Tensor | None:
         """(B, S_r) tokens -> (B, S_r) numbers; None for the model's own."""
-        rank = self._state.mesh.sp_rank
-        if self._state.probing:
+        rank = self._context.mesh.sp_rank
+        if self._context.place.is_tried:
             if batch is None:
                 return self._probe(tokens, create, padding)
-            span = batch.layout.span(rank)
+            span = batch.layout.spans[rank]
             return next((n[:, span] for t, n in self._probed if torch.equal(t[:, span], tokens)), None)
         assert batch is not None
-        layout, group = batch.layout, self._state.mesh.sp_group
+        layout, group = batch.layout, self._context.mesh.sp_group
         check_share(tokens.shape[1], layout, rank, "input_ids")
         whole = tokens.clone() if group is None else join_sequence(tokens, layout.shares, 1, group)
         # What this package added might count past the last position that there is.
-        whole[:, layout.seq_len - layout.num_padding :] = padding
-        documents = layout.documents if restarting_positions(batch) is not None else None
+        whole[:, layout.real_len :] = padding
+        documents = layout.documents if batch.document_positions is not None else None
         if documents is None:
-            return create(whole, padding)[:, layout.span(rank)]
+            return create(whole, padding)[:, layout.spans[rank]]
         rows = [
             torch.cat([create(whole[row : row + 1, begin:end], padding) for begin, end in runs], dim=1)
             for row, runs in enumerate(documents)
         ]
-        return torch.cat(rows)[:, layout.span(rank)]
+        return torch.cat(rows)[:, layout.spans[rank]]
 
     def _probe(self, tokens: Tensor, create: Create, padding: int) -> Tensor:
         """Numbers that stay where a probe changes one token, which may have been padding."""

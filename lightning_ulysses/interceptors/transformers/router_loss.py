@@ -26,8 +26,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_ulysses.context import LiveBatch, SequenceState
+from lightning_ulysses.context import LocalBatch, SequenceContext
 from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.loss.evidence import LossEvidence
 from lightning_ulysses.patching.handle import Handle
 from lightning_ulysses.patching.outside_graphs import eager
 
@@ -98,7 +99,7 @@ def _same_formula(original: Callable[..., Any]) -> bool:
     return True
 
 
-def _kept(gate_logits: tuple[Tensor, ...], attention_mask: Tensor | None, batch: LiveBatch, share: int) -> Tensor:
+def _kept(gate_logits: tuple[Tensor, ...], attention_mask: Tensor | None, batch: LocalBatch, share: int) -> Tensor:
     """(B * S_r,) float32: 1 for the slice's tokens that count."""
     tokens = gate_logits[0].shape[0]
     fits = all(layer.dim() == 2 and layer.shape[0] == tokens for layer in gate_logits) and tokens % share == 0
@@ -113,16 +114,16 @@ def _kept(gate_logits: tuple[Tensor, ...], attention_mask: Tensor | None, batch:
     return mask.reshape(-1).float()
 
 
-def _wrap(state: SequenceState, original: Callable[..., Any], owner: str) -> Callable[..., Any]:
+def _wrap(context: SequenceContext, original: Callable[..., Any], owner: str) -> Callable[..., Any]:
     tried: list[bool] = []
 
     def load_balancing_loss_func(
         gate_logits: Any, num_experts: int | None = None, top_k: int = 2, attention_mask: Tensor | None = None
     ) -> Any:
-        batch, mesh = state.sharded_batch, state.mesh
-        if state.running is not None:
-            state.running.has_whole_part = True
-        if state.probing or batch is None or mesh.sp_group is None or not isinstance(gate_logits, tuple):
+        batch, mesh, place = context.split, context.mesh, context.place
+        if place.batch is not None:
+            place.batch.notes.of(LossEvidence).has_whole_part = True
+        if place.is_tried or batch is None or mesh.sp_group is None or not isinstance(gate_logits, tuple):
             return original(gate_logits, num_experts, top_k, attention_mask)
         if not tried:
             tried.append(_same_formula(original))
@@ -132,8 +133,8 @@ def _wrap(state: SequenceState, original: Callable[..., Any], owner: str) -> Cal
         kept = _kept(gate_logits, attention_mask, batch, share)
         if layout.num_padding:
             # Tokens that this package added are none in one process.
-            positions = torch.arange(share, device=kept.device) + layout.start(mesh.sp_rank)
-            kept = kept * (positions < layout.seq_len - layout.num_padding).repeat(kept.numel() // share)
+            positions = torch.arange(share, device=kept.device) + layout.starts[mesh.sp_rank]
+            kept = kept * (positions < layout.real_len).repeat(kept.numel() // share)
         sums = balance_sums(gate_logits, num_experts, top_k, kept)
         return balance_loss(_SumOverRanks.apply(sums, mesh.sp_group))
 
@@ -166,14 +167,14 @@ def _modules_of(model: nn.Module) -> list[Any]:
     return [module for module in dict.fromkeys(modules) if module is not None and hasattr(module, FUNCTION)]
 
 
-def install_router(state: SequenceState, handle: Handle, models: Sequence[nn.Module]) -> None:
+def install_router(context: SequenceContext, handle: Handle, models: Sequence[nn.Module]) -> None:
     """Has the auxiliary loss of transformers models computed over all tokens of a batch that is cut.
 
     Args:
-        state: The strategy's state.
+        context: Where the step stands.
         handle: Undoes it.
         models: What is trained.
     """
     owners = {module: type(model).__name__ for model in models for module in _modules_of(model)}
     for module, owner in owners.items():
-        handle.patch(module, FUNCTION, _wrap(state, getattr(module, FUNCTION), owner))
+        handle.patch(module, FUNCTION, _wrap(context, getattr(module, FUNCTION), owner))

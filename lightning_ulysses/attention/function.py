@@ -1,0 +1,129 @@
+"""``ulysses_attention``: the explicit call for hand-written models."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from lightning_ulysses.attention.attend import Softmax, attend
+from lightning_ulysses.attention.call import AttentionCall, read_mask
+from lightning_ulysses.attention.explicit import Extras
+from lightning_ulysses.attention.kernel import attend_memory
+from lightning_ulysses.attention.mask_table import document_runs
+from lightning_ulysses.attention.route import route
+from lightning_ulysses.context import LocalBatch, current_context, eager_while_live
+from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.geometry.layout import Runs
+from lightning_ulysses.geometry.mask_spec import MaskSpec
+
+
+def _window(window: int | tuple[int, int] | None, is_causal: bool) -> tuple[int | None, int | None]:
+    """The two numbers of a `MaskSpec`."""
+    if window is None:
+        return None, None
+    left, right = (window - 1, 0) if isinstance(window, int) else window
+    if left < 0 or right < 0 or (isinstance(window, int) and not is_causal):
+        raise UlyssesError(
+            f"window={window} with is_causal={is_causal}",
+            "a positive window of a causal attention, or (left, right), how many keys on each side a query sees",
+            "set is_causal=True, write window=(left, right), or leave window out",
+        )
+    return left + 1, right
+
+
+def _check_per_head(num_heads: int, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape != (num_heads,):
+            raise UlyssesError(
+                f"{name} of shape {tuple(tensor.shape)} for {num_heads} query heads",
+                f"one value for each query head of the whole model, ({num_heads},)",
+                f"pass {name} of all heads; each rank takes those of its own",
+            )
+
+
+def _documents(q: Tensor, cu_seqlens: Tensor, batch: LocalBatch | None) -> tuple[Runs, ...]:
+    """The documents of the whole row that ``q`` is a slice of."""
+    if q.shape[0] != 1:
+        raise UlyssesError(
+            f"cu_seqlens with a batch of {q.shape[0]} rows",
+            "one row",
+            "pack the documents into one row, (1, S), or pass the rows one by one",
+        )
+    return (document_runs(cu_seqlens, q.shape[2] if batch is None else batch.layout.seq_len),)
+
+
+@eager_while_live
+def ulysses_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    is_causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    window: int | tuple[int, int] | None = None,
+    chunk: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+) -> Tensor:
+    """Attention for hand-written models; plain when nothing is sharded.
+
+    Args:
+        q: (B, H, S_r, D).
+        k: (B, H_kv, S_r, D); H must be a multiple of H_kv.
+        v: (B, H_kv, S_r, D_v).
+        is_causal: Query i sees keys up to i, counted in the whole sequence.
+        scale: Of the scores; 1 / sqrt(D) if None.
+        dropout_p: Dropout probability of the attention weights.
+        window: With ``is_causal``, the number of keys that a query sees, itself included; or (left, right), how many
+            keys before and behind its own place a query sees.
+        chunk: Queries see keys of their own chunk of so many tokens only, counted from the start of each document.
+        cu_seqlens: (documents + 1,) cumulative document lengths of the whole sequence, with B = 1; documents do not
+            see each other.
+        attn_mask: (S, S), (H, S, S) or (B | 1, H | 1, S, S) of the whole sequence, the same on every rank: added to the
+            scores, or True where a query sees a key. Each rank uses what belongs to its heads.
+        softcap: Scores s become softcap * tanh(s / softcap) before anything is masked.
+        sinks: (H,) one further score per head that takes weight and gives nothing.
+        alibi_slopes: (H,) slope * distance of query and key is subtracted from the scores.
+
+    Returns:
+        (B, H, S_r, D_v).
+
+    Raises:
+        UlyssesError: If lengths do not fit the live batch, P > H, or ``window``, ``cu_seqlens`` or a tensor of one
+            value per head cannot be used.
+
+    Source:
+        DeepSpeed-Ulysses, arXiv 2309.14509.
+    """
+    before, ahead = _window(window, is_causal)
+    _check_per_head(q.shape[1], sinks=sinks, alibi_slopes=alibi_slopes)
+    extras = Extras(softcap, sinks, alibi_slopes) or None
+    context = current_context()
+    batch = context.split if context is not None else None
+    spec = MaskSpec(is_causal, before, ahead=ahead, chunk=chunk)
+    # What is tried may come without a batch, and needs no documents.
+    if cu_seqlens is not None and (context is None or not context.place.is_tried):
+        spec = replace(spec, documents=_documents(q, cu_seqlens, batch))
+    bias = attn_mask[(None,) * (4 - attn_mask.dim())] if attn_mask is not None else None
+
+    def plain() -> Tensor:
+        return attend(q, k, v, spec, scale=scale, dropout_p=dropout_p, bias=bias, extras=extras)
+
+    def memory() -> Tensor:
+        return attend_memory(q, k, v, scale=scale, dropout_p=dropout_p, mask=bias, extras=extras)
+
+    def meaning(batch: LocalBatch, known: MaskSpec | None) -> Softmax:
+        split = replace(spec, num_padding=batch.layout.num_padding)
+        split, mask = read_mask(batch, known, attn_mask, split)
+        return Softmax(split, mask, scale, dropout_p, extras)
+
+    if context is None:
+        return plain()
+    call = AttentionCall(q, k, v, meaning, is_causal=is_causal, memory=memory)
+    out: Tensor = route(context, context.described, call, plain)
+    return out

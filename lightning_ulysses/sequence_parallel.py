@@ -1,0 +1,205 @@
+"""Sequence parallelism for one module, without Lightning and without DeepSpeed: the strategy is a shell around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_ulysses.batch.clock import Clock
+from lightning_ulysses.batch.loader import SeededLoader
+from lightning_ulysses.batch.pipeline import BatchPipeline
+from lightning_ulysses.batch.predictions import join_outputs
+from lightning_ulysses.checks.probing import ModelProbe
+from lightning_ulysses.checks.step import check_intercepted
+from lightning_ulysses.config import UlyssesConfig
+from lightning_ulysses.context import LocalBatch, SequenceContext, activate, current_context
+from lightning_ulysses.exchange.mesh import SequenceMesh
+from lightning_ulysses.interceptors.install_all import install_interceptors
+from lightning_ulysses.loss.evidence import LossWatch
+from lightning_ulysses.loss.weights import StepWeights
+from lightning_ulysses.patching.handle import Handle
+
+
+class SequenceParallel:
+    """Cuts batches, has attention exchange slices for heads, and weights losses.
+
+    Gradients are left to the caller, who averages them over all W processes of the world, as ZeRO does.
+
+    Args:
+        settings: The strategy's settings.
+        mesh: Sizes and groups.
+        device: Where the model is.
+        seed: The run's seed, the same on every rank.
+
+    Attributes:
+        context: Where the running step stands.
+        weights: The weights of losses, and the exact loss of the last step.
+
+    Example:
+        >>> parallel = SequenceParallel(settings, mesh, device, seed=0)
+        >>> with parallel.installed(module):
+        ...     for batch in batches:
+        ...         inputs = parallel.receive(batch, clock)
+        ...         with parallel.step(clock, "training_step"):
+        ...             loss = module.training_step(inputs, 0)
+        ...         with parallel.backward():
+        ...             parallel.weigh(loss).backward()
+        ...         average_gradients(module)
+        ...         optimizer.step()
+        ...         parallel.stepped()
+    """
+
+    def __init__(self, settings: UlyssesConfig, mesh: SequenceMesh, device: torch.device, seed: int) -> None:
+        self.settings = settings
+        self.mesh = mesh
+        self.context = SequenceContext(mesh, settings.plan)
+        self.weights = StepWeights(settings, mesh, device)
+        self._device = device
+        self._pipeline = BatchPipeline(settings.rules, mesh, device, seed)
+        self._handle = Handle()
+        self._probe: ModelProbe | None = None
+        self._module: nn.Module = nn.Identity()
+        self._clock = Clock()
+        self._local: LocalBatch | None = None
+        # Whether attention was intercepted in a step, so that no further one has to show it.
+        self._is_proven = False
+        # Public functions and samplers ask for the mesh from now on.
+        activate(self.context)
+        self._handle.add(self._deactivate)
+
+    def _deactivate(self) -> None:
+        # Another run may have begun meanwhile.
+        if current_context() is self.context:
+            activate(None)
+
+    def install(
+        self, module: nn.Module, *, gathers_parameters: bool = False, forget: Callable[[], None] | None = None
+    ) -> None:
+        """Patches everything that a step of ``module`` may call.
+
+        Args:
+            module: The user's.
+            gathers_parameters: Whether every forward gathers parameters from all ranks (ZeRO-3).
+            forget: Called after each try of the model, for whoever keeps count of the module calls of a step.
+
+        Raises:
+            UlyssesError: For a model that cannot be made exact.
+        """
+        self._module = module
+        self._handle.add(install_interceptors(self.context, module, gathers_parameters).remove)
+        self._probe = ModelProbe(self.context, module, self._device, forget, self.settings.check_model)
+
+    def close(self) -> None:
+        """Puts everything back that was patched; closing twice does nothing."""
+        self._handle.remove()
+
+    @contextmanager
+    def installed(self, module: nn.Module) -> Iterator[SequenceParallel]:
+        """`install` and `close`."""
+        try:
+            self.install(module)
+            yield self
+        finally:
+            self.close()
+
+    def loader(
+        self, dataloader: Any, now: Callable[[], Clock], limit: Callable[[], float], prepare: Callable[[Any], Any]
+    ) -> SeededLoader:
+        """A dataloader whose random numbers a group shares, and that counts a step's targets ahead.
+
+        Args:
+            dataloader: The user's, with its sampler in place.
+            now: Tells where the run stands.
+            limit: Training batches of an epoch that will be used; infinite if that is unknown.
+            prepare: Turns a batch into the one that `receive` will see.
+        """
+        looks_ahead = self.settings.loss_weighting == "tokens"
+        return self._pipeline.wrap(dataloader, now, looks_ahead=looks_ahead, limit=limit, prepare=prepare)
+
+    @property
+    def local(self) -> LocalBatch:
+        """The batch that was received last, cut for this rank."""
+        assert self._local is not None
+        return self._local
+
+    def receive(self, batch: Any, clock: Clock, move: Callable[[Any], Any] = lambda batch: batch) -> Any:
+        """Cuts a whole batch: the one that the following step runs on.
+
+        Args:
+            batch: The same on every rank of a group.
+            clock: Where the run stands.
+            move: Moves a batch to the device and runs the user's hooks on it.
+
+        Returns:
+            The batch for the module.
+
+        Raises:
+            UlyssesError: If the batch is not understood for certain, or ranks hold different ones.
+        """
+        whole = self._pipeline.read(batch, clock.is_training)
+        with self._pipeline.drawing("batch_to_device", clock):
+            inputs, self._local = self._pipeline.cut(whole, clock.is_training, move)
+        self.context.notes.of(LossWatch).is_open = self.weights.needs_evidence
+        if clock.is_training:
+            self.weights.begin(whole.counts_of_group(), self._pipeline.use())
+        return inputs
+
+    @contextmanager
+    def step(self, clock: Clock, name: str) -> Iterator[None]:
+        """Around a step on the batch that was received.
+
+        Args:
+            clock: Where the run stands.
+            name: Of the step, such as ``"training_step"``.
+
+        Raises:
+            UlyssesError: If the model cannot be split, or none of its attention was intercepted.
+        """
+        assert self._probe is not None
+        if clock.is_training and clock.is_automatic:
+            self.weights.check_boundary(clock.is_boundary)
+        suspensions = self.context.suspensions
+        self._clock = clock
+        is_tried = self._module.training in self._probe.done
+        with (
+            self._pipeline.drawing(name, clock),
+            self.context.step(self.local),
+            nullcontext() if is_tried else self._probe.watch(),
+        ):
+            yield
+            if not self._is_proven:
+                self._is_proven = check_intercepted(self.context, name, type(self._module).__name__, suspensions)
+
+    def weigh(self, loss: Tensor) -> Tensor:
+        """The loss to back-propagate on this rank, from the mean that the module returned; see `loss.token_mean`.
+
+        Raises:
+            UlyssesError: If the loss cannot be told to be a mean over known targets.
+        """
+        clock = self._clock
+        return self.weights.apply(loss, self.local, clock.accumulate, clock.is_automatic)
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """Around a backward, in which activation checkpointing calls attention again.
+
+        Raises:
+            UlyssesError: If tokens were pooled on the way to the loss.
+        """
+        assert self._probe is not None
+        with self.context.backward(self.local):
+            yield
+            if self._probe.pooling.is_open:
+                self._probe.pooling.settle()
+
+    def stepped(self) -> None:
+        """After the optimizer has stepped."""
+        self.weights.stepped()
+
+    def join(self, output: Any) -> Any:
+        """Every sequence of a step's nested output joined, unless a plan has joined it already."""
+        return output if self.context.is_joined else join_outputs(output, self.local, self.mesh)
