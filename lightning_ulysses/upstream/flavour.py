@@ -1,4 +1,4 @@
-"""Lightning comes as two packages that do not mix; here users of the other one learn which import to change."""
+"""Refuses ``pytorch_lightning``, which does not mix with ``lightning``, and names the import to change."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _fill(strategies: ModuleType, names: Iterable[str]) -> None:
 
 
 class _Waiting(MetaPathFinder):
-    """Fills the other package's registry as soon as somebody imports it, and is gone from then on."""
+    """Fills the other package's registry as soon as that package is imported, and then removes itself."""
 
     def __init__(self, names: tuple[str, ...]) -> None:
         self._names = names
@@ -39,7 +39,7 @@ class _Waiting(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """The spec that the other finders give, with a loader that fills the registry; None for any other module."""
+        """The other finders' spec, with a loader that also fills the registry; None for any other module."""
         if fullname != _OTHER:
             return None
         found = (finder.find_spec(fullname, path, target) for finder in list(sys.meta_path) if finder is not self)
@@ -58,7 +58,7 @@ class _Waiting(MetaPathFinder):
 
 
 def register_refusals(names: Iterable[str]) -> None:
-    """Makes ``pytorch_lightning.Trainer(strategy=name)`` say what to import instead, now or once that is imported."""
+    """Makes ``pytorch_lightning.Trainer(strategy=name)`` fail with the import to use, now or once it is imported."""
     if _OTHER in sys.modules:
         _fill(sys.modules[_OTHER], names)
     else:
