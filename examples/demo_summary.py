@@ -53,7 +53,7 @@ def one_process_loss(model: torch.nn.Module, batch: Batch) -> float:
 
 
 class DemoSummary(pl.Callback):
-    """Ends a run with a summary and a loss curve, and compares the first step with one process on the whole batch.
+    """Ends a run with a summary and a loss curve. Compares the first step with one process on the whole batch.
 
     Place it after the callback that logs the loss.
 
@@ -68,7 +68,7 @@ class DemoSummary(pl.Callback):
         self.untrained: torch.nn.Module | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Copy the model while it is untrained and no strategy has touched it."""
+        """Copy the model before it is trained and before the strategy changes it."""
         if stage == "fit":
             pl_module.configure_model()
         if stage == "fit" and trainer.is_global_zero:
@@ -77,7 +77,7 @@ class DemoSummary(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        """Ask every process how many tokens of the first batch it was given."""
+        """Gather from every process how many tokens of the first batch it got."""
         if not self.tokens:
             everyone: list[Any] = [None] * trainer.world_size
             torch.distributed.all_gather_object(everyone, batch["input_ids"].numel())

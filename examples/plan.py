@@ -1,9 +1,10 @@
-"""A plan written by hand: a model that numbers its positions itself is split behind them, and stays as it is.
+"""A plan written by hand: a model that numbers its positions itself is split after that, and stays as it is.
 
-Run it with ``python examples/plan.py``; it trains a few steps on two CPU processes. ``Model`` adds positions that count
-from 0 and takes no others. Cut batches would give both halves of a sequence the same positions, which the strategy
-refuses. `PLAN` has each rank compute embedding and positions for the whole sequence, split what enters the first block,
-and join the logits, so that the loss in ``training_step`` is that of the whole sequence.
+Run it with ``python examples/plan.py``. It trains a few steps on two CPU processes. ``Model`` adds positions that count
+from 0, and accepts no others. If the batches were cut, both halves of a sequence would get the same positions, and the
+strategy would refuse the model. With `PLAN`, each rank computes embedding and positions for the whole sequence. The
+input of the first block is split, and the logits are joined. So the loss in ``training_step`` is that of the whole
+sequence.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from torch.utils.data import DataLoader
 
 from lightning_ulysses import UlyssesDeepSpeedStrategy
 
-# Submodule, input (or output) and the dimension that carries the sequence. As `plan:` of a LightningCLI config it reads
-# the same in YAML.
+# For each submodule the input (or output) and the dimension that carries the sequence. As `plan:` of a LightningCLI
+# config, it reads the same in YAML.
 PLAN: dict[str, Any] = {
     "split": {"blocks.*": {"h": 1}},
     "join": {"head": 1},
@@ -46,7 +47,7 @@ class Block(nn.Module):
 
 
 class Model(L.LightningModule):
-    """Predicts the next number of sequences that count in steps; knows nothing of processes."""
+    """Predicts the next number in sequences that count up in steps. It knows nothing about processes."""
 
     def __init__(self, vocab: int = 32, width: int = 32, heads: int = 4, longest: int = 256) -> None:
         super().__init__()
@@ -63,7 +64,7 @@ class Model(L.LightningModule):
         return logits
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        """The mean cross entropy of the whole sequences; shifts the tokens itself."""
+        """The mean cross entropy of the whole sequences. It shifts the tokens itself."""
         logits = self(batch[:, :-1])
         loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
         self.log("loss", loss, prog_bar=True)
@@ -75,7 +76,7 @@ class Model(L.LightningModule):
 
 
 def sequences(number: int, length: int = 66, vocab: int = 32) -> Tensor:
-    """(number, length) of numbers that count up in steps of their own, modulo ``vocab``."""
+    """(number, length) numbers modulo ``vocab``. Each row counts up in steps of its own."""
     generator = torch.Generator().manual_seed(0)
     begin = torch.randint(0, vocab, (number, 1), generator=generator)
     step = torch.randint(1, 5, (number, 1), generator=generator)

@@ -4,7 +4,7 @@
     python examples/pretrain.py fit --config configs/pretrain_8gpu.yaml   # 8B parameters from random weights
     python examples/pretrain.py fit --config configs/finetune_8gpu.yaml   # 8B parameters, chats
 
-The module below knows nothing of that split: the strategy in the configuration does it.
+The module below knows nothing about the split. The strategy in the configuration does it.
 """
 
 import logging
@@ -65,7 +65,7 @@ class CausalLM(pl.LightningModule):
         self.model: PreTrainedModel | None = None
 
     def configure_model(self) -> None:
-        """Build the model, under ZeRO-3 in shares that no process ever holds all of."""
+        """Build the model. Under ZeRO-3 it is built in shards, and no process ever holds all of it."""
         if self.model is not None:
             return
         attention: dict[str, Any] = {"attn_implementation": self.attn_implementation}
@@ -73,7 +73,7 @@ class CausalLM(pl.LightningModule):
             strategy = self.trainer.strategy
             sharded = None
             if isinstance(strategy, DeepSpeedStrategy) and strategy.zero_stage_3:
-                # As long as this object lives, transformers shards whatever it loads or builds in this process.
+                # As long as this object lives, transformers shards every model that it loads or builds in this process.
                 sharded = HfDeepSpeedConfig(strategy.config)
             self.model = AutoModelForCausalLM.from_pretrained(self.from_pretrained, **attention).train()
             del sharded

@@ -1,4 +1,4 @@
-"""Real long documents that every machine with Python has: the source of its standard library, packed into full rows."""
+"""Long documents that every machine with Python has: the source of its standard library, packed into full rows."""
 
 import random
 import sysconfig
@@ -14,7 +14,7 @@ from lightning_ulysses.data import SequenceDataModule
 Batch = dict[str, Tensor]
 
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
-# Files with fewer letters and blanks than this are tables of codes.
+# Files with a smaller share of letters and blanks are tables of codes.
 MIN_TEXT_SHARE = 0.78
 
 
@@ -29,10 +29,10 @@ def stdlib_files() -> Iterator[Path]:
 
 
 def choose_files(tokens: int, seed: int) -> list[str]:
-    """Choose some of them.
+    """Choose some of these files at random.
 
     Args:
-        tokens: How many bytes of text to choose, about.
+        tokens: About how many bytes of text to choose.
         seed: Decides which files.
 
     Returns:
@@ -56,7 +56,7 @@ class StdlibText(SequenceDataModule):
     """Byte tokens of the standard library's source, whole modules packed into rows of ``max_tokens``.
 
     Args:
-        tokens: How much text to use, about.
+        tokens: About how much text to use.
         validation: Fraction of the files to validate on.
         seed: Decides which files, and their order.
         **kwargs: Every other argument of ``SequenceDataModule``.
@@ -69,7 +69,7 @@ class StdlibText(SequenceDataModule):
         self.first_batch: Batch | None = None
 
     def on_before_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Keep the first training batch, still whole here, for whoever wants to rerun it."""
+        """Keep the first training batch, which is still whole here, for a rerun in one process."""
         if self.first_batch is None and self.trainer is not None and self.trainer.training:
             self.first_batch = batch
         return batch

@@ -1,4 +1,4 @@
-"""One file of weights from a sharded checkpoint, for a program that knows neither DeepSpeed nor this package."""
+"""One file of weights from a sharded checkpoint, for programs without DeepSpeed and this package."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ def load_weights(checkpoint: str | Path, prefix: str = "") -> dict[str, Tensor]:
 
     Args:
         checkpoint: The directory that the Trainer saved.
-        prefix: Keeps the weights whose names begin with it, and drops it: ``"model."`` gives those of ``self.model``.
+        prefix: Selects the weights whose names begin with it, and removes it from them. ``"model."`` selects those of
+            ``self.model``.
 
     Raises:
-        UlyssesError: If the directory is no such checkpoint, or no name begins with ``prefix``.
+        UlyssesError: If the directory is not such a checkpoint, or no name begins with ``prefix``.
 
     Source:
         DeepSpeed ``utils/zero_to_fp32.py``.
@@ -43,7 +44,7 @@ def load_weights(checkpoint: str | Path, prefix: str = "") -> dict[str, Tensor]:
 
 
 def export_weights(checkpoint: str | Path, output: str | Path, prefix: str = "") -> None:
-    """Writes `load_weights` to one file: safetensors if ``output`` ends so, else ``torch.save``.
+    """Writes the result of `load_weights` to one file: safetensors if ``output`` ends so, else ``torch.save``.
 
     Args:
         checkpoint: The directory that the Trainer saved.
@@ -54,6 +55,7 @@ def export_weights(checkpoint: str | Path, output: str | Path, prefix: str = "")
     if Path(output).suffix == ".safetensors":
         from safetensors.torch import save_file
 
+        # safetensors refuses tensors that share memory, such as tied weights.
         save_file({name: tensor.clone().contiguous() for name, tensor in weights.items()}, output, {"format": "pt"})
     else:
         torch.save(weights, output)

@@ -1,4 +1,4 @@
-"""Callbacks that know about split sequences."""
+"""Callbacks for training on split sequences."""
 
 from __future__ import annotations
 

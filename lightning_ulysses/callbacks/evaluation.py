@@ -1,4 +1,4 @@
-"""Logs the exact loss of an evaluation."""
+"""Logs the exact loss of validation and test."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def strategy_of(trainer: pl.Trainer) -> UlyssesDeepSpeedStrategy:
-    """The Trainer's strategy; raises `UlyssesError` if it is another one."""
+    """The Trainer's strategy; raises `UlyssesError` if it is not `UlyssesDeepSpeedStrategy`."""
     strategy = trainer.strategy
     if not isinstance(strategy, UlyssesDeepSpeedStrategy):
         raise UlyssesError(
@@ -29,7 +29,7 @@ def strategy_of(trainer: pl.Trainer) -> UlyssesDeepSpeedStrategy:
 
 
 def weights_of(trainer: pl.Trainer) -> StepWeights:
-    """The weights of the losses; available while a Trainer runs."""
+    """The loss weights of the strategy; available while a Trainer runs."""
     return strategy_of(trainer).weights
 
 
@@ -39,10 +39,10 @@ def _loss_of(outputs: Any) -> Tensor | None:
 
 
 class EvaluationMonitor(pl.Callback):
-    """Logs loss and perplexity of validation and test; see `TokenCountMonitor`.
+    """Logs the loss and perplexity of validation and test; see `TokenCountMonitor`.
 
     Args:
-        prog_bar: Whether the loss appears in the progress bar.
+        prog_bar: Whether the progress bar shows the loss.
     """
 
     def __init__(self, prog_bar: bool = True) -> None:
@@ -62,7 +62,7 @@ class EvaluationMonitor(pl.Callback):
         found = {index: loss for index, loss in enumerate(compute_all(self._evaluated)) if loss is not None}
         for index, loss in found.items():
             suffix = "" if len(found) == 1 else f"/dataloader_{index}"
-            # The same on all ranks already; Lightning would ask for sync_dist at every evaluation.
+            # Already the same on all ranks. Without sync_dist, Lightning would warn at every evaluation.
             pl_module.log(f"{stage}/loss{suffix}", loss, prog_bar=self.prog_bar, sync_dist=True)
             pl_module.log(f"{stage}/perplexity{suffix}", loss.exp(), sync_dist=True)
         self._evaluated = []

@@ -1,4 +1,4 @@
-"""Logs the exact loss and the tokens behind it, and reports them when training ends."""
+"""Logs the exact loss and the token counts of every step, and reports them when training ends."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from lightning_ulysses.loss.weights import StepWeights
 
 
-# Steps that are read from the device, or added up, at once.
+# Number of steps that are copied from the device, or summed, at once.
 _READ_EVERY = 50
 
 
 def _logs_follow(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
-    """Whether loggers write after this step or it may be the last one; a call of ``log`` takes half a millisecond."""
+    """Whether loggers may write after this step; other steps are spared ``log``, half a millisecond per call."""
     settings: Any = trainer
     every, step = settings.log_every_n_steps, trainer.global_step
     if not module.automatic_optimization or trainer.is_last_batch or step == trainer.max_steps:
@@ -39,43 +39,47 @@ def _logs_follow(trainer: pl.Trainer, module: pl.LightningModule) -> bool:
 
 
 class TokenCountMonitor(EvaluationMonitor):
-    """Logs the exact, token-weighted loss of every optimizer step and evaluation, and the tokens behind it.
+    """Logs the exact, token-weighted loss of every optimizer step and evaluation, and the tokens it was computed on.
 
-    What a module logs itself is the mean over one rank's slice; ``ModelCheckpoint`` and ``EarlyStopping`` should
-    monitor these names instead. Losses, perplexities, tokens and memory are the same on all ranks.
+    A module by itself logs the mean over one rank's slice. So ``ModelCheckpoint`` and ``EarlyStopping`` should monitor
+    the names below. Losses, perplexities, token counts and memory are the same on all ranks.
 
-    - ``train/loss``, ``train/perplexity``: the mean over all targets of the optimizer step in nats, and e to its power.
-    - ``train/loss_epoch``: the mean over all targets of the epoch so far when it ends, also of a resumed one.
+    - ``train/loss``, ``train/perplexity``: the mean over all targets of the optimizer step, in nats, and e to that
+      power.
+    - ``train/loss_epoch``: the mean over all targets of the epoch, logged at its end. It also covers the part before a
+      resume.
     - ``validate/loss``, ``validate/perplexity``, ``test/loss``, ``test/perplexity``: over all targets of the
-      evaluation, from the loss the step returns; with ``/dataloader_0`` behind the name where there are several.
-      Lightning does not continue an evaluation within which a checkpoint was saved, so nothing of it is carried.
+      evaluation, from the loss that the step returns. With several dataloaders, ``/dataloader_0`` and so on is
+      appended. Checkpoints hold nothing of an unfinished evaluation, since Lightning does not continue it.
     - ``tokens/global``: tokens that one optimizer step trained on, without padding.
-    - ``tokens/padding_fraction``: padding over all tokens. Padding is what the strategy added, what a 2-D
-      ``attention_mask`` leaves out, and what a rank's slice holds of the last of several documents of a row if that is
-      one repeated token without a target, as `PackingCollator` pads.
-    - ``tokens/imbalance``: the work of the busiest rank over the mean, from 1. Padding is work too.
-    - ``throughput/tokens_per_sec``: tokens of all ranks without padding per second since it was last logged, evaluation
-      not counted; not logged for the first step.
-    - ``throughput/mfu``: the part used of what the devices could compute; 0.4 is 40 %. Forward and backward on tokens
-      without padding, attention by document lengths, recomputation not counted; see `cost.flops.model_operations`.
-    - ``memory/peak_gib``: of the rank with the most; allocated by torch on a GPU, resident in memory on a CPU.
+    - ``tokens/padding_fraction``: padding divided by all tokens. Padding is what the strategy added, and what a 2-D
+      ``attention_mask`` excludes. So is the last of several documents of a row, if this rank's part of it is one
+      repeated token without a target, as `PackingCollator` pads.
+    - ``tokens/imbalance``: the work of the busiest rank divided by the mean; 1 is best. Padding counts as work.
+    - ``throughput/tokens_per_sec``: tokens of all ranks per second, without padding, since it was last logged. Time in
+      evaluation does not count. Not logged for the first step.
+    - ``throughput/mfu``: model FLOPs utilization, the fraction of the devices' peak rate; 0.4 is 40 %. It counts
+      forward and backward on tokens without padding, and attention by document lengths. Recomputation does not count;
+      see `cost.flops.model_operations`.
+    - ``memory/peak_gib``: peak memory of the rank with the most. On a GPU it is memory allocated by torch, on a CPU
+      resident memory.
 
-    ``train/loss`` is logged after every step, the others that concern training after every ``log_every_n_steps`` and
+    ``train/loss`` is logged after every step. The other training values are logged every ``log_every_n_steps``, and
     after the last step of an epoch or a run.
 
-    When training ends, the first rank prints a table and writes ``token_report.csv`` (a row for each optimizer step and
-    rank) and ``token_report.png`` into the log directory; ``lightning-ulysses report DIR`` draws it again. Checkpoints
-    carry the steps so far, 64 bytes for each step and rank, so that a resumed run reports all of them.
+    When training ends, rank 0 prints a table. It also writes ``token_report.csv`` (one row per optimizer step and rank)
+    and ``token_report.png`` into the log directory. ``lightning-ulysses report DIR`` shows both again. Checkpoints hold
+    the steps so far, 64 bytes per step and rank, so that a resumed run reports all of them.
 
     Args:
-        prog_bar: Whether loss and throughput appear in the progress bar.
-        peak_flops: Dense operations per second of one device in the precision of the run. By default that of bf16 where
-            the GPU is known; otherwise no ``throughput/mfu`` is logged.
+        prog_bar: Whether the progress bar shows loss and throughput.
+        peak_flops: Dense operations per second of one device in the precision of the run. By default that of bf16, if
+            the GPU is known. Otherwise ``throughput/mfu`` is not logged.
         report: Whether to print the table and write the files.
-        report_dir: Where to write them, instead of the log directory. Without either only the table is printed.
+        report_dir: Where to write them, instead of the log directory. Without either, only the table is printed.
 
     Raises:
-        UlyssesError: If ``peak_flops`` is no positive number, or the Trainer has another strategy.
+        UlyssesError: If ``peak_flops`` is not a positive number, or the Trainer has another strategy.
     """
 
     def __init__(
@@ -108,7 +112,8 @@ class TokenCountMonitor(EvaluationMonitor):
         self._recent: tuple[Tensor | float, float] = (0.0, 0.0)
         self._epoch = -1
         self._epoch_mean = TokenMean(sync_on_compute=False)
-        # Sums of steps that are not in the mean yet: a torchmetrics update for each would be a tenth of the cost.
+        # Sums of steps that are not in the epoch's mean yet. One torchmetrics update per step would be a tenth of this
+        # callback's cost.
         self._waiting: list[Tensor] = []
 
     @override
@@ -128,7 +133,7 @@ class TokenCountMonitor(EvaluationMonitor):
         self._waiting = []
 
     def _find_folder(self, trainer: pl.Trainer) -> Path | None:
-        """Where the report goes; every rank has to ask, since Lightning broadcasts the log directory."""
+        """The folder of the report. Every rank must call this, since Lightning broadcasts the log directory."""
         settings: Any = trainer
         has_logger = bool(trainer.loggers) and not settings.fast_dev_run
         folder = self.report_dir or (trainer.log_dir if has_logger else None)
@@ -149,6 +154,7 @@ class TokenCountMonitor(EvaluationMonitor):
         self._folder = self._find_folder(trainer) if self.report else None
         if trainer.global_step == 0:
             self._epoch = -1
+        # Only rank 0 keeps the history, but a checkpoint gives it to every rank.
         if not trainer.is_global_zero:
             self._history = TokenHistory()
         self._history.rewind(trainer.global_step)
@@ -164,7 +170,7 @@ class TokenCountMonitor(EvaluationMonitor):
             self._epoch = trainer.current_epoch
 
     def _pause(self) -> None:
-        """Stops the clock of the step."""
+        """Stops the step's clock."""
         if self._since is not None:
             self._seconds, self._since = self._seconds + time.perf_counter() - self._since, None
 
@@ -175,9 +181,11 @@ class TokenCountMonitor(EvaluationMonitor):
         live, weights, ledger = strategy_of(trainer).local, weights_of(trainer), self._ledger
         assert ledger is not None
         ledger.add(live, weights.target_name)
+        # Still within gradient accumulation: no optimizer step was taken.
         if weights.steps == self._steps:
             return
         self._steps = weights.steps
+        # (W, fields), and its sum over ranks (fields,)
         counts = ledger.close(weights.own_loss)
         self._pause()
         seconds = float("nan") if self._is_first else self._seconds
@@ -202,7 +210,7 @@ class TokenCountMonitor(EvaluationMonitor):
         pl_module.log("train/loss", loss, prog_bar=self.prog_bar, batch_size=1)
 
     def _settle_epoch(self) -> None:
-        """Brings the mean over the epoch up to date."""
+        """Adds the waiting steps to the mean over the epoch."""
         if self._waiting:
             assert self._ledger is not None
             # (steps, fields)
@@ -211,7 +219,7 @@ class TokenCountMonitor(EvaluationMonitor):
             self._waiting = []
 
     def _log_tokens(self, pl_module: pl.LightningModule, counts: Tensor, sums: Tensor) -> None:
-        """Logs what is behind the loss; it stays on the device until a logger or the progress bar reads it."""
+        """Logs the values beside the loss. They stay on the device until a logger or the progress bar reads them."""
         assert self._ledger is not None
         most = counts.amax(dim=0)
         values = {
@@ -237,7 +245,7 @@ class TokenCountMonitor(EvaluationMonitor):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._settle_epoch()
         if self._epoch_mean.update_called:
-            # The same on all ranks already; Lightning would ask for sync_dist.
+            # Already the same on all ranks. Without sync_dist, Lightning would warn.
             pl_module.log("train/loss_epoch", self._epoch_mean.compute(), sync_dist=True)
 
     @override
@@ -246,12 +254,12 @@ class TokenCountMonitor(EvaluationMonitor):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        # The device or the disk may be what failed, and that must stay visible.
+        # If the device or the disk has failed, the report fails too, and must not hide the first error.
         with suppress(RuntimeError, OSError):
             self._leave(trainer, final=False)
 
     def _leave(self, trainer: pl.Trainer, final: bool) -> None:
-        """Leaves the report; without a collective, since other ranks may be gone."""
+        """Writes the report, without a collective, since other ranks may be gone."""
         if self.report and self._ledger is not None and self._history.steps:
             leave(self._history.table(self._ledger, self._peak), self._folder, final)
 

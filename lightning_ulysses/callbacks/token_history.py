@@ -1,4 +1,4 @@
-"""The steps of a run so far: buffered on the device, read in blocks, and carried through checkpoints."""
+"""The steps of a run so far: buffered on the device, copied in blocks, and stored in checkpoints."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ Table = dict[str, NDArray[np.float64]]
 
 @dataclass
 class TokenHistory:
-    """One record for each optimizer step, kept by one rank: 8 numbers of 8 bytes for each step and rank.
+    """One record per optimizer step, kept by one rank: 8 numbers of 8 bytes for each step and rank.
 
     Attributes:
         steps: Number of each step, from 1.
-        seconds: Its duration; NaN for the first one of a fit.
-        counts: (W, fields) each; see `token_ledger.FIELDS`.
+        seconds: Duration of each step; NaN for the first one of a fit.
+        counts: (W, fields) of each step; see `token_ledger.FIELDS`.
     """
 
     steps: list[int] = field(default_factory=list)
@@ -43,7 +43,7 @@ class TokenHistory:
     _on_device: int = 0
 
     def add(self, step: int, seconds: float, counts: Tensor) -> None:
-        """Keeps a step; ``counts`` stay on their device until `flush`."""
+        """Stores a step; ``counts`` stay on their device until `flush`."""
         self.steps.append(step)
         self.seconds.append(seconds)
         self.counts.append(counts)
@@ -51,23 +51,23 @@ class TokenHistory:
 
     @property
     def waiting(self) -> int:
-        """Steps still on the device."""
+        """Number of steps still on the device."""
         return self._on_device
 
     def flush(self) -> None:
-        """Brings everything to the host, with one copy."""
+        """Copies everything to the host, in one transfer."""
         if self._on_device:
             self.counts[-self._on_device :] = torch.stack(self.counts[-self._on_device :]).cpu().unbind()
             self._on_device = 0
 
     def rewind(self, step: int) -> None:
-        """Forgets what came after a step, which is about to be trained again."""
+        """Drops the steps after ``step``, which will be trained again."""
         self.flush()
         kept = sum(known <= step for known in self.steps)
         self.steps, self.seconds, self.counts = self.steps[:kept], self.seconds[:kept], self.counts[:kept]
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, as tensors; one for each run of steps on one number of ranks."""
+        """Everything as tensors. Steps with the same number of ranks share a tensor of counts."""
         self.flush()
         sizes = [len(counts) for counts in self.counts]
         edges = [0, *(i for i in range(1, len(sizes)) if sizes[i] != sizes[i - 1]), len(sizes)]
@@ -88,11 +88,11 @@ class TokenHistory:
         )
 
     def table(self, ledger: StepLedger, peak_flops: float | None) -> Table:
-        """One row for each step and rank, by column; see `token_report.COLUMNS`.
+        """One row per step and rank, by column; see `token_report.COLUMNS`.
 
         Args:
-            ledger: Knows how ranks weigh and what the model computes.
-            peak_flops: Operations per second of one device; without it, ``mfu`` is NaN.
+            ledger: Has the weights of the ranks and the operations of the model.
+            peak_flops: Operations per second of one device. Without it, ``mfu`` is NaN.
         """
         self.flush()
         columns: dict[str, list[NDArray[np.float64]]] = {}
@@ -105,7 +105,7 @@ class TokenHistory:
 def _rows(
     step: int, seconds: float, counts: NDArray[np.float64], ledger: StepLedger, peak_flops: float | None
 ) -> dict[str, Any]:
-    """The rows of one step; what is the same on all ranks is a number."""
+    """The rows of one step. A value that is the same on all ranks is a single number."""
     size, sums = len(counts), counts.sum(axis=0)
     tokens, targets, real = sums[TOKENS], sums[TARGETS], sums[TOKENS] - sums[PADDING]
     possible = seconds * size * peak_flops if peak_flops else float("nan")

@@ -1,4 +1,4 @@
-"""What each rank's slices of an optimizer step hold, and how it reaches every rank in one small collective."""
+"""Counts the tokens in each rank's slices of an optimizer step, and exchanges the counts in one small collective."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ _Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class SliceCounts:
-    """What a layout alone says about one rank's slice of a batch.
+    """Counts of one rank's slice of a batch that follow from the layout alone.
 
     Attributes:
-        tokens: Tokens of the slice, B * S_r, whatever they are.
-        real: Those that the layout does not call padding.
+        tokens: Tokens of the slice, B * S_r, with padding.
+        real: Tokens of the slice that are no padding according to the layout.
         documents: Documents whose first token is in the slice.
-        pairs: For each real token in the slice the length of its document, added up.
-        squares: The squared document lengths of the whole batch as attention computes them, padding included.
-        tails: (B, 4) for each row's last document of several: where it begins in the slice, and what it adds to
-            ``real``, ``documents`` and ``pairs``; empty if no row has several.
+        pairs: Sum over the real tokens of the slice of the length of their document.
+        squares: Sum of the squared document lengths of the whole batch, as attention computes them, with padding.
+        tails: (B, 4) for each row its last document, if the row has several. The columns are where it begins in the
+            slice, and how much it adds to ``real``, ``documents`` and ``pairs``. Empty if no row has several.
     """
 
     tokens: float
@@ -49,14 +49,14 @@ class SliceCounts:
 
 
 def _tokens_before(valid: Runs | None, end: int, positions: _Floats) -> _Floats:
-    """How many real tokens of a row lie before each position."""
+    """The number of real tokens of a row before each position."""
     if valid is None:
         return np.minimum(positions, end)
     runs = np.array(valid, dtype=np.float64).reshape(-1, 2)
     if not len(runs):
         return np.zeros_like(positions)
     kept = np.cumsum(runs[:, 1] - runs[:, 0])
-    # Grows by one per token within a run, and stays as it is between runs.
+    # Piecewise linear: it grows by one per token within a run, and is constant between runs.
     return np.interp(positions, runs.ravel(), np.stack([np.append(0, kept[:-1]), kept], axis=1).ravel())
 
 
@@ -78,7 +78,7 @@ def count_slice(layout: SequenceLayout, rows: int, rank: int) -> SliceCounts:
         if end < layout.seq_len:
             runs = runs[runs[:, 0] < end]
         valid = layout.valid[row] if layout.valid is not None else None
-        # (documents, 2): tokens before each document's ends, and before those of its part in the slice.
+        # (documents, 2): real tokens before each document's begin and end, and before those of its part in the slice.
         whole = _tokens_before(valid, end, runs)
         part = _tokens_before(valid, end, np.minimum(np.maximum(runs, span.start), span.stop))
         own = part[:, 1] - part[:, 0]
@@ -96,28 +96,29 @@ def count_slice(layout: SequenceLayout, rows: int, rank: int) -> SliceCounts:
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Copies from the host without waiting for what the device is doing."""
+    """Copies from the host without waiting for the work queued on the device."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def find_padding(
     tails: _Floats, live: LocalBatch, name: str | None, end: int, ignore_index: int, rank: int = 0
 ) -> Tensor | None:
-    """What of the slice is padding that a collate function put into a document of its own at the end of a row.
+    """Finds padding that a collate function put into a document of its own at the end of a row.
 
-    That is told by the tokens: one repeated token without a single target. Each rank judges its own slice of the
-    document, which needs no word from the others.
+    It is recognized by its tokens: one repeated token without a single target. Each rank judges its own part of the
+    document, so no collective is needed.
 
     Args:
         tails: See `SliceCounts`.
         live: The batch.
         name: The tensor with the targets.
         end: Tokens of the slice that the strategy did not add.
-        ignore_index: The label of no target.
+        ignore_index: The label that is no target.
         rank: Rank in the sequence-parallel group.
 
     Returns:
-        (3,) on the device: padding, documents and pairs that `count_slice` took for real; None if there is none.
+        (3,) on the device: padding, documents and pairs that `count_slice` counted as real. None if no row can have
+        such padding.
     """
     tokens, targets = live.own("input_ids", rank), live.own(name or "", rank)
     if not len(tails) or tokens is None or targets is None or tokens.dim() != 2 or targets.shape != tokens.shape:
@@ -126,7 +127,7 @@ def find_padding(
     # (B, S_r) -> (B, T), where T spans the last document of every row
     tokens, targets = tokens[:, begin:end], targets[:, begin:end]
     other = tokens != tokens[:, -1:]
-    # A slice without any target shows the module one that does not count.
+    # A slice without any target contains a stand-in for the module, which is no target here.
     if live.counts.get(name or ""):
         other = other | (targets != (0 if name in MASK_KEYS else ignore_index))
     table = to_device(torch.from_numpy(tails), tokens.device)
@@ -136,22 +137,22 @@ def find_padding(
 
 
 def peak_bytes(device: torch.device) -> float:
-    """The most memory this process has had so far: allocated by torch on a GPU, resident on a CPU."""
+    """Peak memory of this process so far: allocated by torch on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
-    # Kilobytes on Linux, bytes on macOS.
+    # ru_maxrss is in kilobytes on Linux, in bytes on macOS.
     return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)
 
 
 class StepLedger:
-    """Adds up the micro-batches of an optimizer step and exchanges the sums.
+    """Sums the counts of the micro-batches of an optimizer step, and exchanges the sums.
 
     Args:
         mesh: Sizes and groups.
-        device: Where collectives take place.
-        ignore_index: The label of no target.
-        operations: What the model computes.
-        by_targets: Whether ranks weigh in the loss by their targets; otherwise all weigh the same.
+        device: The device of the collectives.
+        ignore_index: The label that is no target.
+        operations: The operations of the model.
+        by_targets: Whether the loss weights ranks by their number of targets. Otherwise all ranks weigh the same.
     """
 
     def __init__(
@@ -174,7 +175,7 @@ class StepLedger:
         self._padding: Tensor | None = None
 
     def add(self, live: LocalBatch, name: str | None) -> None:
-        """Adds a micro-batch; ``name`` is the tensor that holds its targets."""
+        """Adds a micro-batch; ``name`` is the tensor with its targets."""
         layout, rank = split_layout(live), self._mesh.sp_rank
         counts = count_slice(layout, live.rows, rank)
         name = name if name is not None else next((key for key in ("shift_labels", "labels") if key in live.counts), "")

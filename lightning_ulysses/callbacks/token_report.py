@@ -1,4 +1,4 @@
-"""What a run looked like: ``token_report.csv``, a table for the terminal, and ``token_report.png``."""
+"""The report of a run: ``token_report.csv``, a table for the terminal, and ``token_report.png``."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ COLUMNS = (
     "peak_gib",
 )
 _WHOLE = ("step", "rank", "targets", "tokens", "padding", "documents")
-# More ranks than this are drawn as the range between the least and the most.
+# More ranks than this are drawn as a range from the smallest to the largest value.
 _MOST_LINES = 4
 
 _Floats = NDArray[np.float64]
 
 
 def write_csv(table: Table, path: Path) -> None:
-    """Writes one row for each step and rank; unknown values are left empty."""
+    """Writes one row per step and rank; unknown values stay empty."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
@@ -54,13 +54,13 @@ def write_csv(table: Table, path: Path) -> None:
 
 
 def read_csv(path: Path) -> Table:
-    """Reads what `write_csv` wrote, further columns included or not.
+    """Reads a file that `write_csv` wrote. Further columns are ignored.
 
     Returns:
-        (rows,) values by column; NaN where nothing is known.
+        (rows,) values by column; NaN for an unknown value.
 
     Raises:
-        UlyssesError: If columns are missing, there is no row, or a value is no number.
+        UlyssesError: If columns are missing, there is no row, or a value is not a number.
     """
     fix = "give the folder of a run with TokenCountMonitor, and leave its file as it was written"
     with path.open(newline="") as file:
@@ -78,7 +78,7 @@ def read_csv(path: Path) -> Table:
 
 
 def _of_steps(table: Table, name: str) -> tuple[_Floats, _Floats]:
-    """(steps,) numbers of the steps, and a value that all ranks of a step share."""
+    """(steps,) the numbers of the steps, and (steps,) a value that all ranks of a step share."""
     steps, first = np.unique(table["step"], return_index=True)
     return steps, table[name][first]
 
@@ -105,7 +105,7 @@ def _summary(table: Table) -> str:
 
 
 def _short(count: float) -> str:
-    """A count for a narrow column: exact up to five digits, then rounded."""
+    """A count for a narrow column: exact up to five digits, rounded above."""
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= max(size, 1e5):
             return f"{count / size:.1f} {unit}"
@@ -113,7 +113,7 @@ def _short(count: float) -> str:
 
 
 def rich_table(table: Table) -> RichTable:
-    """The run for the terminal: a line for each rank, and below it what concerns all of them."""
+    """The table for the terminal: a line for each rank, and a caption about all ranks."""
     from rich.box import SIMPLE
     from rich.table import Table as RichTable
 
@@ -137,12 +137,12 @@ def rich_table(table: Table) -> RichTable:
 
 
 def _marks(count: int) -> dict[str, Any]:
-    """Points where there are so few that lines alone would hide them."""
+    """A line style, with points if there are so few steps that lines alone would hide them."""
     return {"marker": "o", "markersize": 3, "linewidth": 1.2} if count <= 60 else {"linewidth": 1.0}
 
 
 def _draw_range(axes: Any, steps: _Floats, values: _Floats, label: str, **style: Any) -> None:
-    """The mean over ranks, and the range from the least to the most."""
+    """Draws the mean over ranks, and the range from the smallest to the largest value."""
     different, index = np.unique(steps, return_inverse=True)
     low, high = np.full(len(different), np.inf), np.full(len(different), -np.inf)
     np.minimum.at(low, index, values)
@@ -163,7 +163,7 @@ def _draw_ranks(axes: Any, table: Table) -> None:
             axes.plot(table["step"][own], real[own], label=f"rank {int(rank)}: tokens", **style)
             axes.plot(table["step"][own], table["targets"][own], label="targets", linestyle=":", **style)
     axes.set(title="Tokens and targets of each rank, without padding", ylabel="tokens per step")
-    # Targets may outnumber tokens: a collate function may give labels to what a padding mask drops.
+    # Targets may outnumber tokens: a collate function may give labels to tokens that a padding mask excludes.
     axes.set_ylim(bottom=0, top=1.1 * max(1.0, float(real.max()), float(table["targets"].max())))
     axes.legend(fontsize="small", ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False)
 
@@ -178,7 +178,7 @@ def _draw_padding(axes: Any, table: Table) -> None:
 
 
 def draw(table: Table, path: Path) -> None:
-    """Draws tokens per rank, padding, imbalance and loss over steps, under the name of the folder.
+    """Draws tokens per rank, padding, imbalance and loss over steps. The title is the name of the folder.
 
     Raises:
         UlyssesError: If matplotlib is not installed.
@@ -213,12 +213,12 @@ def draw(table: Table, path: Path) -> None:
 
 
 def leave(table: Table, folder: Path | None, final: bool) -> None:
-    """Writes the csv into a folder; with ``final`` also prints the table and draws the picture.
+    """Writes the csv into a folder. With ``final``, also prints the table and draws the figure.
 
     Args:
         table: See `COLUMNS`.
-        folder: The log directory, if there is one.
-        final: Whether training has ended as it should.
+        folder: The log directory, or None.
+        final: Whether training ended normally.
     """
     if folder is not None:
         write_csv(table, folder / CSV_NAME)
@@ -231,5 +231,5 @@ def leave(table: Table, folder: Path | None, final: bool) -> None:
         try:
             draw(table, folder / PNG_NAME)
         except UlyssesError as error:
-            # What has been trained is worth more than a picture of it.
+            # A missing matplotlib must not end a run that has trained.
             warnings.warn(str(error), stacklevel=2)

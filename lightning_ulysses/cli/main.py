@@ -54,10 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Args:
-        arguments: In place of those of the process.
+        arguments: Used instead of the arguments of the process.
 
     Returns:
-        The exit status: 0, or 1 after a message about what was wrong.
+        The exit status: 0, or 1 after an error message.
     """
     args = _parser().parse_args(arguments)
     try:

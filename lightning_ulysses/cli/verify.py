@@ -1,4 +1,4 @@
-"""``lightning-ulysses verify``: one process against P, on the module and the data of a LightningCLI config."""
+"""``lightning-ulysses verify``: compares one process with P, on the module and data of a LightningCLI config."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def add_command(commands: Any) -> None:
 
 
 def verify(args: argparse.Namespace) -> None:
-    """Prints the comparison and ends the process with its status."""
+    """Prints the comparison and ends the process with its exit status."""
     import json
     import traceback
 
     from lightning_ulysses.verification import verify_parity
 
     try:
-        # What user code prints must not come between the lines of the report.
+        # Whatever user code prints must not mix with the report, above all not with its JSON.
         with redirect_stdout(sys.stderr):
             module, batches, settings = load_config(args)
             report = verify_parity(
@@ -63,7 +63,7 @@ def verify(args: argparse.Namespace) -> None:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
     except Exception:
-        # Python would end with the status that says that the two differ.
+        # An uncaught exception would exit with 1, which means that the two runs differ.
         traceback.print_exc()
         raise SystemExit(2) from None
     print(json.dumps(report.to_dict()) if args.json else report)
@@ -72,7 +72,7 @@ def verify(args: argparse.Namespace) -> None:
 
 
 def load_config(args: argparse.Namespace) -> tuple[pl.LightningModule, list[Any], dict[str, Any]]:
-    """The module, the first batches and the strategy's settings that a config names.
+    """The module, the first batches and the strategy's settings of a config.
 
     Raises:
         UlyssesError: If the config cannot be read, or names no class.
@@ -88,7 +88,7 @@ def load_config(args: argparse.Namespace) -> tuple[pl.LightningModule, list[Any]
         raise UlyssesError(f"{args.config}: {error}", "a YAML file", "correct it") from error
     if not isinstance(config, dict) or ("model" not in config and args.model is None):
         raise UlyssesError(f"{args.config} without model", "a config of LightningCLI", "name its class under `model`")
-    # As if the user's own program ran, from where it is or from where its config is.
+    # Imports work as in the user's own program, started in the current folder or in that of the config.
     sys.path[:0] = [str(Path.cwd()), str(args.config.resolve().parent)]
     seed = config.get("seed_everything")
     torch.manual_seed(seed if isinstance(seed, int) and not isinstance(seed, bool) else 0)
@@ -97,7 +97,7 @@ def load_config(args: argparse.Namespace) -> tuple[pl.LightningModule, list[Any]
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    """What the config tells the strategy about reading a batch and its loss."""
+    """The settings of the strategy that say how to read a batch and its loss."""
     from lightning_ulysses.verification.parity import SETTINGS
 
     strategy = (config.get("trainer") or {}).get("strategy")
@@ -117,7 +117,7 @@ def _instantiate(config: dict[str, Any], args: argparse.Namespace) -> tuple[pl.L
             wanted[key] = _with_class(key, config.get(key), name, args.config)
             parser.add_lightning_class_args(base, key, subclass_mode=True)
     try:
-        # jsonargparse renamed it in 4.49.
+        # jsonargparse 4.49 renamed this method.
         instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
         made = instantiate(parser.parse_object(wanted))
     except (ArgumentError, argparse.ArgumentError) as error:
@@ -146,7 +146,7 @@ def _with_class(key: str, entry: Any, name: str | None, path: Path) -> dict[str,
 
 
 def _batches(module: pl.LightningModule, data: Any, steps: int) -> list[Any]:
-    """The first batches that training would see."""
+    """The first batches that training would use."""
     source: Any = module if data is None else data
     source.prepare_data()
     source.setup("fit")

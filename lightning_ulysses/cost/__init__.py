@@ -1,1 +1,1 @@
-"""What training costs: operations of a model, and what a device can do."""
+"""The cost of training: operations of a model, and peak rates of devices."""

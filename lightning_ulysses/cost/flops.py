@@ -1,4 +1,4 @@
-"""What a model computes per token and per pair of tokens, and what a device could."""
+"""Operations of a model per token and per pair of tokens, and the peak rate of a device."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from lightning_ulysses.errors import UlyssesError
 
 Number = TypeVar("Number", float, Tensor)
 
-# Dense bf16 operations per second, from the data sheets of NVIDIA: the first pattern that the name matches counts.
-# Names of SXM boards do not say so: "NVIDIA H100 80GB HBM3".
+# Dense bf16 operations per second, from the data sheets of NVIDIA. The first pattern that matches the name counts.
+# Names of SXM boards do not contain "SXM": "NVIDIA H100 80GB HBM3".
 _PEAKS = (
     (r"H100 PCIe", 756e12),
     (r"H100 NVL", 835e12),
@@ -35,12 +35,13 @@ _PEAKS = (
 
 @dataclass(frozen=True)
 class ModelOperations:
-    """Operations of one forward and backward pass; a multiplication and an addition are two.
+    """Operations of one forward and backward pass. A multiplication and an addition count as two.
 
     Attributes:
         per_token: Operations per token.
-        per_pair: Operations per token and token of its document; 0 where attention is not counted.
-        heads: Query heads; 0 where unknown.
+        per_pair: Operations per pair of tokens of one document, of which it has length ** 2. 0 if attention is not
+            counted.
+        heads: Query heads; 0 if unknown.
     """
 
     per_token: float
@@ -48,22 +49,22 @@ class ModelOperations:
     heads: int = 0
 
     def of(self, tokens: Number, pairs: Number) -> Number:
-        """Operations for so many tokens, whose documents' squared lengths add up to ``pairs``."""
+        """Operations for ``tokens`` tokens; ``pairs`` is the sum of their documents' squared lengths."""
         return self.per_token * tokens + self.per_pair * pairs
 
 
 def _is_causal(module: nn.Module) -> bool:
-    """False where every attention layer says that it is not causal, as those of an encoder do."""
+    """False if every attention layer says that it is not causal, as in an encoder."""
     said = {layer.is_causal for layer in module.modules() if isinstance(getattr(layer, "is_causal", None), bool)}
     return said != {False}
 
 
 def model_operations(module: nn.Module) -> ModelOperations:
-    """What training a module computes: three times the forward pass, two of them backward.
+    """The operations of training a module: three times those of the forward pass, since the backward takes two.
 
-    With the config of a transformers model inside, layers, head and attention are counted as those of a dense
-    transformer with gated MLPs; attention by documents, and half of it where it is causal. Without one, six operations
-    per parameter and token are, and attention is not counted.
+    If the module contains a transformers model, its config gives the sizes. Layers and head are counted as in a dense
+    transformer with gated MLPs. Attention is counted by document lengths, and halved if it is causal. Without a config,
+    six operations per parameter and token are counted, and attention is not.
 
     Args:
         module: The module, sharded by ZeRO-3 or whole.
@@ -76,15 +77,15 @@ def model_operations(module: nn.Module) -> ModelOperations:
             continue
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         return ModelOperations(3 * cost.per_token, 3 * cost.per_pair, int(getattr(text, "num_attention_heads", 0)))
-    # ZeRO-3 leaves an empty tensor in place of a parameter and its size beside it.
+    # ZeRO-3 leaves an empty tensor in place of a parameter, and stores its size in ds_numel.
     return ModelOperations(6.0 * sum(int(getattr(p, "ds_numel", p.numel())) for p in module.parameters()))
 
 
 def peak_of_name(name: str) -> float | None:
-    """Dense bf16 operations per second of a GPU, by the name that CUDA gives it; None if it is not in the table."""
+    """Dense bf16 operations per second of a GPU, by its name in CUDA; None if the table lacks it."""
     return next((peak for pattern, peak in _PEAKS if re.search(pattern, name)), None)
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Dense bf16 operations per second of a device; None where unknown, as for every CPU."""
+    """Dense bf16 operations per second of a device; None if unknown, as for every CPU."""
     return peak_of_name(torch.cuda.get_device_name(device)) if device.type == "cuda" else None

@@ -1,4 +1,4 @@
-"""What a pack of documents costs to train on."""
+"""The cost of training on a pack of documents."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ _SHAPE = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size
 
 @dataclass(frozen=True)
 class CostModel:
-    """What a pack costs: ``per_token * tokens + per_pair * sum(length ** 2)`` over its documents.
+    """The cost of a pack: ``per_token * tokens + per_pair * sum(length ** 2)`` over its documents.
 
     Only the ratio of the two matters. The default is that of a dense transformer with a hidden size of 4096 and causal
-    attention, whose layers do 24 * hidden**2 operations per token and 2 * hidden per token and token of its document.
+    attention. Each of its layers does 24 * hidden**2 operations per token, and 2 * hidden per pair of tokens of one
+    document.
 
     Args:
-        per_token: Operations per token; any unit.
-        per_pair: Operations per token and token of its document, in the same unit.
+        per_token: Operations per token, in any unit.
+        per_pair: Operations per pair of tokens of one document, in the same unit. A document has length ** 2 pairs.
 
     Raises:
         UlyssesError: If one is negative or not finite, or both are 0.
@@ -45,11 +46,11 @@ class CostModel:
 
     @classmethod
     def from_config(cls, config: Any, *, causal: bool = True) -> CostModel:
-        """The forward operations of a dense transformer with gated MLPs.
+        """The cost of the forward pass of a dense transformer with gated MLPs, in operations.
 
         Args:
             config: Anything with the sizes of a Hugging Face config as attributes.
-            causal: Whether a token attends to the tokens before it only, which halves the work on pairs.
+            causal: Whether a token attends only to the tokens before it, which halves the work on pairs.
 
         Raises:
             UlyssesError: If a size is missing.
@@ -70,5 +71,5 @@ class CostModel:
         return cls(2.0 * weights, (2.0 if causal else 4.0) * layers * heads * head_dim)
 
     def of(self, tokens: NDArray[np.int64], pairs: NDArray[np.int64]) -> NDArray[np.float64]:
-        """(packs,) the cost of packs with so many tokens, whose documents' squared lengths add up to ``pairs``."""
+        """(packs,) the cost of packs; ``pairs`` (packs,) are the sums of their documents' squared lengths."""
         return self.per_token * tokens + self.per_pair * pairs

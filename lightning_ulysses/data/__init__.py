@@ -1,4 +1,4 @@
-"""Data that fills every token: documents packed into rows, from a dataset or from a stream."""
+"""Documents packed into full rows, from a dataset or from a stream."""
 
 from __future__ import annotations
 

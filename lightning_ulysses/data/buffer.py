@@ -1,4 +1,4 @@
-"""Documents that wait to be packed, and one pass over a source that packs them."""
+"""The buffer of documents that wait to be packed, and one pass over a source that packs them."""
 
 from __future__ import annotations
 
@@ -29,24 +29,25 @@ class Waiting(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Tokens."""
+        """Number of tokens."""
         return self.end - self.begin
 
 
 class BestFitBuffer:
-    """Builds one pack at a time: the document that has waited longest, then whatever fills the rest best.
+    """Builds one pack at a time: first the oldest waiting document, then those that fill the rest best.
 
-    Starting with the oldest keeps roughly the order of the source, and lets no document wait for ever.
+    Starting with the oldest document roughly keeps the order of the source. It also keeps any document from waiting
+    forever.
 
     Args:
-        max_tokens: Most tokens of a pack; every document must fit.
+        max_tokens: Most tokens of a pack. Every document must fit.
     """
 
     def __init__(self, max_tokens: int) -> None:
         self.max_tokens = max_tokens
         self.tokens = 0
         self._waiting: dict[int, Waiting] = {}
-        # (length, -arrival): of equal lengths the oldest comes last.
+        # (length, -arrival): among documents of equal length the oldest comes last.
         self._by_length: list[tuple[int, int]] = []
         self._arrivals = 0
 
@@ -54,14 +55,14 @@ class BestFitBuffer:
         return iter(self._waiting.values())
 
     def add(self, item: Waiting) -> None:
-        """Puts one document in."""
+        """Adds one document."""
         self._waiting[self._arrivals] = item
         insort(self._by_length, (item.length, -self._arrivals))
         self._arrivals += 1
         self.tokens += item.length
 
     def take(self) -> Pack:
-        """Takes one pack out; the buffer must not be empty."""
+        """Removes one pack from the buffer, which must not be empty."""
         oldest = next(iter(self._waiting))
         place = bisect_right(self._by_length, (self._waiting[oldest].length, -oldest)) - 1
         pack, room = [], self.max_tokens
@@ -70,7 +71,7 @@ class BestFitBuffer:
             item = self._waiting.pop(-negative)
             pack.append(item.document)
             room -= item.length
-            # No arrival is positive, so that this is behind all documents of exactly `room` tokens.
+            # -arrival is never positive, so (room, 1) sorts after every document of exactly `room` tokens.
             place = bisect_right(self._by_length, (room, 1)) - 1
         self.tokens -= self.max_tokens - room
         return pack
@@ -78,12 +79,12 @@ class BestFitBuffer:
 
 @dataclass(frozen=True)
 class PackingRules:
-    """What the packs of a source depend on, beside its documents.
+    """The settings that the packs of a source depend on.
 
     Args:
         max_tokens: Most tokens of a pack.
-        overlong: What becomes of longer documents.
-        buffer_tokens: Tokens that wait before a pack is built.
+        overlong: How to handle longer documents.
+        buffer_tokens: Tokens that must wait in the buffer before a pack is built.
     """
 
     max_tokens: int
@@ -92,12 +93,12 @@ class PackingRules:
 
 
 class PackingPass:
-    """One pass over a source, from its start or from a saved state; every rank and worker makes the same one.
+    """One pass over a source, from its start or from a saved state. Every rank and worker makes the same pass.
 
     Args:
-        rules: What the packs depend on.
+        rules: The settings of the packs.
         read: Starts to read the source.
-        state: What `state_dict` returned in an earlier pass over the same source.
+        state: The `state_dict` of an earlier pass over the same source.
 
     Attributes:
         documents: Documents of the source read so far.
@@ -114,7 +115,7 @@ class PackingPass:
         self._checksum = 0
 
     def _pieces(self, tokens: int) -> list[tuple[int, int]]:
-        """What becomes of a document: pieces (begin, end) of at most ``max_tokens``."""
+        """The pieces (begin, end) of a document of ``tokens`` tokens, each of at most ``max_tokens`` tokens."""
         most, overlong = self.rules.max_tokens, self.rules.overlong
         if tokens <= most:
             return [(0, tokens)]
@@ -131,7 +132,7 @@ class PackingPass:
         return [(0, most)] if overlong == "truncate" else []
 
     def _fill(self, row: Any, pieces: list[tuple[int, int]] | None = None) -> None:
-        """Counts one row and buffers its pieces; of a row read again, only ``pieces``, which still waited."""
+        """Counts one row and buffers its pieces. For a row that is read again, buffers only ``pieces``."""
         if pieces is None or pieces:
             document = read_row(row)
             for begin, end in self._pieces(len(document["input_ids"])) if pieces is None else pieces:
@@ -141,7 +142,7 @@ class PackingPass:
         self.documents += 1
 
     def _resume(self, rows: Iterator[Any], state: Mapping[str, Any]) -> None:
-        """Reads up to where the state was saved, and keeps what waited then."""
+        """Reads up to the place of the saved state, and buffers only the pieces that waited there."""
         waiting: dict[int, list[tuple[int, int]]] = {}
         for number, begin, end in state["waiting"]:
             waiting.setdefault(number, []).append((begin, end))
@@ -170,7 +171,7 @@ class PackingPass:
             yield self._buffer.take()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the pass is: documents read, and which of them, by number, still wait."""
+        """The place of the pass: the number of documents read, and which of them still wait."""
         if self._state is not None:
             return dict(self._state)
         return {
@@ -186,14 +187,14 @@ def _tokens(pack: Pack) -> int:
 
 
 def spread(packs: list[Pack], ranks: int) -> list[list[Pack]]:
-    """Deals out the last packs, which are too few for a whole round.
+    """Deals the last packs, which are too few for a whole round.
 
-    Packs are split between documents until there is one for every rank; a rank for which there is no document left gets
-    a copy of the last pack, none of whose tokens counts.
+    Packs are split between documents until there is one for every rank. A rank for which no document is left gets a
+    copy of the last pack with all targets ignored.
 
     Args:
-        packs: At least one.
-        ranks: Data-parallel ranks.
+        packs: At least one pack.
+        ranks: Number of data-parallel ranks.
 
     Returns:
         For each rank at least one pack.

@@ -1,4 +1,4 @@
-"""Packs of documents as rows of tokens, with everything that keeps the documents apart."""
+"""Joins packs of documents into rows of tokens, and marks where each document begins and ends."""
 
 from __future__ import annotations
 
@@ -11,42 +11,43 @@ from torch import Tensor
 from lightning_ulysses.data.rows import IGNORED, LABELS, is_document, read_row
 from lightning_ulysses.errors import UlyssesError
 
-# Attention kernels work on blocks of 64 to 128 tokens and matrix products on tiles of 128 rows, so that a partly filled
-# last block costs a whole one. A multiple of 128 leaves each of up to 8 ranks that share the row a multiple of 16, as
-# tensor cores want it in every precision. It costs 64 tokens per row on average: under 1 % from 8k tokens on.
+# Attention kernels work on blocks of 64 to 128 tokens, and matrix products on tiles of 128 rows. A partly filled last
+# block costs as much as a full one. With a multiple of 128, each of 2, 4 or 8 ranks gets a multiple of 16 tokens, as
+# tensor cores want it in every precision. This costs 64 tokens per row on average: under 1 % from 8k tokens on.
 AUTO_MULTIPLE = 128
 
 
 class PackingCollator:
     """Joins the documents of a pack into one row, and several packs into a batch of rows.
 
-    Each document is a mapping with ``input_ids``, and optionally ``labels`` (with -100 on the prompt), ``loss_mask``
-    and any further field with one entry per token; lists, arrays or tensors. Bare tokens do as well. Text and other
-    metadata are left out, and so is padding that the document's own ``attention_mask`` marks. Documents without labels
-    are trained on whole. Where the targets are shifted already, give them as ``shift_labels``; they and a ``loss_mask``
-    beside them stay as they are.
+    A document is a mapping with ``input_ids``, or just the tokens. It may also have ``labels`` (with -100 on the
+    prompt), ``loss_mask``, and any other field with one entry per token. Fields are lists, arrays or tensors. Text and
+    other metadata are dropped. So is padding that the document's own ``attention_mask`` marks. Documents without labels
+    are trained on whole. If the targets are shifted already, pass them as ``shift_labels``. They and a ``loss_mask``
+    passed with them stay unchanged.
 
-    The batch has these keys, where S is the longest pack, rounded up:
+    The batch has these keys. S is the longest pack, rounded up.
 
     - ``input_ids`` (B, S).
-    - ``labels`` (B, S): -100 also on the first token of every document, which nothing in its document predicts, so that
-      no target crosses into another document however a model shifts them.
-    - ``shift_labels`` (B, S): the next token's label, -100 at the end of every document.
-    - ``position_ids`` (B, S): restarts at 0 in every document.
-    - ``cu_seqlens`` (documents + 1,) int32, with B = 1 only: cumulative lengths, 0 first and S last. Several rows are
-      told apart by ``position_ids`` alone.
-    - ``loss_mask`` and ``shift_loss_mask`` (B, S), where documents carry ``loss_mask``: it belongs to ``labels``, which
-      are -100 where it is 0, so that a model that does not know about the mask respects it.
-    - every other field, (B, S, ...), 0 on padding. The strategy cannot know whether such a tensor is cut with the
+    - ``labels`` (B, S): -100 also on the first token of every document, since no token of its document predicts it. So
+      no target crosses into another document, however a model shifts the labels.
+    - ``shift_labels`` (B, S): the label of the next token, and -100 at the end of every document.
+    - ``position_ids`` (B, S): restart at 0 in every document.
+    - ``cu_seqlens`` (documents + 1,) int32, only with B = 1: cumulative lengths from 0 to S. With several rows, only
+      ``position_ids`` tell the documents apart.
+    - ``loss_mask`` and ``shift_loss_mask`` (B, S), if documents have ``loss_mask``. It belongs to ``labels``: where it
+      is 0, the label is -100. So a model that does not know the mask respects it.
+    - Every other field, (B, S, ...), 0 on padding. The strategy cannot know whether such a tensor is cut with the
       sequence, and asks for ``sequence_dims={"name": 1}``.
 
-    Padding is a document of its own, at the end of the row and of ``cu_seqlens``: no real token sees it, and its labels
-    are -100. Nothing is ever truncated.
+    Padding is a document of its own, at the end of the row and of ``cu_seqlens``. No real token attends to it, and its
+    labels are -100. Nothing is ever truncated.
 
     Args:
-        max_tokens: Most tokens of a pack, before padding; longer packs are refused. None for any length.
-        pad_to_multiple_of: Rounds S up; ``"auto"`` to a multiple of 128, a block of the kernels; None not at all.
-        pad_token_id: The token of the padding; any id of the vocabulary does, since nothing depends on it.
+        max_tokens: Most tokens of a pack, before padding. Longer packs are refused. None allows any length.
+        pad_to_multiple_of: Rounds S up to a multiple of this number. ``"auto"`` stands for 128, a block of the kernels.
+            None does not round.
+        pad_token_id: The token of the padding. Any id of the vocabulary will do, since nothing depends on it.
 
     Raises:
         UlyssesError: If a setting is not positive.
@@ -72,14 +73,14 @@ class PackingCollator:
         self.pad_token_id = pad_token_id
 
     def __call__(self, rows: Sequence[Any]) -> dict[str, Tensor]:
-        """Collates one pack, a list of rows, or several packs, a list of lists of rows.
+        """Collates one pack (a list of rows) or several packs (a list of lists of rows).
 
         Returns:
             The batch: (1, S) for one pack, (B, S) for B of them.
 
         Raises:
-            UlyssesError: If there is no row or a mapping of columns, a row cannot be read, rows differ in their
-                fields, or a pack is too long.
+            UlyssesError: If there is no row, or a mapping of columns instead of rows. If a row cannot be read, rows
+                differ in their fields, or a pack is too long.
         """
         if isinstance(rows, Mapping):
             raise UlyssesError(
@@ -122,7 +123,7 @@ class PackingCollator:
             )
 
     def _join(self, documents: list[dict[str, Tensor]], lengths: list[int], seq_len: int) -> dict[str, Tensor]:
-        """One row, (S, ...) fields."""
+        """Joins the documents of one pack into fields (S, ...)."""
         total = sum(lengths)
         fills = dict.fromkeys(LABELS, IGNORED) | {"input_ids": self.pad_token_id}
         row: dict[str, Tensor] = {}
@@ -140,7 +141,7 @@ class PackingCollator:
 
 
 def _shift_targets(row: dict[str, Tensor], begins: Tensor) -> None:
-    """Adds what the next token holds; since a document's first token is no target, nothing crosses into it."""
+    """Adds the next token's label and mask. A document's first token is no target, so none crosses a boundary."""
     labels, mask = row["labels"], row.get("loss_mask")
     labels[begins] = IGNORED
     if mask is not None:

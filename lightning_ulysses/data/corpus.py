@@ -1,4 +1,4 @@
-"""Finds rows, tokenizes them once, and keeps them on disk as Arrow files; all of it through ``datasets``."""
+"""Finds rows, tokenizes them once and stores them on disk as Arrow files, all with ``datasets``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any
 from lightning_ulysses.data.tokens import RowEncoder, kind_of_rows
 from lightning_ulysses.errors import UlyssesError
 
-# Part of every cache key: raise it when the same rows come to other tokens.
+# Part of every cache key. Raise it when a change of the code gives other tokens for the same rows.
 _FORMAT = 1
 _BUILDERS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv"}
 _COMPRESSED = {".gz", ".zst", ".bz2", ".xz"}
@@ -23,13 +23,13 @@ _COMPRESSED = {".gz", ".zst", ".bz2", ".xz"}
 
 @dataclass(frozen=True)
 class Corpus:
-    """Where rows come from.
+    """The source of rows.
 
     Args:
-        source: Files or globs, a folder that ``Dataset.save_to_disk`` wrote, or the name of a dataset on the hub. Or a
+        source: Files or globs, a folder written by ``Dataset.save_to_disk``, the name of a dataset on the hub, or a
             ``datasets.Dataset``.
-        config: The dataset's configuration, for a name.
-        split: The dataset's split, for a name.
+        config: Configuration of the dataset, if ``source`` is a name.
+        split: Split of the dataset, if ``source`` is a name.
     """
 
     source: Any
@@ -37,10 +37,10 @@ class Corpus:
     split: str = "train"
 
     def files(self) -> list[str]:
-        """The files that paths and globs stand for, in order; none for anything else.
+        """The files that the paths and globs match, in order. Empty for any other source.
 
         Raises:
-            UlyssesError: If a path or glob stands for no file.
+            UlyssesError: If a path or glob matches no file.
         """
         patterns = [self.source] if isinstance(self.source, (str, os.PathLike)) else self.source
         if not isinstance(patterns, (list, tuple)) or (len(patterns) == 1 and self._is_name(str(patterns[0]))):
@@ -62,11 +62,12 @@ class Corpus:
         path = os.path.expanduser(source)
         if os.path.isdir(path):
             return True
+        # Neither a path nor a file name, such as "wikitext" or "org/name": a dataset on the hub.
         looks_like_files = glob.has_magic(source) or os.path.isabs(path) or source.startswith((".", "~"))
         return not looks_like_files and not os.path.exists(path) and _builder(source) == "text" and "." not in source
 
     def identity(self) -> Any:
-        """What the rows depend on, for the cache's key."""
+        """Everything that the rows depend on, for the cache key."""
         if hasattr(self.source, "_fingerprint"):
             return self.source._fingerprint
         if files := self.files():
@@ -95,6 +96,7 @@ class Corpus:
                 "convert them, or name those of one kind with a narrower glob",
             )
         (kind,) = kinds
+        # One row for each text file, instead of one for each line.
         options = {"sample_by": "document", "encoding_errors": "replace"} if kind == "text" else {}
         return datasets.load_dataset(kind, data_files=files, split="train", cache_dir=raw, **options)
 
@@ -121,7 +123,7 @@ def _builder(file: str) -> str:
 
 
 def _describe_tokenizer(tokenizer: Any) -> list[str]:
-    """What its tokens depend on, as far as it can be told."""
+    """Everything that the tokens depend on, as far as the tokenizer shows it."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     rules = backend.to_str() if hasattr(backend, "to_str") else repr(sorted(map(str, tokenizer.get_vocab().items())))
     settings = [getattr(tokenizer, name, None) for name in ("eos_token_id", "bos_token_id", "chat_template")]
@@ -130,14 +132,14 @@ def _describe_tokenizer(tokenizer: Any) -> list[str]:
 
 @dataclass(frozen=True)
 class TokenCache:
-    """Tokenized rows on disk, one folder for each combination of rows, tokenizer and settings.
+    """Tokenized rows on disk, with one folder for each combination of rows, tokenizer and settings.
 
     Args:
-        folder: Where the folders are.
+        folder: Parent of these folders.
         tokenizer: A transformers tokenizer.
         text_column: See `RowEncoder`.
         append_eos: See `RowEncoder`.
-        num_proc: Processes that tokenize.
+        num_proc: Number of processes that tokenize.
     """
 
     folder: Path
@@ -147,16 +149,16 @@ class TokenCache:
     num_proc: int | None = None
 
     def path(self, corpus: Corpus) -> Path:
-        """The folder of a corpus."""
+        """The cache folder of a corpus."""
         parts = [_FORMAT, corpus.identity(), *_describe_tokenizer(self.tokenizer), self.text_column, self.append_eos]
         key = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
         return self.folder / key
 
     def build(self, corpus: Corpus) -> Path:
-        """Tokenizes a corpus unless that has been done; on one process of a node at a time.
+        """Tokenizes a corpus unless it is cached. To be called on one process of a node.
 
         Raises:
-            UlyssesError: If its rows cannot be read, or none of them has a token.
+            UlyssesError: If its rows cannot be read, or no row has a token.
         """
         path = self.path(corpus)
         if path.exists():
@@ -172,7 +174,7 @@ class TokenCache:
             num_proc=self.num_proc,
             desc="tokenizing",
             features=_features(),
-            # The result is kept below, under a key that says what it depends on.
+            # `_save` stores the result under a key of our own, so the cache of `datasets` is not used.
             new_fingerprint=path.name,
             load_from_cache_file=False,
             keep_in_memory=len(rows) < 1000,
@@ -188,10 +190,10 @@ class TokenCache:
         return path
 
     def load(self, corpus: Corpus) -> Any:
-        """What `build` has made.
+        """The tokenized rows that `build` has stored.
 
         Raises:
-            UlyssesError: If it has not been made on this machine.
+            UlyssesError: If they are not on this machine.
         """
         import datasets
 
@@ -214,12 +216,13 @@ def _features() -> Any:
 
 
 def _save(tokenized: Any, path: Path) -> None:
-    """Writes beside the folder and renames, so that a folder that exists is whole."""
+    """Writes to a temporary folder and renames it, so that a folder that exists is complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = tempfile.mkdtemp(dir=path.parent, prefix=".unfinished-")
     try:
         tokenized.save_to_disk(unfinished)
         os.rename(unfinished, path)
+    # Another process may have been faster. Its folder holds the same rows.
     except OSError:
         if not path.exists():
             raise

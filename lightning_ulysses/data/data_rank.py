@@ -1,19 +1,19 @@
-"""Which data-parallel rank a process is: what it was told, and whether that fits the strategy."""
+"""The data-parallel rank of a process: what the user gave, checked against the strategy."""
 
 from __future__ import annotations
 
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.exchange.mesh import SequenceMesh
 
-# Data-parallel ranks, and the number of this one.
+# Number of data-parallel ranks, and the rank of this process among them.
 Place = tuple[int, int]
 
 
 def given_place(num_replicas: int | None, rank: int | None) -> Place | None:
-    """The user's own words for it, if any.
+    """The place that the user gave, if any.
 
     Raises:
-        UlyssesError: If half of them are missing, or there is no such rank.
+        UlyssesError: If only one of the two is given, or the rank is out of range.
     """
     if num_replicas is None and rank is None:
         return None
@@ -30,7 +30,7 @@ def place_in(mesh: SequenceMesh, given: Place | None, max_tokens: int) -> Place:
     """The place under a strategy.
 
     Raises:
-        UlyssesError: If the user's words are others, or a pack may be shorter than the ranks that share it.
+        UlyssesError: If the user gave another place, or a pack may have fewer tokens than the ranks that share it.
     """
     place = mesh.dp_size, mesh.dp_rank
     if given not in (None, place):

@@ -1,4 +1,4 @@
-"""Files to packed batches: the data of a LightningCLI configuration."""
+"""From files to packed batches: a LightningDataModule, also for configurations of LightningCLI."""
 
 from __future__ import annotations
 
@@ -29,41 +29,41 @@ def _default_cache() -> Path:
 class SequenceDataModule(pl.LightningDataModule):
     """Documents from files or a dataset, tokenized once, packed full, and dealt to data-parallel ranks.
 
-    Rows are told by their columns:
+    The columns tell what the rows are:
 
-    - ``text`` (or ``text_column``): trained on whole. A file of text is one row.
-    - ``prompt`` and ``completion``: the loss is on the completion. Texts, or lists of messages.
-    - ``messages``, a chat of ``{"role": ..., "content": ...}``: the loss is on what the assistant says.
-    - ``input_ids``, and ``labels`` if need be: tokenized already.
+    - ``text`` (or ``text_column``): trained on whole. A text file is one row.
+    - ``prompt`` and ``completion``: the loss is on the completion. Both are texts, or lists of messages.
+    - ``messages``, a chat of ``{"role": ..., "content": ...}``: the loss is on the assistant's messages.
+    - ``input_ids``, and optionally ``labels``: tokenized already.
 
-    Tokens are kept on disk as Arrow files with their lengths; later runs with the same rows, tokenizer and settings
-    start at once. Needs the extra ``hf``.
+    Tokens and lengths are stored on disk as Arrow files. Later runs with the same rows, tokenizer and settings start at
+    once. Needs the extra ``hf``.
 
     Args:
         train: Text, JSONL, Parquet or CSV files or globs, a folder written by ``Dataset.save_to_disk``, the name of a
             dataset, or a ``datasets.Dataset``.
-        tokenizer: Name or path of a transformers tokenizer, or the tokenizer.
-        max_tokens: Most tokens of a pack, and S of a batch.
+        tokenizer: A transformers tokenizer, or its name or path.
+        max_tokens: Most tokens of a pack, before padding.
         validation: The same as ``train``; or a fraction of its documents, between 0 and 1; or None.
-        config: The dataset's configuration, where ``train`` is a name.
-        split: The dataset's split, where ``train`` is a name.
-        validation_split: The same for ``validation``.
+        config: Configuration of the dataset, if a name is given.
+        split: Split of the dataset, if ``train`` is a name.
+        validation_split: Split of the dataset, if ``validation`` is a name.
         text_column: The column with the text.
         append_eos: Ends every document with the end-of-sequence token.
-        overlong: What becomes of documents longer than ``max_tokens``; see `SequenceShardSampler`.
-        rows_per_batch: B, packs in a batch.
+        overlong: How to handle documents longer than ``max_tokens``; see `SequenceShardSampler`.
+        rows_per_batch: B, the number of packs in a batch.
         pad_to_multiple_of: See `PackingCollator`.
         window: See `SequenceShardSampler`.
-        cost: What a pack costs; see `CostModel`.
-        seed: Of packing, order and the split.
+        cost: The cost of a pack; see `CostModel`.
+        seed: Seed of the packing, of the order and of the validation split.
         drop_last: Leaves out the packs of an incomplete last step.
-        num_workers: Dataloader processes.
-        num_proc: Processes that tokenize.
-        cache_dir: Where tokens are kept; by default below the user's cache folder.
+        num_workers: Number of dataloader workers.
+        num_proc: Number of processes that tokenize.
+        cache_dir: Folder for the tokens. By default it lies below the user's cache folder.
 
     Raises:
-        UlyssesError: If a setting is out of range or a file is missing; in ``prepare_data``, if rows cannot be read;
-            if a dataloader is asked for before ``setup``.
+        UlyssesError: If a setting is out of range or a file is missing. In ``prepare_data``, if rows cannot be read. If
+            a dataloader is asked for before ``setup``.
 
     Example:
         >>> data = SequenceDataModule("corpus/*.jsonl", "my/tokenizer", max_tokens=65536, validation=0.01)
@@ -96,10 +96,11 @@ class SequenceDataModule(pl.LightningDataModule):
         self.corpora = {"train": Corpus(train, config, split)}
         if validation is not None and self.fraction is None:
             self.corpora["validation"] = Corpus(validation, config, validation_split)
+        # Raises now if a file is missing.
         for corpus in self.corpora.values():
             corpus.files()
         check_whole("rows_per_batch", rows_per_batch, 1)
-        # Settings that are wrong are so before any file is tokenized.
+        # Only checks the settings, before any file is tokenized.
         PackingSettings(max_tokens, overlong, window, CostModel() if cost is None else cost, True, seed, drop_last)
         self.max_tokens = max_tokens
         self.rows_per_batch = rows_per_batch
@@ -127,13 +128,13 @@ class SequenceDataModule(pl.LightningDataModule):
 
     @property
     def tokenizer(self) -> Any:
-        """The tokenizer; loaded when first asked for."""
+        """The tokenizer, loaded on first use."""
         self._tokenizer = load_tokenizer(self._tokenizer)
         return self._tokenizer
 
     @property
     def cache(self) -> TokenCache:
-        """Where tokens are kept."""
+        """The cache of tokenized rows."""
         return TokenCache(self._folder, self.tokenizer, **self._cache)
 
     @override

@@ -1,4 +1,4 @@
-"""A dataset of packs, made of a dataset of documents."""
+"""A dataset of packs on top of a dataset of documents."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Lengths = str | Sequence[int] | np.ndarray | Tensor | Callable[[Any], Any]
 
 
 def documents_in(dataset: Any) -> int:
-    """How many documents a dataset has.
+    """The number of documents of a dataset.
 
     Raises:
-        UlyssesError: If it does not say.
+        UlyssesError: If the dataset has no length.
     """
     if isinstance(dataset, Sized):
-        # An iterable dataset may have a method that says no more than that there is no length.
+        # An iterable dataset may have a __len__ that only raises.
         with suppress(TypeError, NotImplementedError):
             return len(dataset)
     raise UlyssesError(
@@ -35,18 +35,18 @@ def documents_in(dataset: Any) -> int:
 
 
 def read_lengths(dataset: Any, lengths: Lengths) -> Ints:
-    """The tokens of each document.
+    """The number of tokens of each document.
 
     Args:
         dataset: The documents.
-        lengths: The lengths themselves; the name of a column that holds them, or that holds something for each token,
-            such as ``"input_ids"``; or a function that makes them of the dataset.
+        lengths: The lengths; or the name of a column with the lengths; or the name of a column with one entry per
+            token, such as ``"input_ids"``; or a function that computes the lengths from the dataset.
 
     Returns:
         (documents,) tokens of each.
 
     Raises:
-        UlyssesError: If there is no such column, or `check_lengths` finds something wrong.
+        UlyssesError: If there is no such column, or `check_lengths` finds an error.
     """
     documents = documents_in(dataset)
     if isinstance(lengths, str):
@@ -71,13 +71,13 @@ def _column(dataset: Any, name: str) -> Any:
             "a column with the number of tokens of each document, or with the tokens themselves",
             "name such a column, or pass the lengths as an array",
         )
-    # Numbers come as one array instead of one object each.
+    # In numpy format, a column of numbers comes as one array instead of one object per row.
     whole = dataset.with_format("numpy") if hasattr(dataset, "with_format") else dataset
     return whole[name][:]
 
 
 def _tokens(row: Any) -> int | None:
-    """How many tokens a row has, where that can be seen."""
+    """The number of tokens of a row, or None if the row does not show it."""
     if isinstance(row, Mapping):
         ids = row.get("input_ids")
         mask = row.get("attention_mask")
@@ -100,14 +100,14 @@ def _cut(row: Any, piece: Piece) -> Any:
 
 
 class PackedDataset(Dataset[list[Any]]):
-    """Answers a pack, as `SequenceShardSampler` yields it, with the rows of its documents.
+    """Takes a pack from `SequenceShardSampler` as index, and returns the rows of its documents.
 
-    A row of a whole document is returned as the dataset gives it. Of a document that is in the pack in part, that part
-    is returned: of a mapping the per-token fields as tensors, of a list, array or tensor a slice.
+    A whole document is returned as the dataset gives it. If a pack holds only a part of a document, that part is
+    returned. Of a mapping these are the per-token fields as tensors; of a list, array or tensor it is a slice.
 
     Args:
         dataset: The documents; ``dataset[i]`` is one of them.
-        lengths: (documents,) the tokens that each is expected to have.
+        lengths: (documents,) the expected number of tokens of each.
 
     Raises:
         UlyssesError: On access, if a document has another length, or cannot be cut.
@@ -118,13 +118,14 @@ class PackedDataset(Dataset[list[Any]]):
         self.lengths = lengths
 
     def __len__(self) -> int:
-        """Documents; how many packs they make is for the sampler to say."""
+        """The number of documents. Only the sampler knows how many packs they make."""
         return len(self.lengths)
 
     def __getitem__(self, pack: int | Sequence[int | Piece]) -> list[Any]:
-        """The rows of a pack; of a single number, those of the pack with just that document."""
+        """The rows of a pack. A single number stands for a pack with just that document."""
         pieces = [pack] if isinstance(pack, int) else pack
         indices = [piece.index if isinstance(piece, Piece) else piece for piece in pieces]
+        # Batched access of torch dataloaders: Hugging Face datasets read all rows at once.
         many = getattr(self.dataset, "__getitems__", None)
         rows = many(indices) if callable(many) else [self.dataset[index] for index in indices]
         for index, row in zip(indices, rows, strict=True):

@@ -1,4 +1,4 @@
-"""The packs of an epoch and their order, as a function of lengths, settings, epoch and ranks alone."""
+"""The packs of an epoch and their order, computed from lengths, settings, epoch and ranks alone."""
 
 from __future__ import annotations
 
@@ -23,23 +23,24 @@ from lightning_ulysses.data.packing import (
 )
 from lightning_ulysses.errors import UlyssesError
 
-# (data-parallel ranks, packs that they used together), one for each number of ranks an epoch has been on.
+# Pairs (number of data-parallel ranks, packs that these ranks used). Resuming an epoch on another number of ranks adds
+# one.
 Segments = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
 class PackingReport:
-    """What packing one epoch came to.
+    """Statistics of the packing of one epoch.
 
     Attributes:
         documents: Documents of the dataset.
-        overlong: Those longer than a pack, which were split, truncated or dropped.
+        overlong: Documents longer than a pack. They were split, truncated or dropped.
         tokens: Tokens in the packs that are trained on.
         lost_tokens: Tokens in no pack, because they were truncated or dropped.
         packs: Packs that are trained on.
         left_out: Packs that ``drop_last`` leaves out.
-        fill: Tokens over what the packs that are trained on could hold.
-        imbalance: Time over useful time if every step waits for its dearest rank; 1 is best.
+        fill: Tokens divided by the capacity of the packs that are trained on.
+        imbalance: Total time over useful time if every step waits for its slowest rank; 1 is best.
     """
 
     documents: int
@@ -54,7 +55,7 @@ class PackingReport:
 
 @dataclass(frozen=True)
 class PackingSettings:
-    """What packs depend on besides the lengths; see `SequenceShardSampler`.
+    """The settings that packs depend on, besides the lengths; see `SequenceShardSampler`.
 
     Raises:
         UlyssesError: For a setting out of range.
@@ -81,32 +82,32 @@ class PackingSettings:
 
 
 def check_whole(name: str, value: object, least: int) -> None:
-    """Raises `UlyssesError` unless it is a whole number from ``least`` on that fits 32 bits."""
+    """Raises `UlyssesError` unless ``value`` is an integer from ``least`` to 2**31 - 1."""
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or not least <= value < 2**31:
         raise UlyssesError(f"{name}={value!r}", f"a whole number from {least} to 2**31 - 1", f"change {name}")
 
 
 def begun(former: Segments, ranks: int, items: int) -> int:
-    """Steps of an epoch on ``ranks`` data-parallel ranks that count as done, in whole batches of ``items``.
+    """Steps of an epoch that count as done on ``ranks`` data-parallel ranks, in whole batches of ``items`` packs.
 
     Args:
-        former: What other numbers of ranks have used of the epoch.
+        former: Packs of the epoch that other numbers of ranks have used.
         ranks: Packs per step.
         items: Packs in a batch of one rank.
     """
     batches, followers = 0, [*(size for size, _ in former[1:]), ranks]
     for (size, used), following in zip(former, followers, strict=False):
-        # As the trainer's own count of batches is converted, see `upstream.lightning.rescale_progress`.
+        # Rounds in the same way as the Trainer's count of batches, see `upstream.lightning.rescale_progress`.
         batches = (batches + used // size // items) * size // following
     return batches * items
 
 
 class PackingPlan:
-    """Packs documents and deals the packs to ranks; remembers the latest epoch.
+    """Packs documents and deals the packs to ranks. Caches the latest epoch.
 
     Args:
         lengths: (documents,) tokens of each.
-        settings: What else the packs depend on.
+        settings: All other settings of the packs.
 
     Raises:
         UlyssesError: For a document that is too long with ``overlong="error"``.
@@ -121,7 +122,7 @@ class PackingPlan:
 
     @cached_property
     def fingerprint(self) -> str:
-        """What the packs depend on, with a digest of the lengths."""
+        """Identifies the packs: the settings, and a digest of the lengths."""
         digest = hashlib.blake2b(self.lengths.astype("<i8").tobytes(), digest_size=8).hexdigest()
         names = ("seed", "max_tokens", "overlong", "window", "shuffle", "drop_last")
         settings = " ".join(f"{name}={getattr(self.settings, name)}" for name in names)
@@ -139,21 +140,22 @@ class PackingPlan:
 
     @cached_property
     def count(self) -> int:
-        """Packs in every epoch, however many data-parallel ranks share them."""
+        """The number of packs in every epoch, for any number of data-parallel ranks."""
         packs, tokens = len(self._first), int(self.pieces.lengths.sum())
         if not self.settings.shuffle or tokens < 2 * self.settings.window * self.settings.max_tokens:
             return packs
-        # Lightning asks for the length once, but epochs need a few packs more or less than the first one: less than a
-        # twentieth of the room that it leaves empty, as far as seen.
+        # Lightning asks for the length only once, but another epoch may need a few packs more than the first one. In
+        # all cases seen, these were less than a twentieth of the room that the first one leaves empty. A tenth is
+        # reserved.
         spare = 1 + packs // 5000 + (packs - tokens // self.settings.max_tokens) // 10
         return min(packs + spare, len(self.pieces.index))
 
     def packs(self, epoch: int) -> Packs:
-        """The packs before they are dealt, `count` of them."""
+        """The `count` packs of an epoch, before they are dealt."""
         epoch = epoch if self.settings.shuffle else 0
         if self._packed is None or self._packed[0] != epoch:
             packs = self._first if epoch == 0 else self._pack(epoch)
-            # An epoch that the spare ones are not enough for takes the first one's packs, in an order of its own.
+            # An epoch that needs even more packs takes those of the first epoch, in an order of its own.
             packs = packs if len(packs) <= self.count else self._first
             self._packed = epoch, widen(packs, self.count)
         return self._packed[1]
@@ -162,13 +164,13 @@ class PackingPlan:
         """The steps of an epoch on ``ranks`` data-parallel ranks.
 
         Args:
-            epoch: Which one.
-            former: What other numbers of ranks have used of it before.
+            epoch: Number of the epoch.
+            former: Packs that other numbers of ranks have used of it before.
             ranks: Packs per step.
             items: Packs in a batch of one rank.
 
         Raises:
-            UlyssesError: If there is a rank without a pack.
+            UlyssesError: If a rank would get no pack.
         """
         key = (epoch, former, ranks, items)
         if self._dealt is None or self._dealt[0] != key:
@@ -179,9 +181,9 @@ class PackingPlan:
         return self._dealt[1]
 
     def _deal_rest(self, packs: Packs, epoch: int, former: Segments, ranks: int, items: int) -> Deal:
-        """The steps behind what ``former`` has used: as many as make this epoch as long as any other on these ranks.
+        """The steps after those of ``former``. With them, this epoch is as long as any other on these ranks.
 
-        Lightning asks for the length once, and goes by it in every epoch.
+        Lightning asks for the length only once, and relies on it in every epoch.
         """
         settings = self.settings
         whole = self.count // ranks if settings.drop_last else -(-self.count // ranks)
@@ -199,7 +201,7 @@ class PackingPlan:
         return deal(packs, self.pieces.lengths, settings.cost, ranks, slots, key=key)
 
     def pack(self, packs: Packs, number: int) -> Pack:
-        """One pack as numbers of documents, with a `Piece` for each part of one."""
+        """One pack: the number of each whole document, and a `Piece` for each part of a document."""
         members = packs[number]
         index, begin, end = self.pieces.index[members], self.pieces.begin[members], self.pieces.end[members]
         entries = Pack(index.tolist())
@@ -208,7 +210,7 @@ class PackingPlan:
         return entries
 
     def report(self, dealt: Deal) -> PackingReport:
-        """Figures of what has been dealt."""
+        """Statistics of the packs that have been dealt."""
         trained = int(dealt.packs.sums(self.pieces.lengths)[dealt.steps].sum())
         costs = pack_costs(dealt.packs, self.pieces.lengths, self.settings.cost)[dealt.steps]
         return PackingReport(

@@ -1,7 +1,7 @@
-"""Which documents share a pack: best-fit decreasing within shuffled windows, in numpy alone.
+"""Decides which documents share a pack: best-fit decreasing within shuffled windows, in numpy alone.
 
-Documents are cut to size first (`fit_to_packs`), the pieces are then packed (`best_fit`). A pack holds pieces of
-``max_tokens`` together at most. All functions are pure: the same arguments give the same packs on every rank.
+`fit_to_packs` first cuts documents that are too long. Then `best_fit` packs the pieces. A pack holds at most
+``max_tokens`` tokens. All functions are pure: the same arguments give the same packs on every rank.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ Overlong = Literal["split", "truncate", "drop", "error"]
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens ``begin`` to ``end`` (exclusive) of document ``index``, where a pack does not hold all of it.
+    """Tokens ``begin`` to ``end`` (exclusive) of document ``index``, for a pack that does not hold all of it.
 
-    Neither a number nor a tuple, so that a dataset that is handed one by mistake fails instead of returning other rows.
+    It is neither a number nor a tuple. So a dataset that gets one as index by mistake fails, instead of returning other
+    rows.
     """
 
     index: int
@@ -30,15 +31,15 @@ class Piece:
     end: int
 
     def __index__(self) -> NoReturn:
-        """What a list of documents asks for; it cannot answer with a part of one."""
+        """Called when a list of documents is indexed with this. A list cannot return a part of a document."""
         raise _taken_for_a_number(f"tokens {self.begin} to {self.end} of document {self.index}")
 
 
 class Pack(list[int | Piece]):
-    """A number for each whole document, and a `Piece` for each part of one."""
+    """A list with the number of each whole document, and a `Piece` for each part of one."""
 
     def __index__(self) -> NoReturn:
-        """What a list of documents asks for; it cannot answer with several."""
+        """Called when a list of documents is indexed with this. A list cannot return several documents."""
         raise _taken_for_a_number(f"a pack of {len(self)} documents")
 
 
@@ -52,13 +53,13 @@ def _taken_for_a_number(what: str) -> UlyssesError:
 
 @dataclass(frozen=True)
 class Pieces:
-    """Documents after those longer than a pack have been dealt with; one entry per piece.
+    """Pieces of documents that each fit into a pack; one entry per piece.
 
     Attributes:
-        index: (pieces,) the document that each is from.
+        index: (pieces,) the document of each piece.
         begin: (pieces,) its first token in that document.
-        end: (pieces,) behind its last one.
-        overlong: Documents longer than ``max_tokens``.
+        end: (pieces,) one past its last token.
+        overlong: Number of documents longer than ``max_tokens``.
         lost_tokens: Tokens that are in no piece.
     """
 
@@ -76,10 +77,10 @@ class Pieces:
 
 @dataclass(frozen=True)
 class Packs:
-    """Pieces by pack.
+    """Pieces grouped by pack.
 
     Attributes:
-        members: (pieces,) piece numbers, those of one pack next to each other, longest first.
+        members: (pieces,) piece numbers. Those of one pack are adjacent, the longest first.
         offsets: (packs + 1,) where in ``members`` each pack begins.
     """
 
@@ -91,11 +92,11 @@ class Packs:
 
     @property
     def sizes(self) -> Ints:
-        """(packs,) pieces in each."""
+        """(packs,) the number of pieces in each."""
         return np.diff(self.offsets)
 
     def sums(self, values: Ints) -> Ints:
-        """(packs,) the sum over each pack of ``values``, which has one entry per piece."""
+        """(packs,) the sum of ``values`` over each pack; ``values`` has one entry per piece."""
         return np.add.reduceat(values[self.members], self.offsets[:-1])
 
     def __getitem__(self, pack: int) -> Ints:
@@ -103,11 +104,11 @@ class Packs:
 
 
 def check_lengths(lengths: Any, documents: int) -> Ints:
-    """Document lengths as an array, after a look at them.
+    """Checks the lengths of documents, and returns them as an array.
 
     Args:
-        lengths: Anything numpy makes a vector of.
-        documents: How many there should be.
+        lengths: Anything that numpy turns into a vector.
+        documents: How many lengths there should be.
 
     Returns:
         (documents,) tokens of each.
@@ -141,22 +142,22 @@ def check_lengths(lengths: Any, documents: int) -> Ints:
 
 
 def check_overlong(overlong: object) -> None:
-    """Raises `UlyssesError` unless it is one of the words of `fit_to_packs`."""
+    """Raises `UlyssesError` unless ``overlong`` is one of the values that `fit_to_packs` knows."""
     if overlong not in get_args(Overlong):
         raise UlyssesError(f"overlong={overlong!r}", f"one of {get_args(Overlong)}", "choose one of them")
 
 
 def fit_to_packs(lengths: Ints, max_tokens: int, overlong: Overlong) -> Pieces:
-    """Deals with documents that no pack can hold.
+    """Handles documents that are longer than a pack.
 
     Args:
         lengths: (documents,) tokens.
-        max_tokens: Tokens that a pack holds.
-        overlong: ``"split"`` cuts them into pieces of ``max_tokens`` and a rest, ``"truncate"`` keeps their first
-            ``max_tokens``, ``"drop"`` leaves them out, ``"error"`` refuses them.
+        max_tokens: Most tokens of a pack.
+        overlong: ``"split"`` cuts them into pieces of ``max_tokens`` and a remainder. ``"truncate"`` keeps their first
+            ``max_tokens`` tokens. ``"drop"`` leaves them out. ``"error"`` refuses them.
 
     Raises:
-        UlyssesError: With ``"error"`` if there is one; if ``"drop"`` leaves nothing; for any other word.
+        UlyssesError: For such a document with ``"error"``; if ``"drop"`` leaves no document; for any other value.
     """
     check_overlong(overlong)
     index = np.arange(len(lengths))
@@ -186,25 +187,26 @@ def fit_to_packs(lengths: Ints, max_tokens: int, overlong: Overlong) -> Pieces:
 
 
 def random_order(count: int, *key: int) -> Ints:
-    """A permutation of ``count`` numbers that depends on ``key`` alone, whatever the version of numpy.
+    """A permutation of ``count`` numbers that depends on ``key`` alone, not on the version of numpy.
 
-    A resumed run has to find the same packs again. Numpy keeps the raw stream of a bit generator as it is, but not what
-    ``Generator.permutation`` makes of it.
+    A resumed run must find the same packs again. Numpy keeps the raw stream of a bit generator stable, but not the
+    result of ``Generator.permutation``.
     """
     bits = np.uint64(count.bit_length())
-    # Sorting numbers that carry their own position takes half the time of an argsort.
+    # The low bits of each number hold its position. Sorting such numbers takes half the time of an argsort.
     drawn = np.random.PCG64(list(key)).random_raw(count) >> bits << bits
     ordered = np.sort(drawn | np.arange(count, dtype=np.uint64))
     return (ordered & np.uint64((1 << int(bits)) - 1)).astype(np.int64)
 
 
 def group(members: Ints, packs: Ints) -> Packs:
-    """Collects pieces by pack.
+    """Groups pieces by pack.
 
     Args:
         members: (pieces,) piece numbers.
-        packs: (pieces,) any number >= 0 for the pack that each belongs to; those of one pack keep their order.
+        packs: (pieces,) for each the number of its pack, any number >= 0. Pieces of one pack keep their order.
     """
+    # The pack in the high bits and the position in the low ones: a stable argsort in one sort.
     ordered = np.sort((packs << 32) | np.arange(len(packs)))
     starts = np.flatnonzero(np.diff(ordered >> 32)) + 1
     offsets = np.concatenate([[0], starts, [len(members)]])
@@ -214,13 +216,15 @@ def group(members: Ints, packs: Ints) -> Packs:
 def best_fit(lengths: Ints, order: Ints, max_tokens: int, window: int) -> Packs:
     """Packs pieces within windows of ``order``: the longest first, each into the fullest pack that has room for it.
 
-    A window's emptiest pack is taken apart again, and what was in all of these goes through windows of its own.
+    Then the emptiest pack of each window is taken apart. The pieces of these packs are packed again, in windows of
+    their own.
 
     Args:
         lengths: (pieces,) tokens, none above ``max_tokens``.
-        order: Piece numbers, shuffled or not; only these are packed.
-        max_tokens: Tokens that a pack holds, below 2**31.
-        window: Packs' worth of tokens in a window. Larger ones fill packs better and leave less to chance.
+        order: Piece numbers, shuffled or not. Only these are packed.
+        max_tokens: Most tokens of a pack, below 2**31.
+        window: Tokens in a window, as a number of full packs. With larger windows, packs are fuller, but the order of
+            the pieces has less influence on which of them share a pack.
     """
     members: list[Ints] = []
     packs: list[Ints] = []
@@ -233,7 +237,7 @@ def best_fit(lengths: Ints, order: Ints, max_tokens: int, window: int) -> Packs:
         if rows > 1:
             used = free < max_tokens
             emptiest = np.where(used, free, -1).argmax(axis=1)
-            # A row with a single pack keeps it, or the rounds would never end.
+            # A window with a single pack keeps it. Otherwise the loop would never end.
             again = keep & (chosen == emptiest[:, None]) & (used.sum(axis=1) > 1)[:, None]
             keep &= ~again
             order = pieces[again]
@@ -247,11 +251,11 @@ def best_fit(lengths: Ints, order: Ints, max_tokens: int, window: int) -> Packs:
 
 
 def _windows(lengths: Ints, order: Ints, rows: int) -> tuple[Ints, Ints]:
-    """``order`` as (rows, width) piece numbers, longest first, filled up with -1, and how many tokens each needs."""
+    """``order`` as windows (rows, width), longest first and filled up with -1, and the tokens of each piece."""
     width = -(-len(order) // rows)
     pieces = np.full(rows * width, -1)
     needs = np.zeros(rows * width, dtype=np.int64)
-    # Rows differ by one piece at most: the gaps are spread over the last column instead of emptying the last row.
+    # Rows differ by at most one piece: the gaps lie in the last column, instead of all in the last row.
     places = np.arange(rows * width).reshape(rows, width)
     places = np.concatenate([places[:, :-1].ravel(), places[: len(order) - rows * (width - 1), -1]])
     pieces[places] = order
@@ -268,11 +272,12 @@ def _fill(needs: Ints, capacity: int) -> tuple[Ints, Ints]:
     """Best fit in all rows at once, one column after the other.
 
     Args:
-        needs: (rows, width) tokens, falling along a row; zeros at its end stand for nothing.
-        capacity: Tokens that a pack holds, below 2**31.
+        needs: (rows, width) tokens, falling along a row. Zeros at its end stand for no piece.
+        capacity: Most tokens of a pack, below 2**31.
 
     Returns:
-        (rows, width) the pack of each within its row, and (rows, packs) the room left; untouched where it is all.
+        (rows, width) the pack of each piece within its row, and (rows, packs) the room left. In an unused pack, all of
+        it is left.
     """
     rows, width = needs.shape
     small = capacity < 2**15
@@ -289,7 +294,8 @@ def _fill(needs: Ints, capacity: int) -> tuple[Ints, Ints]:
             scratch = np.empty(free.size, dtype=signed)
         slack = scratch[: rows * opened].reshape(rows, opened)
         np.subtract(free[:, :opened], need[:, None], out=slack)
-        # Read without its sign, too little room is larger than any room, and a fresh pack comes last.
+        # As an unsigned number, negative slack is larger than any room. So argmin picks the fullest pack with enough
+        # room, and an empty pack only if no other has room.
         slack.view(unsigned).argmin(axis=1, out=best)
         free[every, best] -= need
         opened = max(opened, int(best.max()) + 2)

@@ -1,4 +1,4 @@
-"""One document as tensors: what a row of a dataset, a tokenizer or a generator means."""
+"""Reads one document into tensors, from a row of a dataset, a tokenizer or a generator."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MADE_HERE = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "m
 
 
 def _is_per_token(key: str, value: Any) -> bool:
-    """Whether ``value`` claims to hold something for every token; text, numbers and metadata do not."""
+    """Whether ``value`` looks like one entry per token. Text, single numbers and metadata do not."""
     if key in _KNOWN:
         return value is not None
     if isinstance(value, (list, tuple)):
@@ -25,7 +25,7 @@ def _is_per_token(key: str, value: Any) -> bool:
         while isinstance(first, (list, tuple)) and first:
             first = first[0]
         return isinstance(first, (bool, int, float)) or (hasattr(first, "dtype") and not isinstance(first, str))
-    # Arrays of numbers or booleans, and tensors; numpy's kinds of text and objects are others.
+    # Tensors, and numpy arrays of numbers or booleans. Arrays of text or objects have another kind.
     return getattr(value, "ndim", 0) > 0 and getattr(getattr(value, "dtype", None), "kind", "i") in "biuf"
 
 
@@ -64,7 +64,7 @@ def _check_lengths(fields: Mapping[str, Tensor]) -> None:
 
 
 def _without_padding(fields: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Drops the padding at either end that the row's own ``attention_mask`` marks."""
+    """Drops padding at both ends, as the row's own ``attention_mask`` marks it."""
     mask = fields.pop("attention_mask", None)
     if mask is None or bool(mask.bool().all()):
         return fields
@@ -93,7 +93,7 @@ def _check_positions(fields: dict[str, Tensor]) -> None:
 
 
 def is_document(row: Any) -> bool:
-    """Whether ``row`` is one document: a mapping, or its bare tokens; else it may be a pack of them."""
+    """Whether ``row`` is one document: a mapping, or bare tokens. Otherwise it may be a pack of documents."""
     if isinstance(row, (list, tuple)):
         return bool(row) and not isinstance(row[0], (str, bool)) and hasattr(row[0], "__index__") and _dims(row[0]) == 0
     return isinstance(row, Mapping) or _dims(row) == 1
@@ -106,18 +106,20 @@ def _dims(value: Any) -> int:
 def read_row(row: Any) -> dict[str, Tensor]:
     """The per-token fields of one document.
 
-    Text, single numbers and other metadata are left out, and so is what the row's own ``attention_mask`` marks as
-    padding. Reading what this function returned gives the same again.
+    Text, single numbers and other metadata are dropped. So is padding that the row's own ``attention_mask`` marks.
+    Reading the result again gives the same result.
 
     Args:
-        row: A mapping with ``input_ids`` and further per-token fields: lists, arrays or tensors. Or bare tokens.
+        row: A mapping with ``input_ids`` and further per-token fields (lists, arrays or tensors), or bare tokens.
 
     Returns:
-        Tensors whose first dimension is the document's length: ``input_ids`` (S,) int64, ``labels`` (S,) int64
-        (the same tensor where the row has neither them nor ``shift_labels``), and every other field.
+        Tensors whose first dimension is the document's length: ``input_ids`` (S,) int64, ``labels`` (S,) int64, and
+        every other field. If the row has neither ``labels`` nor ``shift_labels``, ``labels`` is the tensor of
+        ``input_ids``.
 
     Raises:
-        UlyssesError: If ``input_ids`` is missing, empty or not one document's, or the fields differ in length.
+        UlyssesError: If ``input_ids`` is missing, empty or not that of one document. If the fields differ in length,
+            padding lies between tokens, or the row is packed already.
     """
     if not isinstance(row, Mapping) and is_document(row):
         row = {"input_ids": row}
@@ -138,6 +140,6 @@ def read_row(row: Any) -> dict[str, Tensor]:
 
 
 def without_targets(document: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A document that is computed but counts for nothing: (S, ...) fields with every target ignored."""
+    """A document with every target ignored, so that its tokens count for nothing; (S, ...) fields."""
     fills = dict.fromkeys(LABELS, IGNORED) | {"loss_mask": 0}
     return {key: torch.full_like(t, fills[key]) if key in fills else t for key, t in document.items()}

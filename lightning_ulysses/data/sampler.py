@@ -1,4 +1,4 @@
-"""Packs of documents for each data-parallel rank: full, of equal cost, and the same again after a restart."""
+"""Packs of documents for each data-parallel rank: full, of similar cost, and the same again after a restart."""
 
 from __future__ import annotations
 
@@ -23,43 +23,43 @@ from lightning_ulysses.errors import UlyssesError
 class SequenceShardSampler(DistributedSampler[Pack]):
     """Yields packs of documents, for ``DataLoader(sampler.packed, sampler=sampler, batch_size=None)``.
 
-    A pack is a list with a number for each whole document and a `Piece` for each part of one. All ranks of a
-    sequence-parallel group get the same packs, data-parallel ranks get different ones, and equally many. Within a step
-    the ranks' packs have like cost. No document is lost or repeated within an epoch, also if it is resumed on another
-    number of ranks.
+    A pack is a list with the number of each whole document and a `Piece` for each part of one. All ranks of a
+    sequence-parallel group get the same packs. Data-parallel ranks get different packs, and equally many. Within a
+    step, the packs of the ranks have similar cost. No document is lost or repeated within an epoch, even if the epoch
+    is resumed on another number of ranks.
 
-    It goes in as ``sampler``: Lightning leaves a ``DistributedSampler`` in that place alone and tells it the epoch,
-    while it takes batch samplers apart unless ``use_distributed_sampler=False``. A pack is then one item of a
-    DataLoader, of which there are these:
+    Pass it as ``sampler``. Lightning leaves a ``DistributedSampler`` in that place alone and tells it the epoch. A
+    batch sampler it takes apart, unless ``use_distributed_sampler=False``. A pack is then one item of a DataLoader.
+    These DataLoaders are possible:
 
-    - ``DataLoader(sampler.packed, sampler=sampler, batch_size=None, collate_fn=PackingCollator())`` makes a row
-      (1, S) of each pack, ``batch_size=B`` makes (B, S) of B packs. ``sampler.packed`` wraps the dataset, which needs
-      no code for this, and cuts the documents that are in a pack in part.
-    - A dataset that takes a list of numbers itself can be given unwrapped, if no document is cut.
-    - ``DataLoader(dataset, batch_sampler=sampler)`` hands any dataset's documents to ``collate_fn``, outside of a
-      distributed Trainer and if no document is cut.
+    - ``DataLoader(sampler.packed, sampler=sampler, batch_size=None, collate_fn=PackingCollator())`` makes a row (1, S)
+      of each pack. ``batch_size=B`` makes (B, S) of B packs. ``sampler.packed`` wraps the dataset and cuts documents
+      that are only partly in a pack. The dataset itself needs no code for this.
+    - A dataset that takes a list of numbers as index can be passed unwrapped, if no document is cut.
+    - ``DataLoader(dataset, batch_sampler=sampler)`` passes the documents of any dataset to ``collate_fn``. This works
+      outside of a distributed Trainer, if no document is cut.
 
     Args:
         dataset: The documents: anything with ``len`` and ``[]``.
-        lengths: Tokens of each: an array; the name of a column with them, or with the tokens themselves; or a function
-            of the dataset.
+        lengths: Tokens of each: an array; the name of a column with the lengths, or with the tokens; or a function of
+            the dataset.
         max_tokens: Most tokens of a pack.
-        overlong: What becomes of longer documents: ``"split"`` into pieces that are documents of their own,
-            ``"truncate"``, ``"drop"``, or ``"error"``.
-        window: Packs' worth of documents that are packed together. Larger ones fill packs better and slow packing down;
-            smaller ones leave more of who shares a pack to chance.
-        cost: What a pack costs, such as ``CostModel.from_config(model.config)``.
-        num_replicas: Data-parallel ranks. By default the strategy's, else the process group's, else 1; asked for when
-            iterating or counting, since samplers are made before processes are connected.
-        rank: This process's data-parallel rank, together with ``num_replicas``.
+        overlong: How to handle longer documents: ``"split"`` cuts them into pieces that are documents of their own.
+            Else ``"truncate"``, ``"drop"`` or ``"error"``.
+        window: Tokens of documents that are packed together, as a number of full packs. With larger windows, packs are
+            fuller and packing is slower. With smaller ones, it is more random which documents share a pack.
+        cost: The cost of a pack, such as ``CostModel.from_config(model.config)``.
+        num_replicas: Number of data-parallel ranks. By default the strategy's, else the process group's, else 1. It is
+            looked up when iterating or counting, since samplers are made before processes are connected.
+        rank: This process's data-parallel rank, given together with ``num_replicas``.
         shuffle: Packs and orders documents anew in each epoch.
         seed: The same on all ranks. Packs depend on (seed, epoch) alone.
-        drop_last: Leaves out the packs of a last, incomplete step. Else some packs are divided to complete it.
+        drop_last: Leaves out the packs of an incomplete last step. Otherwise some packs are split to complete it.
 
     Raises:
-        UlyssesError: For lengths that are not positive integers or not the dataset's, for a document that is too long
-            with ``"error"``, and for settings out of range; when iterating, for a rank without a pack; when a list of
-            documents is asked for a pack, for lack of ``packed``.
+        UlyssesError: For lengths that are not positive integers or do not fit the dataset. For a document that is too
+            long with ``"error"``. For settings out of range. When iterating, for a rank without a pack. When a list of
+            documents is indexed with a pack, because ``packed`` was not used.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class SequenceShardSampler(DistributedSampler[Pack]):
         seed: int = 0,
         drop_last: bool = False,
     ) -> None:
-        # Not DistributedSampler's own, which has to know the ranks here and now.
+        # Not DistributedSampler.__init__, which needs to know the ranks already.
         Sampler.__init__(self)
         settings = PackingSettings(
             max_tokens=max_tokens,
@@ -109,18 +109,18 @@ class SequenceShardSampler(DistributedSampler[Pack]):
             )
 
     def _place(self) -> Place:
-        """Data-parallel ranks and this one's number."""
+        """The number of data-parallel ranks, and this process's rank."""
         context = current_context()
         if context is None:
             live = (dist.get_world_size(), dist.get_rank()) if dist.is_available() and dist.is_initialized() else (1, 0)
-            # Lightning asks for the length once more after the strategy has been torn down.
+            # `_former`, since Lightning asks for the length once more after the teardown of the strategy.
             return self._given or self._former or live
         self._former = place_in(context.mesh, self._given, self.max_tokens)
         return self._former
 
     @property
     def num_replicas(self) -> int:  # type: ignore[override]
-        """Data-parallel ranks."""
+        """Number of data-parallel ranks."""
         return self._place()[0]
 
     @property
@@ -140,11 +140,11 @@ class SequenceShardSampler(DistributedSampler[Pack]):
 
     @property
     def batch_size(self) -> NoReturn:
-        """There is none; Lightning asks before it puts a sampler of its own into a batch sampler.
+        """Does not exist. Lightning asks for it before it builds a batch sampler around another sampler.
 
         Raises:
-            AttributeError: Without a process group, where nothing has to be put into it.
-            UlyssesError: With one.
+            AttributeError: Without a process group, where Lightning replaces no sampler.
+            UlyssesError: With a process group.
         """
         if not (dist.is_available() and dist.is_initialized()):
             raise AttributeError("batch_size")
@@ -156,11 +156,11 @@ class SequenceShardSampler(DistributedSampler[Pack]):
 
     @property
     def packed(self) -> PackedDataset:
-        """The dataset in the form that takes packs."""
+        """The dataset, wrapped so that it takes packs as index."""
         return PackedDataset(self.dataset, self.lengths)
 
     def _position(self, ranks: int) -> tuple[Segments, int]:
-        """What had been used before this number of ranks took over, and the steps that these have made since."""
+        """The packs used before this number of ranks took over, and the steps of these ranks since then."""
         if self._segments and self._segments[-1][0] == ranks:
             return self._segments[:-1], self._segments[-1][1] // ranks
         return self._segments, 0
@@ -171,14 +171,15 @@ class SequenceShardSampler(DistributedSampler[Pack]):
 
     @override
     def __iter__(self) -> Iterator[Pack]:
-        # An epoch that was over for these ranks when it was resumed stays so until the next one is set.
+        # Once a resumed epoch has been iterated to its end, the next iteration starts at the beginning. A resumed epoch
+        # that had no step left yields nothing until the next epoch is set.
         if self._segments and self._yielded and self._is_over(self._yielded):
             self._segments = ()
         self._yielded = 0
         return self._iterate()
 
     def _iterate(self) -> Iterator[Pack]:
-        # Reached with the first pack, when Lightning has set the epoch.
+        # A generator runs this only when the first pack is asked for. By then Lightning has set the epoch.
         dealt = self._deal()
         ranks, rank = self._place()
         for step in dealt.steps[self._position(ranks)[1] :]:
@@ -187,20 +188,20 @@ class SequenceShardSampler(DistributedSampler[Pack]):
 
     @override
     def __len__(self) -> int:
-        """Packs of this rank in the whole epoch, the same in every epoch and also in one that is resumed."""
+        """Packs of this rank in the whole epoch. It is the same in every epoch, also in a resumed one."""
         ranks = self._place()[0]
         return begun(self._position(ranks)[0], ranks, self._items) + len(self._deal().steps)
 
     @override
     def set_epoch(self, epoch: int) -> None:
-        """Has the next iteration pack anew; the epoch that a state was loaded for is continued."""
+        """Makes the next iteration pack anew. The epoch of a loaded state is continued instead."""
         if epoch != self.epoch:
             self._segments = ()
             self._yielded = 0
         self.epoch = epoch
 
     def report(self) -> PackingReport:
-        """Figures of the current epoch on the current number of ranks, or of the rest of it after resuming."""
+        """Statistics of the current epoch on the current ranks. After resuming, those of its rest."""
         return self._plan.report(self._deal())
 
     def _is_over(self, used: int) -> bool:
@@ -208,10 +209,10 @@ class SequenceShardSampler(DistributedSampler[Pack]):
         return self._position(dealt.steps.shape[1])[1] + used >= len(dealt.steps)
 
     def state_after(self, used: int, items: int = 1) -> dict[str, Any]:
-        """Where this epoch is; small, the same on all ranks, and good for any number of them.
+        """The place in this epoch. It is small, the same on all ranks, and valid for any number of ranks.
 
         Args:
-            used: Packs of this rank that have been trained on since the iteration began.
+            used: Packs of this rank that were trained on since the iteration began.
             items: Packs in a batch of this rank.
         """
         self._items = items
@@ -227,14 +228,14 @@ class SequenceShardSampler(DistributedSampler[Pack]):
         return state
 
     def state_dict(self) -> dict[str, Any]:
-        """`state_after` the packs handed out so far; a DataLoader with workers asks for some ahead of time."""
+        """`state_after` the packs yielded so far. A DataLoader with workers asks for some ahead of time."""
         return self.state_after(self._yielded, self._items)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Has the next iteration continue behind the packs that were used, on any number of data-parallel ranks.
+        """Makes the next iteration continue after the packs that were used, on any number of data-parallel ranks.
 
         Raises:
-            UlyssesError: If the state is of another dataset, seed or setting.
+            UlyssesError: If the state belongs to another dataset, seed or setting.
         """
         if state.get("fingerprint") != self._plan.fingerprint:
             raise UlyssesError(

@@ -1,4 +1,4 @@
-"""Reads an iterable source whole and in the same order, wherever it is read."""
+"""Reads an iterable source completely, in the same order on every rank and worker."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Source = Iterable[Any] | Callable[[], Iterable[Any]]
 
 
 def check_source(source: Any) -> None:
-    """Refuses what cannot be read more than once, or would be a part of the documents.
+    """Refuses a source that can be read only once, or that yields only a part of the documents.
 
     Raises:
         UlyssesError: With the change to make.
     """
-    # Streaming datasets may be iterators that begin again; these never do.
+    # A streaming dataset may be an iterator that starts again. Iterators of these modules never do.
     if isinstance(source, Iterator) and type(source).__module__ in ("builtins", "itertools", "_io"):
         raise UlyssesError(
             f"a source of type {type(source).__name__}, which can be read only once",
@@ -49,7 +49,7 @@ def check_source(source: Any) -> None:
 
 
 def _whole(source: Any) -> Any:
-    """A source that does not split itself over the ranks of the run, as litdata's streaming dataset does."""
+    """The source, kept from splitting itself over the ranks of the run, as litdata's streaming dataset does."""
     environment: Any = getattr(source, "distributed_env", None)
     if environment is None or environment.world_size == 1:
         return source
@@ -59,9 +59,10 @@ def _whole(source: Any) -> Any:
 
 
 class _OwnRandom:
-    """Random numbers of the global generators that depend on nothing but a seed and how many were drawn inside.
+    """Gives the global generators a state of its own inside a ``with`` block, and restores theirs afterwards.
 
-    Sources shuffle with the global generators, which ranks and workers seed differently.
+    The state depends only on a seed and on how many numbers were drawn in earlier blocks. Sources shuffle with the
+    global generators, and ranks and workers seed those differently.
     """
 
     def __init__(self, seed: int) -> None:
@@ -96,7 +97,7 @@ def _set_random_states(states: tuple[Any, ...]) -> None:
 
 
 class _NoWorker:
-    """Hides that this is a dataloader worker, since streaming datasets would read that worker's part of the data."""
+    """Hides that this is a dataloader worker: a streaming dataset would read only that worker's part of the data."""
 
     def __enter__(self) -> None:
         self._info = torch_worker._worker_info
@@ -107,15 +108,15 @@ class _NoWorker:
 
 
 def read_whole(source: Source, epoch: int, seed: int) -> Iterator[Any]:
-    """Every row of ``source``, as a program of one process would read it.
+    """Every row of ``source``, as a program with one process would read it.
 
-    Ranks and workers that read the same source see the same rows in the same order, also when the source shuffles with
-    the global random generators, or splits itself over dataloader workers or ranks.
+    All ranks and workers see the same rows in the same order. This also holds if the source shuffles with the global
+    random generators, or splits itself over dataloader workers or ranks.
 
     Args:
         source: See `check_source`.
-        epoch: Passed to the source's ``set_epoch`` where it has one, and mixed into the seed.
-        seed: Of the random numbers that the source draws.
+        epoch: Passed to the source's ``set_epoch`` if it has one, and mixed into the seed.
+        seed: Seed of the random numbers that the source draws.
     """
     own, worker = _OwnRandom(seed * 1_000_003 + epoch), _NoWorker()
     with worker, own:
@@ -129,10 +130,10 @@ def read_whole(source: Source, epoch: int, seed: int) -> Iterator[Any]:
 
 
 def _read_some(rows: Iterator[Any], worker: _NoWorker, own: _OwnRandom) -> tuple[list[Any], bool]:
-    """A few rows at once where they come quickly, since changing the random states takes a quarter of a millisecond.
+    """Reads several rows at once if they come quickly: switching the random states takes a quarter of a millisecond.
 
     Returns:
-        The rows, and whether they were the last: litdata's iterator begins again when it is asked once more.
+        The rows, and whether they were the last. The caller must not ask again: litdata's iterator would start anew.
     """
     some: list[Any] = []
     begin = time.perf_counter()
@@ -146,7 +147,7 @@ def _read_some(rows: Iterator[Any], worker: _NoWorker, own: _OwnRandom) -> tuple
 
 
 def fingerprint(row: Any, before: int) -> int:
-    """Continues a checksum of the rows read so far by one row's length and its first and last token."""
+    """Continues a checksum of the rows read so far with one row's length, first and last token."""
     tokens = row.get("input_ids", ()) if isinstance(row, Mapping) else row
     mark = (len(tokens), int(tokens[0]), int(tokens[-1])) if len(tokens) else ()
     return zlib.crc32(repr(mark).encode(), before)

@@ -1,4 +1,4 @@
-"""Packs an iterable source on the fly, the same way on every rank, and deals the packs out."""
+"""Packs an iterable source on the fly, identically on every rank, and deals the packs to ranks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _BUFFERED_PACKS = 16
 
 @dataclass(frozen=True)
 class _Deal:
-    """How the rounds are shared out; ``workers`` is 0 in the main process."""
+    """How rounds are dealt; ``workers`` is 0 in the main process."""
 
     worker: int
     workers: int
@@ -40,7 +40,7 @@ def _check_least(name: str, value: object, least: int) -> None:
 
 
 def _check_deal(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """A worker's share of the rounds makes sense only beside the others' of the same deal."""
+    """Raises if a worker resumes under another deal: its share of the rounds fits only the other workers' shares."""
     if (saved["workers"] or now["workers"]) and dict(saved) != dict(now):
         raise UlyssesError(
             f"a state saved under {dict(saved)}, resumed under {dict(now)}",
@@ -50,40 +50,45 @@ def _check_deal(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
 
 
 class PackedStream(IterableDataset[Any]):
-    """Packs the documents of an iterable source into batches of at most ``max_tokens`` tokens per row.
+    """Packs the documents of an iterable source into batches with at most ``max_tokens`` tokens per row.
 
-    Every rank and every dataloader worker reads the whole source and packs it in the same way; of each *round* of
-    consecutive batches it collates its own. Packing takes some 50 microseconds a document, and it makes three things
-    hold by construction, without a collective and without knowing the source's length: ranks of a sequence-parallel
-    group get the same batches and data-parallel ranks disjoint ones; all ranks end at the same step; and a state saved
-    without workers fits any number of data-parallel ranks, since it is a place in one common order. The price is that
-    every process reads the source, so workers speed up collating but not reading: where tokenising is slower than
-    training on all data-parallel ranks together, store the tokens first.
+    Every rank and every dataloader worker reads the whole source and packs it identically. A *round* is one batch for
+    each data-parallel rank. Each rank collates only its own batch of a round, and its workers take turns. Packing takes
+    about 50 microseconds per document. Three things follow, without a collective and without knowing the length of the
+    source:
 
-    The source must give the same documents to everyone. Rows drawn or shuffled with the global random generators do,
-    since the stream seeds those while it reads. So do a Hugging Face streaming dataset and litdata's, which are kept
-    from splitting themselves over workers and ranks.
+    - Ranks of a sequence-parallel group get the same batches, data-parallel ranks disjoint ones.
+    - All ranks end at the same step.
+    - A state saved without workers fits any number of data-parallel ranks, since it is a place in one common order.
 
-    Documents wait in a buffer. A pack is the one that has waited longest and those that fill the rest best.
+    The price is that every process reads the source. Workers speed up collating, but not reading. If tokenizing is
+    slower than training on all data-parallel ranks together, store the tokens first.
+
+    The source must give the same documents to every process. Rows that are drawn or shuffled with the global random
+    generators are the same, since the stream seeds those while it reads. Streaming datasets of Hugging Face and of
+    litdata are kept from splitting themselves over workers and ranks.
+
+    Documents wait in a buffer. A pack consists of the oldest document and those that fill the rest best.
 
     Args:
         source: Rows as `PackingCollator` takes them: a generator function (not a generator), or anything that can be
             iterated over from its start again and again.
         max_tokens: Most tokens of a pack.
-        overlong: What becomes of longer documents: ``"split"`` into documents of their own, ``"truncate"``, ``"drop"``
-            (both are counted in `left_out` and reported at the end) or ``"error"``.
-        buffer_tokens: Tokens that wait before a pack is built; 16 packs by default. A larger buffer packs more tightly.
-        rows_per_batch: B, packs in a batch.
-        last_round: At the end there may be too few packs for a batch on every rank. ``"spread"`` splits packs between
-            documents until every rank has one; a rank for which there is no document left gets a batch without
-            targets. ``"drop"`` leaves the last packs out.
+        overlong: How to handle longer documents: ``"split"`` into documents of their own, ``"truncate"``, ``"drop"`` or
+            ``"error"``. Truncated and dropped ones are counted in `left_out` and reported at the end.
+        buffer_tokens: Tokens that must wait before a pack is built; 16 packs by default. With a larger buffer, packs
+            are fuller.
+        rows_per_batch: B, the number of packs in a batch.
+        last_round: At the end, too few packs for a batch on every rank may be left. ``"spread"`` splits packs between
+            documents until every rank has one. A rank for which no document is left gets a batch without targets.
+            ``"drop"`` leaves the last packs out.
         collate_fn: Makes a batch of B packs, each a list of documents; `PackingCollator` by default.
-        seed: Of the random numbers that the source draws, together with the epoch.
-        num_replicas: Data-parallel ranks; by default those of the strategy.
-        rank: The data-parallel rank; never the rank within a sequence-parallel group.
+        seed: Seed of the random numbers that the source draws, together with the epoch.
+        num_replicas: Number of data-parallel ranks; by default the strategy's.
+        rank: The data-parallel rank, never the rank within a sequence-parallel group.
 
     Raises:
-        UlyssesError: For a source that can be read once only, or a setting out of range.
+        UlyssesError: For a source that can be read only once, or a setting out of range.
 
     Example:
         >>> stream = PackedStream(lambda: map(tokenize, open("corpus.jsonl")), max_tokens=65536)
@@ -118,7 +123,7 @@ class PackedStream(IterableDataset[Any]):
         self._given = given_place(num_replicas, rank)
         self._check()
         self._inherited: Place | None = None
-        # Shared, so that `set_epoch` reaches workers that live for several epochs.
+        # In shared memory, so that `set_epoch` reaches workers that live for several epochs.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._loaded: dict[str, Any] | None = None
         self._pass: PackingPass | None = None
@@ -137,7 +142,7 @@ class PackedStream(IterableDataset[Any]):
                 raise UlyssesError(f"{name}={value!r}", f"one of {list(choices)}", f"change {name}")
 
     def _known_place(self) -> Place | None:
-        """Data-parallel ranks and this one's number, as far as this process knows."""
+        """The number of data-parallel ranks and this process's rank, as far as this process knows."""
         context = current_context()
         if context is not None:
             return place_in(context.mesh, self._given, self.rules.max_tokens)
@@ -146,21 +151,22 @@ class PackedStream(IterableDataset[Any]):
         return self._given or self._inherited
 
     def __getstate__(self) -> dict[str, Any]:
-        # A spawned worker knows neither the strategy nor the process group, but what is pickled for it here.
+        # A spawned worker has neither the strategy nor the process group, so it gets the place from here.
         return {**self.__dict__, "_inherited": self._known_place(), "_pass": None}
 
     def __len__(self) -> NoReturn:
-        # A TypeError tells whoever asks, such as Lightning, that a length is not known.
+        # Lightning and others take a TypeError to mean that the length is not known.
         raise TypeError(
             "A PackedStream has no length: how many packs its documents make is known once they have been read. Set "
             "Trainer(max_steps=...) or limit_train_batches, or use SequenceShardSampler for a dataset with a length."
         )
 
+    # Without this, `if stream:` would ask for the length.
     def __bool__(self) -> bool:
         return True
 
     def set_epoch(self, epoch: int) -> None:
-        """Has the next iteration read the source as in ``epoch``; also in workers that are running already."""
+        """Makes the next iteration read the source as in ``epoch``, also in workers that are already running."""
         if epoch != int(self._epoch):
             self._loaded = None
         self._epoch.fill_(epoch)
@@ -222,13 +228,14 @@ class PackedStream(IterableDataset[Any]):
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """The place behind the batch that was yielded last; small, since documents are stored by their numbers.
+        """The place after the batch that was yielded last. It is small, since documents are stored by their numbers.
 
-        Without workers it fits any number of data-parallel ranks. With workers, each has a state of its own, which
+        Without workers it fits any number of data-parallel ranks. With workers, each has its own state, which
         torchdata's ``StatefulDataLoader`` saves and loads.
         """
         if self._pass is None or (self._is_over and not self._deal.workers):
-            # A pass that is over is followed by a new one, while a worker may have to wait for the others.
+            # After a pass that is over comes a new one. A worker still saves its end, since others may not have reached
+            # theirs.
             return self._loaded or {}
         return {
             "rules": asdict(self.rules) | {"seed": self.seed},
@@ -240,7 +247,7 @@ class PackedStream(IterableDataset[Any]):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Has the next iteration continue where ``state`` was saved; the source is read again up to there.
+        """Makes the next iteration continue at ``state``. The source is read again up to there.
 
         Raises:
             UlyssesError: If the state belongs to other settings; when iterating, if it belongs to another source.

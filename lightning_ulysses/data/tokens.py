@@ -1,4 +1,4 @@
-"""Rows of text, prompts and completions, or chats as tokens and labels."""
+"""Turns rows of text, prompts with completions, or chats into tokens and labels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Encoded = dict[str, Any]
 
 
 def load_tokenizer(tokenizer: Any) -> Any:
-    """A tokenizer from its name or path; any other object is taken for one.
+    """Loads a tokenizer from its name or path. Any other callable is taken for a tokenizer.
 
     Raises:
         UlyssesError: If it is neither.
@@ -33,10 +33,10 @@ def load_tokenizer(tokenizer: Any) -> Any:
 
 
 def kind_of_rows(columns: Sequence[str], text_column: str) -> Kind:
-    """What rows with these columns are.
+    """The kind of rows with these columns.
 
     Raises:
-        UlyssesError: If nothing in them can be trained on.
+        UlyssesError: If no column can be trained on.
     """
     if "input_ids" in columns:
         return "tokens"
@@ -87,7 +87,7 @@ def _no_prefix(number: int) -> UlyssesError:
 
 
 def _marked(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> Encoded:
-    """By the template's own marks around what the assistant says."""
+    """Labels from the template's own marks around the assistant's messages."""
     written = tokenizer.apply_chat_template(
         list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
@@ -97,7 +97,7 @@ def _marked(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> Encoded:
 
 
 def _chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]], number: int) -> Encoded:
-    """A chat with the assistant's turns as targets."""
+    """A chat with the assistant's messages as targets."""
     _check_messages(tokenizer, messages, number)
     if "{% generation %}" in str(tokenizer.chat_template).replace("{%-", "{%").replace("-%}", "%}"):
         return _marked(tokenizer, messages)
@@ -106,6 +106,7 @@ def _chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]], number: int) ->
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
+        # The answer is the difference of two prefixes of the chat: up to the question, and up to the answer.
         asked, answered = _ids(tokenizer, messages[:turn], True), _ids(tokenizer, messages[: turn + 1])
         if ids[: len(answered)] != answered or answered[: len(asked)] != asked:
             raise _no_prefix(number)
@@ -115,13 +116,13 @@ def _chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]], number: int) ->
 
 @dataclass(frozen=True)
 class RowEncoder:
-    """Turns one row into ``input_ids``, ``labels`` and ``length``; picklable, for worker processes.
+    """Turns one row into ``input_ids``, ``labels`` and ``length``. Picklable, for worker processes.
 
     Args:
         tokenizer: A transformers tokenizer.
-        kind: What the rows are.
+        kind: The kind of the rows.
         text_column: The column with the text.
-        append_eos: Ends text and completions with the tokenizer's end-of-sequence token, unless it does so itself.
+        append_eos: Ends texts and completions with the end-of-sequence token, unless the tokenizer does so itself.
     """
 
     tokenizer: Any
@@ -133,10 +134,10 @@ class RowEncoder:
         """Encodes row ``number``.
 
         Returns:
-            ``input_ids`` and ``labels`` (S,), -100 where nothing is to be learnt, and ``length``, S.
+            ``input_ids`` and ``labels`` (S,), with -100 on tokens that are no target, and ``length``, S.
 
         Raises:
-            UlyssesError: If the row is not of the kind that its columns promise.
+            UlyssesError: If the row is not of the kind that its columns indicate.
         """
         encoded: Encoded
         if self.kind == "tokens":
@@ -167,7 +168,7 @@ class RowEncoder:
         return [*ids, end] if self.append_eos and end is not None and ids and ids[-1] != end else ids
 
     def _completion(self, prompt: Any, completion: Any, number: int) -> Encoded:
-        """Texts, joined as tokens so that no token reaches over the border; or lists of messages."""
+        """Texts, joined as tokens so that no token spans prompt and completion; or lists of messages."""
         if isinstance(prompt, (list, tuple)) and isinstance(completion, (list, tuple)):
             messages = [*prompt, *completion]
             _check_messages(self.tokenizer, messages, number)
@@ -177,7 +178,7 @@ class RowEncoder:
         else:
             asked = self._tokens(prompt, "prompt", number)
             end = getattr(self.tokenizer, "eos_token_id", None)
-            # Tokenizers such as T5's end every text, which a prompt is not the end of.
+            # Tokenizers such as T5's append the end token to every text, but the text goes on after the prompt.
             asked = asked[:-1] if asked and asked[-1] == end else asked
             ids = [*asked, *self._ended(self._tokens(completion, "completion", number, special=False))]
         return {"input_ids": ids, "labels": [IGNORED] * len(asked) + ids[len(asked) :]}

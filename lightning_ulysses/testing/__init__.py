@@ -1,4 +1,4 @@
-"""Runs a LightningModule on several processes and on one, and compares what one optimizer step did."""
+"""Runs a LightningModule on several processes and on one, and compares the optimizer step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A handful of processes that run one function after another as ranks of a gloo world."""
+"""A pool of processes that run functions one after another, as ranks of a gloo world."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class RemoteError(RuntimeError):
-    """What a rank raised, with its traceback; ``cause`` is the exception where it could be sent."""
+    """The error of a rank, with its traceback. ``cause`` is the exception, if it could be sent."""
 
     def __init__(self, rank: int, text: str, cause: BaseException | None) -> None:
         super().__init__(f"rank {rank}:\n{text}")
@@ -31,12 +31,12 @@ class RemoteError(RuntimeError):
         self.cause = cause
 
 
-# Trainers are cycles; as they pile up, so do the threads of their process groups.
+# Runs between two garbage collections. Trainers are reference cycles, and hold threads of their process groups.
 _COLLECT_EVERY = 6
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
+    """A free TCP port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -46,7 +46,7 @@ def free_port() -> int:
 def _clean_up(runs: int) -> None:
     import torch.distributed as dist
 
-    # While the group is there: ZeRO-3 asks for the rank.
+    # Before the process group is destroyed, since ZeRO-3 asks for the rank.
     if "deepspeed" in sys.modules:
         upstream_deepspeed.release_engines()
     if dist.is_available() and dist.is_initialized():
@@ -56,12 +56,12 @@ def _clean_up(runs: int) -> None:
     if runs == 1 or runs % _COLLECT_EVERY == 0:
         gc.collect()
     if runs == 1:
-        # What has been imported stays; the collector need not look at it in every run.
+        # Imported modules stay, so the collector need not look at them in every run.
         gc.freeze()
 
 
 def _end_with_parent() -> None:
-    """Ends this process once its parent is gone, although it may wait for other ranks in a collective."""
+    """Ends this process once its parent is gone, even if it waits for other ranks in a collective."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -69,7 +69,7 @@ def _end_with_parent() -> None:
 
 
 def _serve(connection: Connection) -> None:
-    """Runs what it is sent until the other end closes."""
+    """Runs the functions that it is sent, until the other end closes the connection."""
     import torch
 
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -81,13 +81,15 @@ def _serve(connection: Connection) -> None:
         except EOFError:
             return
         try:
-            # Imports what the function and its arguments come from, which may fail here alone.
+            # Unpickling imports the modules of the function and its arguments. That may fail here although it worked in
+            # the parent.
             function, args, environment = pickle.loads(message)
             os.environ.update(environment)
             reply: Any = (True, function(int(environment["RANK"]), *args))
         except BaseException as error:
             cause: BaseException | None = error
             try:
+                # Some exceptions can be pickled but not unpickled.
                 pickle.loads(pickle.dumps(error))
             except Exception:
                 cause = None
@@ -102,10 +104,10 @@ def _serve(connection: Connection) -> None:
 
 
 class ProcessPool:
-    """Processes that outlive the worlds they form.
+    """Processes that are reused from one world to the next.
 
     Args:
-        size: Processes; a run may use fewer.
+        size: Number of processes; a run may use fewer.
         timeout: Seconds after which a run counts as hung.
     """
 
@@ -123,15 +125,15 @@ class ProcessPool:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        # Runs before multiprocessing's own exit handler, which would wait for the processes for ever.
+        # Runs before multiprocessing's own exit handler, which would wait forever for the processes.
         atexit.register(self.close)
-        # A process that loads torch reads it from the environment, so it has to be set before.
+        # torch reads this variable when it is loaded, so it must be set before the process starts.
         before = os.environ.get("OMP_NUM_THREADS")
         os.environ["OMP_NUM_THREADS"] = "1"
         try:
             for _ in range(self.size):
                 here, there = context.Pipe()
-                # Not daemons, since those may not start dataloader workers.
+                # Not daemonic, since daemonic processes may not start dataloader workers.
                 process = context.Process(target=_serve, args=(there,))
                 process.start()
                 there.close()
@@ -147,10 +149,10 @@ class ProcessPool:
         """Calls ``function(rank, *args)`` on ``world_size`` processes.
 
         Returns:
-            What each rank returned.
+            The result of each rank.
 
         Raises:
-            RemoteError: What the first failing rank raised; the others are ended if they wait for it.
+            RemoteError: The error of the first rank that failed. Ranks that wait for it are ended.
             TimeoutError: If a rank does not answer in time.
         """
         if world_size > self.size:
@@ -171,7 +173,7 @@ class ProcessPool:
         except RemoteError:
             raise
         except BaseException:
-            # Whoever has not answered yet would answer the next run.
+            # A rank that has not answered yet would answer in the next run.
             self.close()
             raise
 
@@ -195,7 +197,7 @@ class ProcessPool:
                     results[rank] = payload
                 elif failure is None:
                     failure = RemoteError(rank, *payload)
-                    # The others may wait for it in a collective.
+                    # Other ranks may wait for it in a collective, so they get a few seconds only.
                     deadline = min(deadline, time.monotonic() + 5.0)
         if waiting:
             if failure is None:
@@ -216,7 +218,7 @@ class ProcessPool:
         for process in self._processes:
             process.join(timeout=5.0)
             if process.is_alive():
-                # Lightning answers the signal with a broadcast, which waits for ranks that may be gone.
+                # Lightning's signal handler starts a broadcast, which waits for ranks that may be gone.
                 process.kill()
                 process.join()
         self._processes, self._connections = [], []

@@ -1,4 +1,4 @@
-"""Runs a LightningModule on several processes and on one, and compares what one optimizer step did.
+"""Runs a LightningModule on several processes and on one, and compares the optimizer step.
 
 Worker processes are started once and reused, since importing torch and deepspeed takes longer than most runs.
 """
@@ -30,11 +30,11 @@ QUIET: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class StepResult:
-    """What training did.
+    """The result of a training run.
 
     Attributes:
-        losses: The token mean of each optimizer step.
-        grad_norms: The gradient's 2-norm of each step, before clipping.
+        losses: The mean over the targets of each optimizer step.
+        grad_norms: The 2-norm of the gradient in each step, before clipping.
         before: Parameters at the start, float32 on the CPU, by name.
         after: Parameters at the end.
     """
@@ -51,7 +51,7 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Difference:
-    """Relative differences of a run from a reference; `largest` is what a test bounds."""
+    """Relative differences of a run from a reference. Tests bound `largest`."""
 
     step: float
     loss: float
@@ -59,7 +59,7 @@ class Difference:
 
     @property
     def largest(self) -> float:
-        """The worst of them."""
+        """The largest of the three."""
         return max(self.step, self.loss, self.grad_norm)
 
 
@@ -68,7 +68,7 @@ class SplitRun:
     """A run on several processes.
 
     Args:
-        world_size: Processes.
+        world_size: Number of processes.
         sp_size: P.
         strategy: Further arguments of `UlyssesDeepSpeedStrategy`.
         trainer: Further arguments of the Trainer.
@@ -81,7 +81,7 @@ class SplitRun:
 
 
 def snapshot(module: pl.LightningModule) -> dict[str, Tensor]:
-    """Whole parameters as float32 copies on the CPU; every process has to call it, since ZeRO-3 gathers them."""
+    """Whole parameters as float32 copies on the CPU. Every process must call it, since ZeRO-3 gathers them."""
     from deepspeed.runtime.zero import GatheredParameters
 
     parameters = dict(module.named_parameters())
@@ -91,7 +91,7 @@ def snapshot(module: pl.LightningModule) -> dict[str, Tensor]:
 
 
 class StepRecorder(pl.Callback):
-    """Keeps what a `StepResult` needs; add it to a Trainer with the strategy."""
+    """Records the values of a `StepResult`; add it to a Trainer with the strategy."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -118,25 +118,25 @@ class StepRecorder(pl.Callback):
         self.after = snapshot(pl_module)
 
     def result(self) -> StepResult:
-        """What has been recorded."""
+        """The recorded values."""
         return StepResult(tuple(self.losses), tuple(self.grad_norms), self.before, self.after)
 
 
 def split_trainer(run: SplitRun, callbacks: Sequence[pl.Callback] = ()) -> pl.Trainer:
-    """A quiet Trainer for one of the processes of ``run``; on the CPU, unless its arguments say otherwise."""
+    """A quiet Trainer for one of the processes of ``run``, on the CPU unless ``run.trainer`` says otherwise."""
     settings = {**QUIET, "accelerator": "cpu", "use_distributed_sampler": False, "max_epochs": 1, **run.trainer}
     strategy = UlyssesDeepSpeedStrategy(sp_size=run.sp_size, **run.strategy)
     return pl.Trainer(devices=run.world_size, strategy=strategy, callbacks=list(callbacks), **settings)
 
 
 def split_loader(batches: Sequence[Any], run: SplitRun, rank: int) -> DataLoader[Any]:
-    """The batches of this rank's data-parallel group, in order: number d, d + dp, d + 2 dp, ..."""
+    """The batches of this rank's data-parallel group, in order: number d, d + dp_size, d + 2 * dp_size, ..."""
     dp_size = run.world_size // run.sp_size
     return DataLoader(list(batches)[rank // run.sp_size :: dp_size], batch_size=None)  # type: ignore[arg-type]
 
 
 def fit_rank(rank: int, make: Callable[[], pl.LightningModule], batches: Sequence[Any], run: SplitRun) -> StepResult:
-    """What `fit_split` does on one rank."""
+    """The part of `fit_split` that runs on one rank."""
     recorder = StepRecorder()
     split_trainer(run, [recorder]).fit(make(), split_loader(batches, run, rank))
     return recorder.result()
@@ -149,8 +149,8 @@ def fit_split(
 
     Args:
         pool: At least ``run.world_size`` processes.
-        make: Builds the module; the same parameters each time. Must be importable by the processes.
-        batches: Whole micro-batches, dealt out to data-parallel groups in turn.
+        make: Builds the module, with the same parameters each time. The processes must be able to import it.
+        batches: Whole micro-batches, dealt to data-parallel groups in turn.
         run: Sizes and settings.
 
     Returns:
@@ -170,8 +170,8 @@ def fit_single(
 
     Args:
         make: Builds the module.
-        steps: For each optimizer step its micro-batches, whole, of all data-parallel groups.
-        count: The targets of a micro-batch, over which its loss is a mean.
+        steps: For each optimizer step the whole micro-batches of all data-parallel groups.
+        count: Returns the number of targets of a micro-batch; its loss is the mean over them.
         clip: Largest gradient norm.
     """
     module = make()
@@ -184,6 +184,7 @@ def fit_single(
         optimizer.zero_grad()
         value = 0.0
         for batch in batches:
+            # A mean over no target would be NaN.
             if not count(batch):
                 continue
             output: Any = module.training_step(batch, 0)
@@ -198,7 +199,7 @@ def fit_single(
 
 
 def compare(result: StepResult, reference: StepResult) -> Difference:
-    """How far ``result`` is from ``reference``.
+    """The differences of ``result`` from ``reference``.
 
     Raises:
         ValueError: If they took different numbers of steps or started from different parameters.

@@ -1,1 +1,1 @@
-"""Every private part of Lightning, DeepSpeed, torch and transformers that is used, pinned by tests."""
+"""The private parts of Lightning and DeepSpeed that this package uses, pinned by tests."""

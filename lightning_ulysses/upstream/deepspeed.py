@@ -1,4 +1,4 @@
-"""The private parts of DeepSpeed that this package leans on, pinned by a test."""
+"""The private parts of DeepSpeed that this package uses, pinned by a test."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from lightning_ulysses.patching.handle import Handle
 
-# What DeepSpeed's activation checkpointing calls with its inputs, to empty them.
+# Functions of DeepSpeed's activation checkpointing that empty the tensors they are given.
 _EMPTYING = (
     "get_cpu_activations_for_backward",
     "get_offloaded_activations_for_backward",
@@ -24,7 +24,7 @@ _EMPTYING = (
 def without_shared_memory_op() -> Iterator[None]:
     """Keeps DeepSpeed from compiling its shared-memory collectives for CPU when it sets up communication.
 
-    They need a C++ compiler on every machine and half a minute, and nothing in training uses them
+    Compiling takes half a minute and needs a C++ compiler on every machine. Nothing in training uses these collectives
     (DeepSpeed ``comm/torch.py``, ``build_shm_op``).
     """
     from deepspeed.ops import __compatible_ops__ as compatible
@@ -41,7 +41,7 @@ def without_shared_memory_op() -> Iterator[None]:
 
 
 def use_accelerator(device_type: str) -> None:
-    """Points DeepSpeed at the CPU when Lightning trains on it although the machine has GPUs."""
+    """Makes DeepSpeed use the CPU if Lightning trains on it although the machine has GPUs."""
     from deepspeed.accelerator import get_accelerator, set_accelerator
 
     if device_type == "cpu" and get_accelerator().device_name() != "cpu":
@@ -52,16 +52,17 @@ def use_accelerator(device_type: str) -> None:
 
 def allow_weights_only_load(engine: Any) -> None:
     """Lets a ZeRO-3 engine without an optimizer load a checkpoint (DeepSpeed issue 7272)."""
+    # Without an optimizer, the offload object takes its place, and lacks this method.
     if engine.optimizer is not None and not hasattr(engine.optimizer, "_restore_from_bit16_weights"):
         engine.optimizer._restore_from_bit16_weights = lambda: None
 
 
 def forget_trace(engine: Any) -> None:
-    """Has ZeRO-3 record anew in which order modules run, after a forward that no training step has.
+    """Makes ZeRO-3 record the order of modules anew, after a forward that is not part of a training step.
 
-    Else it goes by an order that mixes both (DeepSpeed ``zero/partitioned_param_coordinator.py``).
+    Otherwise it follows an order that mixes both forwards (DeepSpeed ``zero/partitioned_param_coordinator.py``).
     """
-    # Without an optimizer, the offload object itself takes its place.
+    # Without an optimizer, the offload object takes its place.
     offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
     coordinator = offload.get_param_coordinator() if hasattr(offload, "get_param_coordinator") else None
     if coordinator is None:
@@ -72,10 +73,10 @@ def forget_trace(engine: Any) -> None:
 
 
 def keep_checkpoint_inputs() -> Handle:
-    """Has DeepSpeed's activation checkpointing move copies of its inputs away, and leave the caller's as they are.
+    """Makes DeepSpeed's activation checkpointing empty aliases of its inputs, not the caller's tensors.
 
-    With ``cpu_checkpointing`` or ``partition_activations`` it empties the tensors that it was given: a residual
-    connection around the call, or a second layer that gets the same tensor, computes on what is left of them
+    With ``cpu_checkpointing`` or ``partition_activations``, DeepSpeed empties the tensors that it is given. A residual
+    connection around the call, or a second layer with the same input, would then compute on empty tensors
     (``activation_checkpointing/checkpointing.py``, ``get_cpu_activations_for_backward`` and others).
     """
     from deepspeed.runtime.activation_checkpointing import checkpointing
@@ -83,7 +84,8 @@ def keep_checkpoint_inputs() -> Handle:
     def own(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def save(args: Any, *rest: Any) -> Any:
-            # The same storage, so that it is freed where nobody else holds it; one for each, as DeepSpeed counts them.
+            # An alias shares the storage, which is freed once nobody else holds it. A tensor that is passed twice gets
+            # one alias, since DeepSpeed recognizes it by its id.
             aliases = {id(arg): arg.detach().requires_grad_(arg.requires_grad) for arg in args if _is_float(arg)}
             return original(tuple(aliases.get(id(arg), arg) for arg in args), *rest)
 
@@ -100,10 +102,10 @@ def _is_float(value: Any) -> bool:
 
 
 def restore_linear() -> None:
-    """Takes back the ``torch.nn.functional.linear`` that ZeRO-3 sets and leaves behind.
+    """Restores ``torch.nn.functional.linear``, which ZeRO-3 replaces and does not put back.
 
-    DeepSpeed says that it persists unless reset (``zero/partition_parameters.py``). Processes of which only some have
-    it reduce gradients in different orders.
+    DeepSpeed says that it persists unless reset (``zero/partition_parameters.py``). If only some processes have the
+    replacement, they reduce gradients in different orders.
     """
     from deepspeed.runtime.zero.partition_parameters import InsertPostInitMethodToModuleSubClasses as Patcher
 
@@ -113,14 +115,15 @@ def restore_linear() -> None:
 
 
 def release_engines() -> None:
-    """Lets go of the engines of this process, which hold their process groups and with them threads that poll.
+    """Destroys the engines of this process. They hold process groups, whose threads keep polling.
 
-    Their hooks on autograd's nodes form cycles that Python's collector does not see; without them it does.
+    Their hooks on nodes of autograd form cycles that Python's collector does not see. Without the hooks, it can collect
+    them.
     """
     from deepspeed.runtime.engine import DeepSpeedEngine
 
     found = [thing for thing in gc.get_objects() if type(thing) is DeepSpeedEngine]
-    # Some are still held elsewhere, and met again.
+    # An engine that is still held elsewhere is found again by the next call.
     for engine in (engine for engine in found if not hasattr(engine, "_released")):
         engine._released = True
         engine.destroy()
@@ -129,8 +132,8 @@ def release_engines() -> None:
 def forget_world() -> None:
     """Lets a process that leaves one world join another.
 
-    DeepSpeed caches the groups of the first and numbers modules and parameters on from the last engine's, which ZeRO-3
-    compares over ranks.
+    DeepSpeed caches the process groups of the first world. It also numbers modules and parameters on from those of the
+    last engine, and ZeRO-3 compares these numbers over ranks.
     """
     import deepspeed.comm.comm as comm
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload

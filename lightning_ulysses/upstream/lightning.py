@@ -1,4 +1,4 @@
-"""The private parts of Lightning that this package leans on, pinned by a test."""
+"""The private parts of Lightning that this package uses, pinned by a test."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 
 def should_accumulate(trainer: pl.Trainer) -> bool:
-    """Whether no optimizer step follows the current micro-batch (Lightning ``loops/training_epoch_loop.py``)."""
+    """Whether no optimizer step follows this micro-batch (Lightning ``loops/training_epoch_loop.py``)."""
     return bool(trainer.fit_loop._should_accumulate())
 
 
 def used_batches(trainer: pl.Trainer) -> float:
-    """Batches of a training epoch that the loop will use; infinite when unknown."""
+    """Batches of a training epoch that the loop will use; infinite if unknown."""
     loader = trainer.fit_loop._combined_loader
     if loader is None:
         return float("inf")
@@ -25,25 +25,25 @@ def used_batches(trainer: pl.Trainer) -> float:
 
 
 def forget_train_loader(trainer: pl.Trainer) -> None:
-    """Has the loop set up the train dataloader again, once the checkpoint's loop state is there.
+    """Makes the loop set up the train dataloader again, after the checkpoint's loop state has been loaded.
 
-    A scheduler that asks for ``trainer.estimated_stepping_batches`` makes Lightning set it up before that, and then a
-    resumed run would start the epoch from its first batch (``FitLoop.setup_data``).
+    A scheduler that reads ``trainer.estimated_stepping_batches`` makes Lightning set it up earlier. Then a resumed run
+    would start the epoch from its first batch (``FitLoop.setup_data``).
     """
     trainer.fit_loop._combined_loader = None
 
 
 def rescale_progress(checkpoint: dict[str, Any], dp_size: int) -> None:
-    """Counts the batches of a half-done epoch as this number of data-parallel ranks would have (``loops/progress.py``).
+    """Converts the batch count of an unfinished epoch to this number of data-parallel ranks (``loops/progress.py``).
 
-    The dataloader's own state, ``TrainLoader.state_dict``, says how many ranks shared the epoch so far.
+    The dataloader's own state, ``TrainLoader.state_dict``, holds the number of ranks so far.
     """
     fit_loop = checkpoint.get("loops", {}).get("fit_loop", {})
     states = fit_loop.get("state_dict", {}).get("combined_loader") or [{}]
     former = states[0].get("dp_size", dp_size)
     if former != dp_size:
         current = fit_loop["epoch_loop.batch_progress"]["current"]
-        # A checkpoint taken behind a batch misses it in "completed"; Lightning adds it when it resumes.
+        # A checkpoint taken after a batch does not have it in "completed" yet. Lightning adds it when it resumes.
         pending = current["processed"] - current["completed"]
         for name in ("ready", "started", "processed"):
             current[name] = current[name] * former // dp_size
@@ -51,14 +51,14 @@ def rescale_progress(checkpoint: dict[str, Any], dp_size: int) -> None:
 
 
 def set_device_mesh(module: pl.LightningModule, mesh: torch.distributed.device_mesh.DeviceMesh | None) -> None:
-    """Makes ``LightningModule.device_mesh`` answer, as Lightning's ModelParallelStrategy does."""
+    """Sets ``LightningModule.device_mesh``, as Lightning's ModelParallelStrategy does."""
     module._device_mesh = mesh
 
 
 class AcceptsCompiled:
-    """For a strategy: takes a LightningModule that has been compiled as a whole.
+    """Mixin for a strategy: accepts a LightningModule that was compiled as a whole.
 
-    Lightning asks each strategy by its class, and turns down every one on DeepSpeed (``utilities/compile.py``).
+    Lightning checks the class of the strategy, and refuses every one on DeepSpeed (``utilities/compile.py``).
     """
 
     _compiler_ctx: tuple[pl.LightningModule, dict[str, Any]] | None = None
@@ -72,7 +72,7 @@ class AcceptsCompiled:
             self._compiler_ctx, value._compiler_ctx = (value, context), None
 
     def teardown(self) -> None:
-        """Lets Lightning know again that the module is compiled."""
+        """Gives the module its compiler context back."""
         super().teardown()  # type: ignore[misc]
         if self._compiler_ctx is not None:
             module, context = self._compiler_ctx

@@ -1,9 +1,9 @@
-"""Has ZeRO stages 1 and 2 add up the same gradients on all ranks, in whatever order and number they are made.
+"""Makes ZeRO stages 1 and 2 sum matching gradients on all ranks, in whatever order and number they arrive.
 
-These stages lay gradients into a bucket one behind the other as they arrive, and add up what lies at the same place on
-all ranks (DeepSpeed ``zero/stage_1_and_2.py``, ``reduce_independent_p_g_buckets_and_remove_grads``). Ranks with slices
-of other lengths may run other compiled graphs, which return their gradients in an order of their own; and an expert
-that no token of a slice chose has none there. Stage 3 sorts by itself.
+These stages copy gradients into a bucket in the order in which they arrive. Then they sum what is at the same offset on
+all ranks (DeepSpeed ``zero/stage_1_and_2.py``, ``reduce_independent_p_g_buckets_and_remove_grads``). Two things differ
+between ranks. Slices of different lengths may run different compiled graphs, which return gradients in different
+orders. And an expert that no token of a slice chose has no gradient there. Stage 3 sorts by itself.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import nn
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.exchange.agreement import digest, same_on_all
 
-# Parameter group, place in the group
+# (parameter group, index in the group)
 _Key = tuple[int, int]
 
 
@@ -28,12 +28,13 @@ def _keys(buckets: Sequence[Any]) -> list[_Key]:
 
 
 def _sort(bucket: Any, contiguous: bool) -> None:
-    """Puts a bucket into the order of parameters."""
+    """Sorts a bucket by parameter."""
     order = sorted(range(len(bucket.params)), key=lambda index: bucket.params[index][:2])
     if order == list(range(len(order))):
         return
     params, grads = ([held[index] for index in order] for held in (bucket.params, bucket.grads))
     if contiguous:
+        # Copies into the buffer may still be running.
         for stream in bucket.copy_streams:
             torch.cuda.current_stream().wait_stream(stream)
         buffer, start = bucket.buffer[bucket.index].narrow(0, 0, bucket.elements), 0
@@ -47,12 +48,12 @@ def _sort(bucket: Any, contiguous: bool) -> None:
 
 
 class GradientAgreement:
-    """What stands for ``reduce_ipg_grads`` of an optimizer of stage 1 or 2.
+    """Replaces ``reduce_ipg_grads`` of an optimizer of stage 1 or 2.
 
     Args:
-        optimizer: DeepSpeed's.
-        module: The user's, for the names of parameters.
-        device: Where collectives take place.
+        optimizer: DeepSpeed's optimizer.
+        module: The user's module, for the names of parameters.
+        device: The device of the collectives.
     """
 
     def __init__(self, optimizer: Any, module: nn.Module, device: torch.device) -> None:
@@ -62,10 +63,11 @@ class GradientAgreement:
         self._device = device
 
     def __call__(self, comm_dtype: torch.dtype | None = None) -> None:
-        """Adds up what is in the buckets; a collective, called by all ranks in turn and last of all without a dtype.
+        """Sums the gradients in the buckets. A collective, which all ranks call in turn; the last call has no dtype.
 
         Raises:
-            UlyssesError: On every rank, if they hold gradients of other parameters and there are more to come.
+            UlyssesError: On every rank, if the ranks' buckets hold different parameters and cannot be completed: more
+                gradients follow, or one bucket is too small for all.
         """
         buckets = self._optimizer.ipg_buckets
         chosen = [bucket for dtype, bucket in buckets.items() if comm_dtype in (None, dtype)]
@@ -77,7 +79,7 @@ class GradientAgreement:
         self._reduce(comm_dtype)
 
     def _pending(self, buckets: Sequence[Any]) -> list[_Key]:
-        """What earlier micro-batches left a gradient for, and the last one did not: hooks alone would drop it."""
+        """Parameters with a gradient from earlier micro-batches only, which DeepSpeed's hooks alone would drop."""
         optimizer, held = self._optimizer, set(_keys(buckets))
         if optimizer.partition_gradients or not optimizer.is_gradient_accumulation_boundary():
             return []
@@ -95,7 +97,7 @@ class GradientAgreement:
         return bool(same_on_all(mine, None))
 
     def _complete(self, buckets: Sequence[Any], pending: list[_Key], is_last: bool) -> None:
-        """Adds what is pending, and zeros for parameters that got a gradient on other ranks only."""
+        """Adds the pending gradients, and zeros for parameters that have a gradient on other ranks only."""
         optimizer, mine = self._optimizer, set(_keys(buckets))
         everyone: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, mine | set(pending))
@@ -129,7 +131,7 @@ class GradientAgreement:
 
 
 def agree_on_gradients(optimizer: Any, module: nn.Module, device: torch.device) -> None:
-    """Installs a `GradientAgreement` where there are several ranks and stage 1 or 2; it ends with the optimizer."""
+    """Installs a `GradientAgreement` for several ranks and stage 1 or 2. It lives as long as the optimizer."""
     if dist.get_world_size() > 1 and hasattr(optimizer, "reduce_ipg_grads"):
         agreement = GradientAgreement(optimizer, module, device)
         optimizer.reduce_ipg_grads = functools.wraps(agreement._reduce)(lambda comm_dtype=None: agreement(comm_dtype))

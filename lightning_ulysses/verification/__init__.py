@@ -1,4 +1,4 @@
-"""Compares a LightningModule on split sequences with the same module in one process, and says where they part."""
+"""Compares a LightningModule on split sequences with the same module in one process, and finds the difference."""
 
 from __future__ import annotations
 

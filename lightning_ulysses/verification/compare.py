@@ -1,4 +1,4 @@
-"""Joins the slices that ranks recorded and compares them with the whole sequence."""
+"""Joins the slices that ranks recorded, and compares them with the whole sequence."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def _unflatten(part: Tensor, dim: int, share: int) -> Tensor:
 
 
 def join(parts: list[Tensor], whole: Tensor, shares: tuple[int, ...]) -> Tensor | None:
-    """The whole of what each rank holds a slice of, in the shape of ``whole``.
+    """Joins the slices of all ranks into the shape of ``whole``.
 
     Args:
-        parts: What each rank holds.
-        whole: What one process holds.
+        parts: The tensor of each rank.
+        whole: The tensor of one process.
         shares: S_r of each rank.
 
     Returns:
-        The joined tensor; one of another shape if the slices do not add up; None if no dimension is known to carry the
-        sequence.
+        The joined tensor. It has another shape than ``whole`` if the slices do not add up. None if no dimension is
+        known to carry the sequence.
     """
     if any(part.dim() != whole.dim() for part in parts):
         return None
@@ -36,7 +36,7 @@ def join(parts: list[Tensor], whole: Tensor, shares: tuple[int, ...]) -> Tensor 
     dim = dims.pop()
     sizes = [part.shape[dim] for part in parts]
     if sum(sizes) == whole.shape[dim] and all(size % share == 0 for size, share in zip(sizes, shares, strict=True)):
-        # Rows that were flattened together are laid out one after the other on each rank.
+        # In (B * S_r, ...), each rank holds its slices of all rows, so rows are taken apart before slices are joined.
         split = [_unflatten(part, dim, share) for part, share in zip(parts, shares, strict=True)]
         if split[0].dim() > whole.dim():
             return torch.cat(split, dim=dim + 1).flatten(dim, dim + 1)
@@ -44,9 +44,9 @@ def join(parts: list[Tensor], whole: Tensor, shares: tuple[int, ...]) -> Tensor 
 
 
 def difference(parts: list[Tensor], whole: Tensor, shares: tuple[int, ...]) -> float | None:
-    """The relative L2 difference of slices from the whole; None where they cannot be compared."""
+    """The relative L2 difference between slices and the whole; None if they cannot be compared."""
     if whole.numel() <= 1:
-        # A mean over a slice is no slice of the mean.
+        # A single number, such as a mean over the slice, cannot be joined.
         return None
     if all(part.shape == whole.shape for part in parts):
         return max(_relative(part, whole) for part in parts)
@@ -62,7 +62,7 @@ def _relative(value: Tensor, wanted: Tensor) -> float:
 
 
 def gradient_errors(single: list[dict[str, Tensor]], split: list[dict[str, Tensor]]) -> dict[str, float]:
-    """For each parameter the worst relative difference of its gradient over all batches; see `ParityReport`."""
+    """For each parameter, the largest relative difference of its gradient over all batches; see `ParityReport`."""
     errors: dict[str, float] = {}
     for wanted, found in zip(single, split, strict=False):
         floor = 0.01 * norm(wanted)
@@ -85,10 +85,10 @@ class Compared:
     Attributes:
         name: As in ``named_modules``.
         class_name: Its class.
-        is_own: Whether that class is none of torch's.
-        inputs_differ: Whether any tensor that it got differs.
-        outputs_differ: Whether any tensor that it returned differs.
-        restarts: Whether it got whole numbers that start again on every rank.
+        is_own: Whether that class is not one of torch's.
+        inputs_differ: Whether any of its input tensors differs.
+        outputs_differ: Whether any of its output tensors differs.
+        restarts: Whether it got integers that start again on every rank, such as positions.
     """
 
     name: str
@@ -100,7 +100,7 @@ class Compared:
 
 
 def _restarts(parts: list[Tensor]) -> bool:
-    """Whether every rank holds the same whole numbers, where they would have to go on."""
+    """Whether every rank holds the same consecutive integers, although they should continue from rank to rank."""
     if any(part.is_floating_point() or part.dim() == 0 or part.shape[-1] < 2 for part in parts):
         return False
     length = min(part.shape[-1] for part in parts)
@@ -111,22 +111,22 @@ def _restarts(parts: list[Tensor]) -> bool:
 
 @dataclass
 class Comparison:
-    """All modules in the order in which they returned in one process."""
+    """All modules, in the order in which they returned in one process."""
 
     modules: list[Compared] = field(default_factory=list)
 
     @property
     def first(self) -> Compared | None:
-        """The first whose output differs, whatever it got."""
+        """The first module whose output differs, whatever its inputs."""
         return next((module for module in self.modules if module.outputs_differ), None)
 
     @property
     def culprit(self) -> Compared | None:
-        """The first that got the same and returned something else."""
+        """The first module whose inputs agree and whose output differs."""
         return next((module for module in self.modules if module.outputs_differ and not module.inputs_differ), None)
 
     def clean(self) -> set[str]:
-        """Modules that returned the same."""
+        """Names of the modules whose outputs agree."""
         return {module.name for module in self.modules if not module.outputs_differ}
 
 

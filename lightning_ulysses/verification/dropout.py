@@ -1,4 +1,4 @@
-"""Switches dropout off in both runs, since ranks draw other numbers than one process would."""
+"""Switches dropout off in both runs, since ranks draw other random numbers than one process would."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def silence_modules(root: nn.Module) -> list[str]:
 
 @contextmanager
 def dropout_off(notes: list[str]) -> Iterator[None]:
-    """Makes ``torch.nn.functional.dropout`` return its input, and says so where it would have dropped something."""
+    """Makes ``torch.nn.functional.dropout`` return its input, and notes every call that would have dropped."""
     original = torch.nn.functional.dropout
 
     @functools.wraps(original)

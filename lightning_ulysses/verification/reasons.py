@@ -1,4 +1,4 @@
-"""The likely reason of a difference, in words, with what to change."""
+"""The likely reason of a difference, and what to change, in words."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _REASONS = {
         "torch.nn.functional.scaled_dot_product_attention",
     ),
 }
-# A causal mask by hand takes an arange as well, so scores by hand come before positions.
+# A causal mask written by hand calls arange too, so attention comes before positions.
 _ORDER = ("attention", "mixing", "positions", "random")
 
 
@@ -51,15 +51,16 @@ def _within(name: str, outer: str) -> bool:
 
 
 def explain(comparison: Comparison, suspects: Sequence[Suspect], root: str) -> Finding:
-    """Why two complete runs differ.
+    """Explains why two complete runs differ.
 
     Args:
-        comparison: Of all modules.
+        comparison: The comparison of all modules.
         suspects: Calls that depend on where a slice begins or ends, as one rank made them.
         root: The class of the LightningModule.
     """
     first, culprit = comparison.first, comparison.culprit
     if first is None:
+        # All modules agree, so the step computes the loss in a wrong way.
         labels = [suspect for suspect in suspects if suspect.kind == "labels"]
         return _finding("labels" if labels else "targets", "", root, labels)
     if first.inputs_differ and first.restarts:
@@ -76,7 +77,7 @@ def explain(comparison: Comparison, suspects: Sequence[Suspect], root: str) -> F
     for kind in _ORDER:
         lines = [suspect for suspect in inside if suspect.kind == kind]
         if lines:
-            # What the module does itself is nearer than what one that it calls does.
+            # Calls that the module makes itself come before those of its submodules.
             lines.sort(key=lambda suspect: suspect.module != where)
             return _finding(kind, where, class_name, lines)
     if culprit is not None and not culprit.is_own:
@@ -90,11 +91,11 @@ def _finding(kind: str, module: str, class_name: str, lines: Sequence[Suspect]) 
 
 
 def explain_refusal(error: UlyssesError, comparison: Comparison, suspects: Sequence[Suspect]) -> Finding:
-    """The strategy's own words, with the module and the line that they are about where these can be told.
+    """The strategy's own message, with the module and the line that it is about, if they are known.
 
     Args:
-        error: What the strategy raised.
-        comparison: Of the modules that had run by then.
+        error: The error of the strategy.
+        comparison: The comparison of the modules that ran before it.
         suspects: As in `explain`.
     """
     kind = "refused"
@@ -116,7 +117,7 @@ def explain_refusal(error: UlyssesError, comparison: Comparison, suspects: Seque
 
 
 def explain_failure(text: str) -> Finding:
-    """An exception that is none of this package's."""
+    """Reports an exception that does not come from this package."""
     lines = text.strip().splitlines()
     return Finding(
         "failed",

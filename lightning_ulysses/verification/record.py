@@ -1,4 +1,4 @@
-"""What every submodule got and returned in a first step, and which calls of torch look along the sequence."""
+"""Records inputs and outputs of every submodule in a first step, and calls of torch that look along the sequence."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Call:
 
     Attributes:
         class_name: The module's class.
-        is_own: Whether that class is none of torch's.
-        inputs: The tensors it got, by argument.
-        outputs: The tensors it returned.
+        is_own: Whether that class is not one of torch's.
+        inputs: Its input tensors, by argument.
+        outputs: Its output tensors, by path.
     """
 
     class_name: str
@@ -62,7 +62,7 @@ class Suspect:
 
 
 def tensors_of(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in nested containers, with the way to it."""
+    """Every tensor in nested containers, with its path."""
     if isinstance(value, Tensor):
         yield path, value
     elif isinstance(value, Mapping):
@@ -74,7 +74,7 @@ def tensors_of(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def _is_foreign(frame: FrameType) -> bool:
-    """Whether a frame belongs to torch, to what it generates, or to what enters a context manager."""
+    """Whether a frame belongs to torch, to generated code, or to the machinery of context managers."""
     name = frame.f_code.co_filename
     return name.startswith((_TORCH, "<")) or name in (__file__, contextlib.__file__)
 
@@ -83,7 +83,8 @@ def calling_line(through: bool) -> str | None:
     """The innermost line outside of torch.
 
     Args:
-        through: Whether a call by this package counts as one of the line that called it; if not, the answer is None.
+        through: Whether to look through this package to the line that called it. Otherwise a call by this package gives
+            None.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and (_is_foreign(frame) or (through and frame.f_code.co_filename.startswith(_OWN))):
@@ -97,11 +98,11 @@ def calling_line(through: bool) -> str | None:
 
 
 class Watch(TorchFunctionMode):
-    """Notes calls that depend on where a slice begins or ends.
+    """Records calls that depend on where a slice begins or ends.
 
     Args:
         share: S_r.
-        module: Names the innermost module that is running.
+        module: Returns the name of the innermost module that is running.
     """
 
     def __init__(self, share: int, module: Callable[[], str]) -> None:
@@ -111,12 +112,13 @@ class Watch(TorchFunctionMode):
         self._module = module
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Calls ``func`` and looks at what it was."""
+        """Calls ``func``, and records the call if it is suspect."""
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         kind = self._kind(name, args, kwargs or {}, result) if isinstance(result, (Tensor, tuple)) else None
         if kind is not None:
-            # Intercepted attention drops out on behalf of the line that called it; what else this package does is fine.
+            # Dropout inside intercepted attention counts for the line that called attention. Other calls of this
+            # package do not count.
             line = calling_line(through=kind == "random")
             suspect = Suspect(kind, self._module(), name, line or "")
             if line is not None and suspect not in self.suspects:
@@ -125,7 +127,7 @@ class Watch(TorchFunctionMode):
 
     def _kind(self, name: str, args: Any, kwargs: Any, result: Any) -> str | None:
         first = args[0] if args and isinstance(args[0], Tensor) else None
-        # Fifth after query, key, value and mask.
+        # dropout_p comes fifth, after query, key, value and mask.
         attention_dropout = kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0)
         if name in _RANDOM or (name == "scaled_dot_product_attention" and attention_dropout):
             return "random"
@@ -137,9 +139,11 @@ class Watch(TorchFunctionMode):
         if name == "__getitem__" and first is not None and self._slices_a_table(first, args[1]):
             return "positions"
         if name in _PRODUCTS:
+            # (..., S_r, S_r): scores of a slice with itself.
             return "attention" if len(shape) > 2 and shape[-2:] == (self._share, self._share) else None
         if first is None or self._share not in first.shape:
             return None
+        # One token fewer than the slice: labels shifted against logits.
         if name in _SLICES and self._share - 1 in shape:
             return "labels"
         if name in _ALONG or (name in _REDUCTIONS and shape and self._share not in shape and first.dim() > 1):
@@ -147,7 +151,7 @@ class Watch(TorchFunctionMode):
         return None
 
     def _slices_a_table(self, table: Tensor, index: Any) -> bool:
-        """Whether ``table[index]`` takes the first S_r entries of something longer, as on every rank."""
+        """Whether ``table[index]`` takes the first S_r entries of a longer table, as it then does on every rank."""
         if max(table.shape, default=0) <= self._share:
             return False
         slices = [part for part in (index if isinstance(index, tuple) else (index,)) if isinstance(part, slice)]
@@ -155,10 +159,10 @@ class Watch(TorchFunctionMode):
 
 
 class Recorder:
-    """Hooks on every submodule of ``root`` that keep its first call while the recorder is active.
+    """Hooks on every submodule of ``root`` that record its first call while the recorder is active.
 
     Args:
-        root: The user's module; its own call is not kept.
+        root: The user's module. Its own call is not recorded.
     """
 
     def __init__(self, root: nn.Module) -> None:
@@ -174,17 +178,18 @@ class Recorder:
                 self._hooks.append(module.register_forward_hook(after, with_kwargs=True))
 
     def current(self) -> str:
-        """The innermost module that is running, "" for the root."""
+        """The name of the innermost module that is running; "" for the root."""
         return self._open[-1] if self._open else ""
 
     def remove(self) -> None:
-        """Takes the hooks off and lets go of the tensors it copied."""
+        """Removes the hooks and drops the cache of copied tensors."""
         for hook in self._hooks:
             hook.remove()
         self._kept.clear()
 
     def _copy(self, tensor: Tensor) -> Tensor:
-        # What one module returns the next one gets: one copy of both, as long as nobody writes into it.
+        # The output of one module is the input of the next: they share a copy, unless the tensor was written to in
+        # between. The original is kept too, so that its address is not used again.
         key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor._version)
         if key not in self._kept:
             copy = tensor.detach().clone()
@@ -197,7 +202,7 @@ class Recorder:
                 return
             self._open.append(name)
             if name not in self.calls:
-                # In the order in which they return, so that a module comes behind those it called.
+                # `_after` moves it to the end, so that a module comes after those that it called.
                 call = Call(type(module).__name__, not type(module).__module__.startswith("torch."))
                 given = {**{str(i): value for i, value in enumerate(args)}, **kwargs}
                 call.inputs = {path: self._copy(tensor) for path, tensor in tensors_of(given)}
@@ -209,12 +214,13 @@ class Recorder:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             if not self.active:
                 return
+            # Modules above it on the stack ended by an exception, without their hook.
             while self._open and self._open.pop() != name:
                 pass
             call = self.calls[name]
             if not call.outputs:
                 call.outputs = {path: self._copy(tensor) for path, tensor in tensors_of(output)}
-                # Back in, at the end.
+                # Moves it to the end: calls are in the order in which they return.
                 self.calls[name] = self.calls.pop(name)
 
         return hook

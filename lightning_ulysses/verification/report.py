@@ -1,4 +1,4 @@
-"""What a comparison found, as values, lines and JSON."""
+"""The result of a comparison, as values, lines and JSON."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ _WORST = 5
 
 
 def relative(value: float, wanted: float) -> float:
-    """|value - wanted| / |wanted|; NaN where either is."""
+    """|value - wanted| / |wanted|; NaN if either is NaN."""
     return abs(value - wanted) / max(abs(wanted), 1e-12)
 
 
 def _worst(values: Sequence[float]) -> float:
-    """The largest; infinite where one is NaN or there is none."""
+    """The largest value; infinite if one is NaN or there is none."""
     return max(values) if values and not any(math.isnan(value) for value in values) else math.inf
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Why two runs part.
+    """Why two runs differ.
 
     Attributes:
         kind: ``"positions"``, ``"labels"``, ``"mixing"``, ``"attention"``, ``"random"``, ``"targets"``, ``"refused"``,
             ``"failed"`` or ``"unknown"``.
-        reason: The likely reason in words.
+        reason: The likely reason, in words.
         fix: What to change.
-        module: The first module whose output differs, "" for the LightningModule itself; None if none does.
+        module: The module where the difference arises, "" for the LightningModule itself; None if it is not known.
         class_name: Its class.
-        line: The line of code, as ``file:number: text``, where one was found.
+        line: The line of code, as ``file:number: text``, if one was found.
     """
 
     kind: str
@@ -44,19 +44,19 @@ class Finding:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """One process against P on the same weights and batches.
+    """One process compared with P, on the same weights and batches.
 
     Attributes:
         sp_size: P.
         seq_len: S of the first batch.
         tolerance: The largest relative difference that counts as equal.
-        losses: Of each batch in one process.
-        split_losses: On P processes; empty if that run was refused.
+        losses: Loss of each batch in one process.
+        split_losses: The same on P processes; empty if that run was refused.
         grad_norms: 2-norm of the gradient of each batch in one process.
-        split_grad_norms: On P processes.
-        parameter_errors: For each parameter the relative L2 difference of its gradient, the worst of all batches. A
-            gradient below 1 % of the whole norm is related to that 1 %, since rounding alone moves it.
-        finding: Why they differ; None if they do not.
+        split_grad_norms: The same on P processes.
+        parameter_errors: For each parameter the relative L2 difference of its gradient, the largest over all batches. A
+            gradient below 1 % of the whole norm is compared with that 1 %, since rounding alone moves it.
+        finding: Why the runs differ; None if they do not.
         notes: What was changed for the comparison.
     """
 
@@ -73,18 +73,18 @@ class ParityReport:
 
     @property
     def loss_error(self) -> float:
-        """The largest relative difference of a loss; infinite without one."""
+        """The largest relative difference of a loss; infinite if there is no loss to compare."""
         return _worst([relative(value, wanted) for value, wanted in zip(self.split_losses, self.losses, strict=False)])
 
     @property
     def grad_norm_error(self) -> float:
-        """The largest relative difference of a gradient norm; infinite without one."""
+        """The largest relative difference of a gradient norm; infinite if there is no norm to compare."""
         pairs = zip(self.split_grad_norms, self.grad_norms, strict=False)
         return _worst([relative(value, wanted) for value, wanted in pairs])
 
     @property
     def gradient_error(self) -> float:
-        """The largest of `parameter_errors`; infinite without one."""
+        """The largest of `parameter_errors`; infinite if there is none."""
         return _worst(list(self.parameter_errors.values()))
 
     @property
@@ -94,13 +94,13 @@ class ParityReport:
         return complete and max(self.loss_error, self.grad_norm_error, self.gradient_error) <= self.tolerance
 
     def worst(self, count: int = _WORST) -> list[tuple[str, float]]:
-        """The parameters whose gradients differ most, worst first."""
+        """The parameters whose gradients differ most, the worst first."""
         return sorted(self.parameter_errors.items(), key=lambda item: -item[1] if item[1] == item[1] else -math.inf)[
             :count
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, of types that JSON has; what is not finite becomes None."""
+        """Everything, in types that JSON has. Values that are not finite become None."""
 
         def number(value: float) -> float | None:
             return value if math.isfinite(value) else None

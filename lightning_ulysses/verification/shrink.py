@@ -1,4 +1,4 @@
-"""Makes transformers models, and batches, small enough to be compared."""
+"""Makes transformers models and batches small enough to compare."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _EDGES = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k")
 
 
 def shrink_config(config: Any, layers: int) -> bool:
-    """Leaves at most ``layers`` layers in a config of transformers; whether it had more."""
+    """Reduces a config of transformers to at most ``layers`` layers. Returns whether it had more."""
     names = [name for name in _LAYER_KEYS if isinstance(vars(config).get(name), int) and vars(config)[name] > layers]
     for name in names:
         setattr(config, name, layers)
@@ -33,7 +33,7 @@ def shrink_config(config: Any, layers: int) -> bool:
 
 @contextmanager
 def fewer_layers(layers: int | None) -> Iterator[None]:
-    """Builds every transformers model inside with at most ``layers`` layers; the whole one never exists."""
+    """Builds every transformers model inside with at most ``layers`` layers. The whole model never exists."""
     if layers is None:
         yield
         return
@@ -41,7 +41,7 @@ def fewer_layers(layers: int | None) -> Iterator[None]:
 
     original = PreTrainedModel.__init__
 
-    # Every model calls it before it makes its layers.
+    # Every model calls this before it makes its layers.
     @functools.wraps(original)
     def init(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         shrink_config(config, layers)
@@ -59,10 +59,10 @@ def shrink_module(module: nn.Module, layers: int) -> list[str]:
     """Replaces each transformers model below ``module`` by a new one of at most ``layers`` layers.
 
     Returns:
-        Notes on what was replaced.
+        Notes on the models replaced.
 
     Raises:
-        UlyssesError: If there is none to replace.
+        UlyssesError: If there is no transformers model.
     """
     if "transformers.modeling_utils" not in sys.modules:
         raise _nothing_to_shrink(module)
@@ -85,18 +85,18 @@ def shrink_module(module: nn.Module, layers: int) -> list[str]:
 
 
 def without_checkpointing(module: nn.Module) -> tuple[nn.Module, list[str]]:
-    """A copy whose transformers models keep their activations, if any of them computes them again.
+    """A copy without activation checkpointing in its transformers models, if any of them uses it.
 
-    The hook that transformers sets for that cannot be sent to other processes.
+    The hook that transformers sets for it cannot be sent to other processes.
 
     Returns:
-        The copy, or ``module`` itself; and a note.
+        The copy, or ``module`` itself if none uses it. And a note, if a copy was made.
     """
     if "transformers.modeling_utils" not in sys.modules:
         return module, []
     from transformers import PreTrainedModel
 
-    # transformers has given both another name.
+    # transformers renamed the flag, and the method that clears it.
     names = ("is_activation_checkpointing", "is_gradient_checkpointing")
     flag = next(name for name in names if hasattr(PreTrainedModel, name))
 
@@ -124,7 +124,7 @@ def cut_batch(batch: Any, rules: BatchRules, most: int) -> tuple[Any, int, int]:
     """The first ``most`` tokens of a batch.
 
     Returns:
-        The batch, S as it came, and S as it is now.
+        The batch, S before the cut, and S after it.
     """
     whole = read_batch(batch, rules, 1)
     seq_len = whole.layout.seq_len
@@ -133,6 +133,7 @@ def cut_batch(batch: Any, rules: BatchRules, most: int) -> tuple[Any, int, int]:
 
     def cut(key: str, value: Any) -> Any:
         if key in _EDGES and isinstance(value, Tensor):
+            # Boundaries after the cut all become its end, which must be there only once.
             return value.clamp(max=most).unique()
         dim = whole.dims.get(key)
         return value if dim is None else value.narrow(dim, 0, most).contiguous()
