@@ -16,6 +16,7 @@ from torch import nn
 from lightning_ulysses.context import SequenceContext
 from lightning_ulysses.patching.early_bound import rebind
 from lightning_ulysses.patching.handle import Handle
+from lightning_ulysses.upstream.deepspeed import checkpointing
 
 
 class _Placed:
@@ -46,7 +47,6 @@ def install(context: SequenceContext, root: nn.Module, handle: Handle) -> None:
         root: The user's LightningModule.
         handle: Undoes it.
     """
-    from deepspeed import checkpointing
 
     def guarded(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
@@ -56,7 +56,9 @@ def install(context: SequenceContext, root: nn.Module, handle: Handle) -> None:
         return checkpoint
 
     owners: list[tuple[Any, str]] = [(torch.utils.checkpoint, "checkpoint")]
-    owners += [(checkpointing, "checkpoint"), (checkpointing, "non_reentrant_checkpoint")]
+    of_deepspeed = checkpointing()
+    if of_deepspeed is not None:
+        owners += [(of_deepspeed, "checkpoint"), (of_deepspeed, "non_reentrant_checkpoint")]
     for owner, name in owners:
         original = getattr(owner, name)
         checkpoint = guarded(original)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -72,6 +73,11 @@ def forget_trace(engine: Any) -> None:
     coordinator._clear_trace_structures()
 
 
+def checkpointing() -> Any:
+    """DeepSpeed's module of activation checkpointing; None in a program that has not imported DeepSpeed."""
+    return sys.modules.get("deepspeed.runtime.activation_checkpointing.checkpointing")
+
+
 def keep_checkpoint_inputs() -> Handle:
     """Makes DeepSpeed's activation checkpointing empty aliases of its inputs, not the caller's tensors.
 
@@ -79,7 +85,9 @@ def keep_checkpoint_inputs() -> Handle:
     connection around the call, or a second layer with the same input, would then compute on empty tensors
     (``activation_checkpointing/checkpointing.py``, ``get_cpu_activations_for_backward`` and others).
     """
-    from deepspeed.runtime.activation_checkpointing import checkpointing
+    handle, module = Handle(), checkpointing()
+    if module is None:
+        return handle
 
     def own(original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
@@ -91,9 +99,8 @@ def keep_checkpoint_inputs() -> Handle:
 
         return save
 
-    handle = Handle()
     for name in _EMPTYING:
-        handle.patch(checkpointing, name, own(getattr(checkpointing, name)))
+        handle.patch(module, name, own(getattr(module, name)))
     return handle
 
 
