@@ -1,8 +1,7 @@
-"""The core in a loop written by hand, without Trainer, strategy and DeepSpeed: a step on several processes against one."""
+"""The core in a loop written by hand, without Trainer, strategy and DeepSpeed: a step on several ranks against one."""
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -105,21 +104,24 @@ def test_without_the_weights_it_is_wrong(pool: ProcessPool) -> None:
 
 
 def refusals(rank: int, make: Any, batches: list[Any]) -> list[str]:
-    """What the core says of two backward passes, and of a model that nothing was intercepted of."""
+    """What the core says of two backward passes in a step, and of a step without attention."""
     dist.init_process_group("gloo", rank=rank, world_size=2)
     mesh = SequenceMesh.create(MeshSizes(2, 1), "cpu")
     found = []
     module = make()
     core = SequenceParallel(UlyssesConfig(sp_size=2), mesh, torch.device("cpu"), seed=0)
     with core.installed(module):
-        inputs = core.receive(batches[0], Clock())
-        with core.step(Clock(), "training_step"):
-            loss = module.training_step(inputs, 0)
-        with core.backward():
-            core.weigh(loss).backward(retain_graph=True)
-        with pytest.raises(UlyssesError) as caught:
-            core.weigh(loss)
-        found.append(str(caught.value))
+        for is_automatic in (True, False):
+            clock = Clock(is_automatic=is_automatic)
+            inputs = core.receive(batches[0], clock)
+            with core.step(clock, "training_step"):
+                loss = module.training_step(inputs, 0)
+            with core.backward():
+                core.weigh(loss).backward()
+            with pytest.raises(UlyssesError) as caught:
+                core.weigh(loss)
+            found.append(str(caught.value))
+            core.stepped()
     core = SequenceParallel(UlyssesConfig(sp_size=2), mesh, torch.device("cpu"), seed=0)
     with core.installed(module):
         core.receive(batches[0], Clock())
@@ -130,8 +132,10 @@ def refusals(rank: int, make: Any, batches: list[Any]) -> list[str]:
 
 
 def test_what_the_core_refuses(pool: ProcessPool) -> None:
-    for twice, nothing in pool.run(refusals, partial(llama()), [token_batch(1, 33)], world_size=2):
-        assert "2 backward passes without an optimizer step" in twice
+    for automatic, manual, nothing in pool.run(refusals, llama(), [token_batch(1, 33)], world_size=2):
+        for text in (automatic, manual):
+            assert "2 backward passes without an optimizer step" in text and "add the losses before backward" in text
+            assert ("automatic optimization" in text) == (text is manual)
         assert "without a single attention call intercepted" in nothing
 
 

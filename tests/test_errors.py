@@ -18,13 +18,11 @@ import lightning_ulysses
 from lightning_ulysses import TokenCountMonitor, UlyssesDeepSpeedStrategy, UlyssesError
 from lightning_ulysses.batch.whole import read_batch
 from lightning_ulysses.checks.trainer import check_trainer
-from lightning_ulysses.config import UlyssesConfig
 from lightning_ulysses.context import LocalBatch, SequenceContext, activate
 from lightning_ulysses.exchange.mesh import SequenceMesh, resolve_sizes
 from lightning_ulysses.geometry.batch_keys import BatchRules
 from lightning_ulysses.geometry.layout import SequenceLayout
 from lightning_ulysses.interceptors import torch_sdpa as sdpa
-from lightning_ulysses.loss.weights import StepWeights
 from lightning_ulysses.testing import QUIET
 
 MESH = SequenceMesh(rank=0, world_size=2, sp_size=2, sp_rank=0, dp_size=1, dp_rank=0)
@@ -233,19 +231,6 @@ def test_calls_inside_a_step(call: Any, parts: tuple[str, ...]) -> None:
         activate(None)
         handle.remove()
     assert_says(caught.value, parts)
-
-
-def test_a_second_backward_pass() -> None:
-    weights = StepWeights(UlyssesConfig(targets="tokens"), MESH, torch.device("cpu"))
-    live = LocalBatch(SequenceLayout(9, 2), counts={"tokens": 5.0})
-    for automatic in (True, False):
-        weights.begin({"tokens": 9.0}, None)
-        weights.apply(torch.ones(()), live, 1, automatic)
-        with pytest.raises(UlyssesError) as caught:
-            weights.apply(torch.ones(()), live, 1, automatic)
-        assert_says(caught.value, ("2 backward passes without an optimizer step", "add the losses before backward"))
-        assert ("automatic optimization" in str(caught.value)) is not automatic
-        weights.stepped()
 
 
 class TakesIterator(HandWritten):
