@@ -86,7 +86,7 @@ def test_torchrun(tmp_path: Path) -> None:
         port = free.getsockname()[1]
     (tmp_path / "train.py").write_text(SCRIPT)
     root = Path(__file__).parents[1]
-    paths = os.pathsep.join([str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([str(root), str(root / "tests" / "support"), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
     done = subprocess.run(
         [*command, "train.py"],

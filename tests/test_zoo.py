@@ -26,5 +26,5 @@ def test_one_step_of_others(pool: ProcessPool, guest: Guest) -> None:
 
 
 def test_the_page_is_current() -> None:
-    assert PAGE.read_text() == table(), "run: python tests/zoo.py"
+    assert PAGE.read_text() == table(), "run: python tests/support/zoo.py"
     assert len(ZOO) == len(ENTRIES) >= 25
