@@ -270,7 +270,7 @@ def table() -> str:
         "# Models\n\n"
         "Tiny random models, one optimizer step on two processes against one, in float32: uneven labels, two rows,\n"
         "two micro-batches. Exact means a relative difference of the step, the loss and the gradient norm of at most\n"
-        "1e-5. `tests/test_zoo.py` runs every row; `python tests/support/zoo.py` writes this file.\n\n"
+        "1e-5. `tests/parity/test_zoo.py` runs every row; `python tests/support/zoo.py` writes this file.\n\n"
         "## transformers\n\n"
         "| Model | Result | |\n| --- | --- | --- |\n"
     )

@@ -46,7 +46,7 @@ from lightning_ulysses.testing import (
 )
 from lightning_ulysses.testing.processes import ProcessPool
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 LANGUAGES = ("python", "yaml", "sh", "text")
 Names = dict[str, Any]
@@ -451,7 +451,7 @@ def test_names_and_paths_exist(document: str) -> None:
         for parent in parents[1:]:
             found = importlib.import_module(f"{found.__name__}.{parent}")
         assert hasattr(found, last) or importlib.import_module(name), name
-    tests = "\n".join(path.read_text() for path in sorted((ROOT / "tests").glob("*.py")))
+    tests = "\n".join(path.read_text() for path in sorted((ROOT / "tests").rglob("*.py")))
     for name in re.findall(r"`(test_\w+)`", text):
         assert f"def {name}(" in tests, name
 

@@ -20,7 +20,7 @@ import lightning_ulysses
 from lightning_ulysses.testing import SplitRun, compare, fit_single, fit_split
 from lightning_ulysses.testing.processes import ProcessPool
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "lightning_ulysses"
 
 

@@ -85,7 +85,7 @@ def test_torchrun(tmp_path: Path) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     (tmp_path / "train.py").write_text(SCRIPT)
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     paths = os.pathsep.join([str(root), str(root / "tests" / "support"), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
     done = subprocess.run(
