@@ -1,4 +1,4 @@
-"""One pool of worker processes for the whole run."""
+"""One pool of worker processes for the whole run, and a marker for the tests that need processes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,13 @@ from collections.abc import Iterator
 import pytest
 
 from lightning_ulysses.testing.processes import ProcessPool
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what asks for the pool, itself or by another fixture. What starts processes by itself says so."""
+    for item in items:
+        if isinstance(item, pytest.Function) and "pool" in item.fixturenames:
+            item.add_marker(pytest.mark.processes)
 
 
 @pytest.fixture(scope="session")

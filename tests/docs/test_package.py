@@ -43,6 +43,7 @@ print(json.dumps([sorted(before), sorted(set(sys.modules) - before), lightning_u
 """
 
 
+@pytest.mark.processes
 def test_the_import_stays_light() -> None:
     before, added, release = in_fresh_python(IMPORTS)
     heavy = {"deepspeed", "transformers", "flash_attn", "matplotlib", "datasets", "pytorch_lightning"}
@@ -69,6 +70,7 @@ print(json.dumps([errors, registered, waiting]))
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "order", [("pytorch_lightning", "lightning_ulysses"), ("lightning_ulysses", "pytorch_lightning")]
 )
@@ -103,6 +105,7 @@ def test_files_stay_readable() -> None:
     assert {name: length for name, length in lengths.items() if length > 400} == {}
 
 
+@pytest.mark.processes
 def test_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from hatchling.build import build_wheel
 
@@ -149,6 +152,7 @@ def test_upstream_is_the_release_that_the_private_hooks_were_read_from() -> None
     assert version("lightning").startswith("2.6.") and version("deepspeed").startswith("0.19.")
 
 
+@pytest.mark.processes
 def test_no_compiler_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSpeed would build its shared-memory collectives when it sets up communication on CPUs."""
     (tmp_path / "bin").mkdir()

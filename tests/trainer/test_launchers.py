@@ -80,6 +80,7 @@ with open(f"{rank}.json", "w") as file:
 """
 
 
+@pytest.mark.processes
 def test_torchrun(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
