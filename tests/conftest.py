@@ -5,8 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from lightning_ulysses.testing.processes import ProcessPool
+
+# The same examples in every run, whatever an earlier one has left in .hypothesis; a busy machine may take its time.
+# Others are tried with --hypothesis-profile=default.
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
