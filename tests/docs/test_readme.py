@@ -47,7 +47,7 @@ from lightning_ulysses.testing import (
 )
 from lightning_ulysses.testing.processes import ProcessPool
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
 LANGUAGES = ("python", "yaml", "sh", "text")
 Names = dict[str, Any]
@@ -146,9 +146,11 @@ class Letters:
 def given_files(folder: str) -> Names:
     os.environ["XDG_CACHE_HOME"] = folder
     Path("documents").mkdir(exist_ok=True)
-    if os.environ["RANK"] == "0":
-        rows = (json.dumps({"text": "word " * number}) + "\n" for number in range(1, 12))
-        Path("documents", "a.jsonl").write_text("".join(rows))
+    rows = (json.dumps({"text": "word " * number}) + "\n" for number in range(1, 12))
+    # Each rank may be the first to read it.
+    own = Path(f"rank{os.environ['RANK']}.jsonl")
+    own.write_text("".join(rows))
+    own.replace(Path("documents", "a.jsonl"))
     return {"module": LlamaModule(lr=0.1), "tokenizer": Letters()}
 
 
@@ -451,7 +453,7 @@ def test_names_and_paths_exist(document: str) -> None:
         for parent in parents[1:]:
             found = importlib.import_module(f"{found.__name__}.{parent}")
         assert hasattr(found, last) or importlib.import_module(name), name
-    tests = "\n".join(path.read_text() for path in sorted((ROOT / "tests").glob("*.py")))
+    tests = "\n".join(path.read_text() for path in sorted((ROOT / "tests").rglob("*.py")))
     for name in re.findall(r"`(test_\w+)`", text):
         assert f"def {name}(" in tests, name
 

@@ -9,39 +9,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models import VOCAB, HandWritten, LlamaModule, count_targets, hand_written, llama, pair_batch, token_batch
+from mixing import PAIRS, Between, Conv, refused
+from models import VOCAB, HandWritten, LlamaModule, count_targets, hand_written, llama, token_batch
 from torch import Tensor, nn
 
-from lightning_ulysses import UlyssesError, sequence_positions
 from lightning_ulysses.attention.stand_in import keep_apart
-from lightning_ulysses.testing import SplitRun, compare, fit_rank, fit_single, fit_split
+from lightning_ulysses.testing import SplitRun, compare, fit_single, fit_split
 from lightning_ulysses.testing.processes import ProcessPool
 
-PAIRS = [pair_batch(seed, 40) for seed in range(2)]
 TOKENS = [token_batch(seed, 40) for seed in range(2)]
-
-
-class Between(HandWritten):
-    """A hand-written model with one more layer behind its embedding."""
-
-    def __init__(self, make: Any) -> None:
-        super().__init__()
-        self.between = make(self.embed.embedding_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.between(self.embed(x) + self.place(sequence_positions(x)))
-        for block in self.blocks:
-            h = block(h)
-        return self.head(h)
-
-
-class Conv(nn.Module):
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv1d(width, width, 3, padding=1)
-
-    def forward(self, h: Tensor) -> Tensor:
-        return h + self.conv(h.transpose(1, 2)).transpose(1, 2)
 
 
 class Recurrent(nn.Module):
@@ -130,12 +106,6 @@ REFUSED: dict[str, tuple[Any, tuple[str, ...]]] = {
     "rotary arange": (between(Rotary), ("positions that start at 0", "'between' (Rotary)")),
     "arange in the step": (Outside, ("positions that start at 0", "'place' (Embedding)")),
 }
-
-
-def refused(rank: int, make: Any, run: SplitRun) -> UlyssesError:
-    with pytest.raises(UlyssesError) as caught:
-        fit_rank(rank, make, PAIRS, run)
-    return caught.value
 
 
 @pytest.mark.parametrize("case", REFUSED)

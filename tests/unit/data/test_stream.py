@@ -120,7 +120,7 @@ def test_workers_give_the_same_batches_in_the_same_order() -> None:
         assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
-@pytest.mark.parametrize("context", [None, "fork", "spawn"])
+@pytest.mark.parametrize("context", [None, "fork", pytest.param("spawn", marks=pytest.mark.processes)])
 def test_the_place_is_found_when_it_is_needed(context: str | None) -> None:
     """Also in a spawned worker, where no strategy exists."""
     lengths = random_lengths(30, 6, largest=16)

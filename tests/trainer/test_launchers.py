@@ -80,13 +80,14 @@ with open(f"{rank}.json", "w") as file:
 """
 
 
+@pytest.mark.processes
 def test_torchrun(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     (tmp_path / "train.py").write_text(SCRIPT)
-    root = Path(__file__).parents[1]
-    paths = os.pathsep.join([str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")])
+    root = Path(__file__).parents[2]
+    paths = os.pathsep.join([str(root), str(root / "tests" / "support"), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
     done = subprocess.run(
         [*command, "train.py"],

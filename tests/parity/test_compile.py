@@ -9,11 +9,11 @@ from unittest import mock
 
 import pytest
 import torch
+from compiled import OPERATORS, PAIRS, CompiledByHand, named_as, watched
 from exact import BOUND, fit_broken
-from models import HandWritten, LlamaModule, count_targets, pair_batch, token_batch
+from mixing import Between, Conv, refused
+from models import HandWritten, LlamaModule, count_targets, token_batch
 from planned import LitModule
-from test_probing import Between, Conv, refused
-from torch import Tensor
 
 from lightning_ulysses.testing import (
     SplitRun,
@@ -28,23 +28,6 @@ from lightning_ulysses.testing import (
 from lightning_ulysses.testing.processes import ProcessPool
 
 TOKENS = [token_batch(seed, 32 + seed % 2, 2, "uneven") for seed in range(2)]
-PAIRS = [pair_batch(seed, 32 + seed % 2, 2, "uneven") for seed in range(2)]
-
-
-# Every operator in the graphs that were compiled in this process, forward and backward.
-OPERATORS: list[str] = []
-
-
-def watched(graph: Any, inputs: Any) -> Any:
-    """A backend that runs graphs as they are, as ``aot_eager`` does, and notes what is in them."""
-    from functorch.compile import make_boxed_func
-    from torch._dynamo.backends.common import aot_autograd
-
-    def note(traced: Any, inputs: Any) -> Any:
-        OPERATORS.extend(str(node.target) for node in traced.graph.nodes if node.op == "call_function")
-        return make_boxed_func(traced.forward)
-
-    return aot_autograd(fw_compiler=note, bw_compiler=note)(graph, inputs)
 
 
 def fit_compiled(rank: int, make: Any, batches: list[Any], run: SplitRun) -> tuple[StepResult, list[str]]:
@@ -66,13 +49,6 @@ class CompiledLlama(LlamaModule):
         super().__init__(layers=1, lr=0.2, **kwargs)
         if how == "wrapped":
             self.model = torch.compile(self.model, backend=backend)
-
-
-class CompiledByHand(HandWritten):
-    def __init__(self, how: str, backend: Any = watched, **kwargs: Any) -> None:
-        super().__init__(lr=0.2, **kwargs)
-        for block in self.blocks if how == "blocks" else self.blocks[:1]:
-            block.compile(backend=backend)
 
 
 class CompiledBlocks(LitModule):
@@ -111,16 +87,6 @@ CASES: dict[str, tuple[Any, Any, list[Any], SplitRun]] = {
     ),
     "blocks, zero 3": (partial(CompiledByHand, "blocks"), HAND, PAIRS[:1], ZERO_3),
 }
-
-
-def named_as(result: StepResult, reference: StepResult) -> StepResult:
-    """``result`` without what ``torch.compile`` adds to names."""
-
-    def plain(values: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name.replace("_orig_mod.", ""): value for name, value in values.items()}
-
-    assert set(plain(result.before)) == set(reference.before)
-    return StepResult(result.losses, result.grad_norms, plain(result.before), plain(result.after))
 
 
 def collectives(operators: list[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import ast
 import os
 import shutil
 import subprocess
@@ -11,27 +11,17 @@ import zipfile
 from email.parser import Parser
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import pytest
+from fresh import in_fresh_python
 from models import count_targets, hand_written, pair_batch
 
 import lightning_ulysses
 from lightning_ulysses.testing import SplitRun, compare, fit_single, fit_split
 from lightning_ulysses.testing.processes import ProcessPool
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "lightning_ulysses"
-
-
-def in_fresh_python(code: str, cwd: Path = ROOT, **environment: str) -> Any:
-    """What a new interpreter prints last, as JSON."""
-    env = {**os.environ, **environment}
-    found = subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, check=False, timeout=240
-    )
-    assert found.returncode == 0, found.stderr
-    return json.loads(found.stdout.splitlines()[-1])
 
 
 IMPORTS = """
@@ -43,6 +33,7 @@ print(json.dumps([sorted(before), sorted(set(sys.modules) - before), lightning_u
 """
 
 
+@pytest.mark.processes
 def test_the_import_stays_light() -> None:
     before, added, release = in_fresh_python(IMPORTS)
     heavy = {"deepspeed", "transformers", "flash_attn", "matplotlib", "datasets", "pytorch_lightning"}
@@ -55,6 +46,7 @@ def test_the_import_stays_light() -> None:
 
 
 OTHER_FLAVOUR = """
+import ast
 import json
 import pytorch_lightning, lightning_ulysses
 errors = []
@@ -68,6 +60,7 @@ print(json.dumps([errors, registered]))
 """
 
 
+@pytest.mark.processes
 def test_a_trainer_of_the_other_flavour_says_what_to_import() -> None:
     errors, registered = in_fresh_python(OTHER_FLAVOUR)
     for (kind, text), name in zip(errors, ("ulysses_deepspeed", "ulysses_deepspeed_stage_3"), strict=False):
@@ -92,12 +85,28 @@ def test_floors_import_only_from_below() -> None:
     assert lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True, no_logo=True) == 0
 
 
+def test_modules_keep_no_state() -> None:
+    """Nothing at module level changes but the one slot: no `global`, no empty container that waits to be filled."""
+    found = []
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        found += [f"{path.name}: global" for node in ast.walk(tree) if isinstance(node, ast.Global)]
+        for node in tree.body:
+            value = node.value if isinstance(node, (ast.Assign, ast.AnnAssign)) else None
+            is_empty = isinstance(value, (ast.List, ast.Dict, ast.Set)) and not [*ast.iter_child_nodes(value)][1:]
+            is_made = isinstance(value, ast.Call) and getattr(value.func, "id", "") in {"dict", "list", "set", "deque"}
+            if is_empty or is_made:
+                found.append(f"{path.name}: {ast.unparse(node)}")
+    assert found == []
+
+
 def test_files_stay_readable() -> None:
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
     assert len(lengths) > 20
     assert {name: length for name, length in lengths.items() if length > 400} == {}
 
 
+@pytest.mark.processes
 def test_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from hatchling.build import build_wheel
 
@@ -144,6 +153,7 @@ def test_upstream_is_the_release_that_the_private_hooks_were_read_from() -> None
     assert version("lightning").startswith("2.6.") and version("deepspeed").startswith("0.19.")
 
 
+@pytest.mark.processes
 def test_no_compiler_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSpeed would build its shared-memory collectives when it sets up communication on CPUs."""
     (tmp_path / "bin").mkdir()

@@ -1,6 +1,6 @@
 """Tiny random models of many architectures, and what one step on split sequences does to each.
 
-python tests/zoo.py    # writes docs/models.md
+python tests/support/zoo.py    # writes docs/models.md
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ GROUPED = {**SIZES, "num_key_value_heads": 2}
 HEADS = {**GROUPED, "head_dim": 8}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 BALANCED = {"output_router_logits": True, "router_aux_loss_coef": 1.0}
-PAGE = Path(__file__).parent.parent / "docs" / "models.md"
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 SEQ_LEN, BOUND = 33, 1e-5
 
 
@@ -270,7 +270,7 @@ def table() -> str:
         "# Models\n\n"
         "Tiny random models, one optimizer step on two processes against one, in float32: uneven labels, two rows,\n"
         "two micro-batches. Exact means a relative difference of the step, the loss and the gradient norm of at most\n"
-        "1e-5. `tests/test_zoo.py` runs every row; `python tests/zoo.py` writes this file.\n\n"
+        "1e-5. `tests/parity/test_zoo.py` runs every row; `python tests/support/zoo.py` writes this file.\n\n"
         "## transformers\n\n"
         "| Model | Result | |\n| --- | --- | --- |\n"
     )

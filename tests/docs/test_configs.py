@@ -15,7 +15,7 @@ from lightning_ulysses import SequenceDataModule, TokenCountMonitor, UlyssesDeep
 from lightning_ulysses.testing import SplitRun, StepRecorder, StepResult, split_trainer
 from lightning_ulysses.testing.processes import ProcessPool
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
 CHAT = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from exact import BOUND, fit_broken, no_shift
+from exact import BOUND, Keep, fit_broken, no_shift
 from lightning.pytorch.callbacks import ModelCheckpoint
 from models import LlamaModule, count_targets, token_batch
-from test_checkpoints import Keep
 from torch import Tensor
 
 from lightning_ulysses import UlyssesError

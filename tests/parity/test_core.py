@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from exact import BOUND, no_weight
+from fresh import in_fresh_python
 from models import count_targets, hand_written, llama, pair_batch, token_batch
 
 from lightning_ulysses import UlyssesError
@@ -160,8 +161,7 @@ print(json.dumps([float(loss), "deepspeed" in sys.modules]))
 """
 
 
+@pytest.mark.processes
 def test_the_core_imports_no_deepspeed() -> None:
-    from test_package import in_fresh_python
-
     loss, has_deepspeed = in_fresh_python(ALONE)
     assert loss > 0 and not has_deepspeed

@@ -95,6 +95,7 @@ def call(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 VERIFY = ("-m", "lightning_ulysses.cli.main", "verify", "--config")
 
 
+@pytest.mark.processes
 def test_command_on_a_right_module(program: Path) -> None:
     found = call(program, *VERIFY, "my.yaml", "--steps", "2")
     assert found.returncode == 0, found.stderr
@@ -102,6 +103,7 @@ def test_command_on_a_right_module(program: Path) -> None:
     assert "loss, batch 2" in found.stdout and "user code prints" not in found.stdout
 
 
+@pytest.mark.processes
 def test_command_on_a_wrong_module(program: Path) -> None:
     found = call(program, *VERIFY, "wrong.yaml", "--json")
     assert found.returncode == 1, found.stderr
@@ -112,6 +114,7 @@ def test_command_on_a_wrong_module(program: Path) -> None:
     assert values["parameters"]["place.weight"] > 0.1
 
 
+@pytest.mark.processes
 def test_a_script_that_is_its_own_module(program: Path) -> None:
     (program / "guarded.py").write_text(f"{PROGRAM}\n\nif __name__ == '__main__':\n    main()\n")
     assert call(program, "guarded.py").stdout.splitlines()[-1].startswith("EXACT")

@@ -43,7 +43,7 @@ from lightning_ulysses.testing import (
 from lightning_ulysses.testing.processes import ProcessPool
 from lightning_ulysses.verification import verify_parity
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BLOCKS = {"transformer.h.*": {"x": 1, "cos": 1, "sin": 1}}
 TEXT = text_batches(1)
 

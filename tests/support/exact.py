@@ -6,9 +6,11 @@ import math
 from typing import Any
 from unittest import mock
 
+import lightning as L
 from models import count_targets
+from torch import Tensor
 
-from lightning_ulysses.testing import SplitRun, compare, fit_rank, fit_single, fit_split
+from lightning_ulysses.testing import SplitRun, compare, fit_rank, fit_single, fit_split, snapshot
 from lightning_ulysses.testing.processes import ProcessPool
 
 BOUND = 1e-5
@@ -35,3 +37,17 @@ def no_weight(count: float, total: float, world_size: int) -> float:
 
 def no_shift(*args: Any) -> dict[str, Any]:
     return {}
+
+
+class Keep(L.Callback):
+    """Whole parameters when training ends."""
+
+    def __init__(self) -> None:
+        self.before: dict[str, Tensor] = {}
+        self.after: dict[str, Tensor] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.before = snapshot(pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.after = snapshot(pl_module)

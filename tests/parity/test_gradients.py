@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from compiled import PAIRS, CompiledByHand, named_as
 from exact import BOUND, fit_broken
 from models import VOCAB, HandWritten, count_targets
-from test_compile import PAIRS, CompiledByHand, named_as
 from torch import Tensor, nn
 
 from lightning_ulysses import UlyssesError, sequence_positions

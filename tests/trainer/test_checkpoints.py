@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from exact import Keep
 from lightning.pytorch.callbacks import ModelCheckpoint
 from models import VOCAB, LlamaModule, count_targets, llama, token_batch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_ulysses import TokenCountMonitor
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.export import export_weights, load_weights
-from lightning_ulysses.testing import SplitRun, StepResult, compare, fit_single, snapshot, split_loader, split_trainer
+from lightning_ulysses.testing import SplitRun, StepResult, compare, fit_single, split_loader, split_trainer
 from lightning_ulysses.testing.processes import ProcessPool
 
 
@@ -29,20 +30,6 @@ class Augmented(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         tokens = torch.randint(0, VOCAB, (1, 33))
         return {"input_ids": tokens, "labels": tokens}
-
-
-class Keep(L.Callback):
-    """Whole parameters when training ends."""
-
-    def __init__(self) -> None:
-        self.before: dict[str, Tensor] = {}
-        self.after: dict[str, Tensor] = {}
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.before = snapshot(pl_module)
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.after = snapshot(pl_module)
 
 
 def interrupted(rank: int, folder: str, stage: int, stop: bool) -> dict[str, Tensor]:

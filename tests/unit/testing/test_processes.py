@@ -32,6 +32,7 @@ def start_and_die(folder: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.processes
 def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
     """Also while they work, or wait for each other."""
     parent = multiprocessing.get_context("spawn").Process(target=start_and_die, args=(str(tmp_path),))
@@ -66,6 +67,7 @@ def leave(rank: int) -> None:
     os._exit(1)
 
 
+@pytest.mark.processes
 def test_no_answer_is_taken_for_that_of_another_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that fails keeps the processes; one that is cut short or loses one of them does not."""
     with ProcessPool(1, timeout=120) as pool:
