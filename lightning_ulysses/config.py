@@ -76,6 +76,7 @@ def check_replicas(dp_shard_size: int | None, dp_replicate_size: int) -> None:
     if dp_shard_size is not None and (type(dp_shard_size) is not int or dp_shard_size < 1):
         raise UlyssesValueError(f"dp_shard_size={dp_shard_size!r}", "a positive number or None", "change dp_shard_size")
     if dp_replicate_size != 1:
+        # The suggested size covers the replicas as well.
         replicas = dp_replicate_size if isinstance(dp_replicate_size, int) else 1
         raise UlyssesValueError(
             f"dp_replicate_size={dp_replicate_size!r}",

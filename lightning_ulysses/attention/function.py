@@ -45,6 +45,7 @@ def _check_per_head(num_heads: int, **tensors: Tensor | None) -> None:
 
 def _documents(q: Tensor, cu_seqlens: Tensor, batch: LocalBatch | None) -> tuple[Runs, ...]:
     """The documents of the whole row, of which ``q`` is a slice."""
+    # cu_seqlens describe one row.
     if q.shape[0] != 1:
         raise UlyssesError(
             f"cu_seqlens with a batch of {q.shape[0]} rows",

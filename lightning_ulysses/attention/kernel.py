@@ -55,6 +55,7 @@ class Kernel:
         # With fewer key/value heads, the kernel shares each among its group of query heads.
         gqa = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
         dtype = q.dtype
+        # After the exchange, heads are strided views of one buffer.
         if q.device.type == "cpu" and k.shape[2] >= _COPY_FROM:
             q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         elif q.device.type == "cpu" and dtype == torch.bfloat16 and mask is None and k.shape[2] <= _SINGLE_UP_TO:

@@ -22,6 +22,7 @@ def document_runs(cu_seqlens: Tensor, seq_len: int) -> Runs:
     """The documents of ``cu_seqlens``, read once for each batch: reading from a GPU waits for its queue."""
     context = current_context()
     batch = context.region if context is not None else None
+    # Outside of steps there is no batch to attach the table to.
     if batch is None:
         return cu_seqlens_to_runs(cu_seqlens.tolist(), seq_len)
     table = batch.notes.of(DocumentTable)

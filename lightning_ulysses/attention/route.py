@@ -57,6 +57,7 @@ def route(context: SequenceContext, batch: LocalBatch | None, call: AttentionCal
         return plain()
     tally = context.notes.of(AttentionTally)
     tally.calls += 1
+    # Only if the trial has seen a memory; otherwise a wrong length is an error in `exchanged`.
     if tally.attends_memory and _sees_memory(context, batch, call):
         return plain() if call.memory is None else call.write(call.memory())
     return call.write(exchanged(batch, call.q, call.k, call.v, call.meaning(batch, known), context.mesh))

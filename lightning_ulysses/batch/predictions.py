@@ -82,6 +82,7 @@ def _check_entries(everyone: list[list[_Entry]]) -> None:
     kinds = [{entry.kind for entry in entries} for entries in everyone]
     if all([entry.kind for entry in entries] == [entry.kind for entry in everyone[0]] for entries in everyone):
         return
+    # The error shows only the entries that some rank lacks.
     shared = set.intersection(*kinds)
     own = [[str(entry) for entry in entries if entry.kind not in shared] for entries in everyone]
     seen = (
@@ -97,6 +98,7 @@ def _check_entries(everyone: list[list[_Entry]]) -> None:
 
 def _sequence_dim(shapes: list[tuple[int, ...]], shares: tuple[int, ...], rows: int) -> int | None:
     """1 for (B, S_r, ...), 0 for (S_r, ...) if B = 1, else None. Decided by the shapes on all ranks."""
+    # Dimension 1 first: it is the usual one.
     for dim in (1, 0):
         fits = shapes[0][0] == rows if dim and shapes[0] else rows == 1
         if not fits or dim >= len(shapes[0]):
@@ -115,6 +117,7 @@ def _is_whole(leaf: Tensor, joined: Tensor, shares: tuple[int, ...], dim: int) -
     """
     if not (leaf.is_floating_point() or leaf.is_complex()):
         return False
+    # One value for all tokens of a slice, such as its mean.
     if torch.equal(leaf, leaf.narrow(dim, 0, 1).expand_as(leaf)):
         return False
     return len({fingerprint([part]) for part in joined.split(shares, dim)}) == 1
@@ -137,6 +140,7 @@ def join_outputs(output: Any, local: LocalBatch, mesh: SequenceMesh) -> Any:
     if mesh.sp_group is None:
         return output
     layout = split_layout(local)
+    # Any nesting of tuples, lists and dicts; the result has the same one.
     leaves, spec = tree_flatten(output)
     named = zip(_names(output, len(leaves)), leaves, strict=True)
     mine = [_describe(name, leaf, layout, local.rows) for name, leaf in named]

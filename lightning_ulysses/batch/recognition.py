@@ -69,6 +69,7 @@ def _usual_dim(key: str, tensor: Tensor) -> int:
 
 
 def _check_flat(entries: Mapping[str, Any]) -> None:
+    # Lightning combines several dataloaders into a dict or list of batches.
     nested = [value for value in entries.values() if isinstance(value, (Mapping, tuple, list))]
     has_tensors = any(isinstance(value, Tensor) for value in entries.values())
     if not has_tensors and any(isinstance(part, Tensor) for value in nested for part in entries_of(value).values()):
@@ -136,6 +137,7 @@ def find_whole(batch: Any, entries: dict[str, Any], rules: BatchRules, sp_size: 
         dims = {key: 1 for key, value in tensors.items() if key in SEQUENCE_KEYS and value.dim() == 2}
     else:
         alike = {tuple(value.shape) for value in tensors.values() if value.dim() == 2}
+        # A pair (x, y), or one tensor.
         dims = dict.fromkeys(tensors, 1) if len(alike) == 1 and len(tensors) == len(entries) <= 2 else {}
         dims = {key: 1 for key in dims if tensors[key].dim() == 2}
     # The labels set the length S. Tensors of another length are no part of the sequence.

@@ -40,6 +40,7 @@ def resolve_sizes(
         UlyssesError: If the product is not the world size.
     """
     sp = node_size if sp_size == "auto" else sp_size
+    # For the error messages.
     fitting = [size for size in range(1, world_size + 1) if world_size % size == 0]
     if sp < 1 or world_size % sp:
         raise UlyssesError(
@@ -101,6 +102,7 @@ class SequenceMesh:
     def check_heads(self, num_heads: int) -> None:
         """Raises `UlyssesError` if some rank would get no query head. The error names the largest P that works."""
         if self.sp_size > num_heads:
+            # It must divide the world size as well.
             largest = max(size for size in range(1, num_heads + 1) if self.world_size % size == 0)
             raise UlyssesError(
                 f"sp_size={self.sp_size} for attention with {num_heads} query heads",

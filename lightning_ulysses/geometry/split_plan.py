@@ -44,6 +44,7 @@ class SequencePlan:
     def __post_init__(self) -> None:
         if not self.split:
             raise _error("nothing to split", "name at least one submodule and its inputs under split")
+        # With a join every rank gets the whole batch, so there is nothing to list.
         if self.join and self.whole:
             raise _error(
                 "both join and whole", "drop whole: where the sequence is joined again, every rank gets the whole batch"
@@ -135,6 +136,7 @@ def _outputs(name: str, value: Any) -> dict[str, int]:
 def _names(key: str, value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
+    # A string is a sequence too, of letters.
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise _error(f"{key}={value!r}", f"write {key} as a list")
     return tuple(map(str, value))

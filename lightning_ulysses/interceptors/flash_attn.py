@@ -81,6 +81,7 @@ def refuse(name: str, what: str, expected: str) -> UlyssesError:
 def _mask(name: str, given: Arguments) -> MaskSpec:
     """The mask that ``causal`` and ``window_size`` describe."""
     for key in _UNSUPPORTED:
+        # Tensors count as given: bool() of one fails or reads it from the device.
         value = given.get(key)
         if isinstance(value, Tensor) or (any(value) if isinstance(value, tuple) else value):
             raise refuse(name, key, "plain softmax attention")
@@ -200,6 +201,7 @@ def replace_imported(
     for module in (sys.modules[name] for name in modules if name in sys.modules):
         for name, function in list(vars(module).items()):
             if is_wanted(name) and inspect.isfunction(function):
+                # One replacement for each function, however many modules hold it.
                 found.setdefault(function, wrap(context, function))
     for original, replacement in found.items():
         # `rebind` leaves torch's own modules alone.

@@ -32,6 +32,7 @@ def install(context: SequenceContext) -> Handle:
     def wrap(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @functools.wraps(original)
         def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+            # `own_draws` seeds a generator, which a compiled graph cannot do.
             if torch.compiler.is_compiling() or not training or not p:
                 return original(input, p, training, inplace)
             batch = context.split

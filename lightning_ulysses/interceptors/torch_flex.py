@@ -38,6 +38,7 @@ def _check_block_mask(block_mask: BlockMask | None, num_heads: int, layout: Sequ
     if block_mask is None:
         return
     real = layout.real_len
+    # A mask has no padding of this package, so its length is the real one.
     lengths, heads = tuple(block_mask.seq_lengths), block_mask.kv_num_blocks.shape[1]
     if lengths != (real, real) or heads not in (1, num_heads):
         raise UlyssesError(
@@ -130,6 +131,7 @@ def _wrap(context: SequenceContext, original: Callable[..., Any]) -> Callable[..
         **kwargs: Any,
     ) -> AttentionCall:
         def meaning(batch: LocalBatch, known: MaskSpec | None) -> Flex:
+            # The log-sum-exp would have to be exchanged like the output.
             if return_lse or any(kwargs.get("return_aux") or ()):
                 raise UlyssesError(
                     "flex_attention that returns the log-sum-exp or the largest scores",

@@ -36,6 +36,7 @@ def _read(
     def meaning(batch: LocalBatch, known: MaskSpec | None) -> Softmax:
         spec = MaskSpec(is_causal, num_padding=batch.layout.num_padding)
         spec, bias = read_mask(batch, known, attn_mask, spec)
+        # More dimensions usually mean attention along another one than the sequence.
         if query.dim() not in (3, 4):
             raise UlyssesError(
                 f"scaled_dot_product_attention on a query of shape {tuple(query.shape)}",

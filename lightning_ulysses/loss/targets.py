@@ -175,6 +175,7 @@ class TargetResolver:
             self.check(live.counts)
             return self.settled
         scores = score_names(live, sorted(set(names)))
+        # The minimum over ranks: a candidate must explain the loss on every rank.
         *lowest, all_equal = self._agree(
             torch.tensor([*scores.values(), counts_agree(live)], dtype=torch.int64)
         ).tolist()

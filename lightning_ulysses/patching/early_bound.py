@@ -37,6 +37,7 @@ def _replaced(value: Any, original: Callable[..., Any], replacement: Callable[..
 
 def _owners(root: nn.Module) -> list[Any]:
     """Every imported module except torch's and ours, every submodule of ``root``, and the classes of these."""
+    # list(): the dict may change while it is read.
     owners: list[Any] = [
         module
         for name, module in list(sys.modules.items())

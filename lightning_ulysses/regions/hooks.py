@@ -76,6 +76,7 @@ class Splitter:
         for key, tensors in leaves.items():
             dim = self._inputs.dims[key]
             for tensor in tensors:
+                # Found in `_only_dim` once the length is known.
                 if dim is None:
                     continue
                 if not -tensor.dim() <= dim < tensor.dim():
@@ -177,6 +178,7 @@ class Joiner:
 
     def _part(self, key: str, output: Any) -> Tensor:
         try:
+            # Indices are strings in a plan.
             part = output if key == ONLY_OUTPUT else output[int(key) if key.isdigit() else key]
         except (LookupError, TypeError, ValueError):
             part = None
@@ -210,6 +212,7 @@ class Joiner:
             return
         for key, dim in self._dims.items():
             part = self._part(key, output)
+            # The output is still as long as this rank's slice of the last region.
             if -part.dim() <= dim < part.dim() and part.shape[dim] == last.shares[self._context.mesh.sp_rank]:
                 raise self._refusal(
                     part, "one join behind each split; this one comes when the sequence is joined already"

@@ -92,6 +92,7 @@ class Matcher:
         names = {".".join(parts) for parts in self._submodules if parts}
         near: list[str] = []
         for pattern in patterns:
+            # Similar names, then names with the same last part, else the top-level submodules.
             near += difflib.get_close_matches(pattern, sorted(names), n=5, cutoff=0.4)
         last = patterns[0].split(".")[-1]
         near += [name for name in sorted(names) if last != "*" and name.split(".")[-1] == last]

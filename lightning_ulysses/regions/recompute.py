@@ -57,6 +57,7 @@ def install(context: SequenceContext, root: nn.Module, handle: Handle) -> None:
 
         return checkpoint
 
+    # Models often hold these functions under names bound early, such as a partial in transformers.
     owners: list[tuple[Any, str]] = [(torch.utils.checkpoint, "checkpoint")]
     owners += [(checkpointing, "checkpoint"), (checkpointing, "non_reentrant_checkpoint")]
     for owner, name in owners:

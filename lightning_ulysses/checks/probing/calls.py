@@ -126,6 +126,7 @@ class Call:
         def look(name: str, tensor: Tensor) -> Tensor:
             dim = self._dim(tensor)
             if dim is not None and not tensor.is_floating_point() and tensor.dtype != torch.bool:
+                # The batch's own tensors may count like this, such as position_ids that restart with each document.
                 counted = torch.arange(self.share, device=tensor.device)
                 found.append(tensor not in of_batch and bool((tensor.movedim(dim, -1) == counted).all()))
             return tensor

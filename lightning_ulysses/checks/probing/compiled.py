@@ -31,6 +31,7 @@ def outermost_compiled(root: nn.Module) -> Iterator[nn.Module]:
             return
         seen.add(module)
         yield module
+        # Does not descend into a compiled module.
         if module is root or not (isinstance(module, OptimizedModule) or is_compiled_in_place(module)):
             for child in module.children():
                 yield from walk(child)

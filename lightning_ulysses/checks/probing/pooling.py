@@ -166,6 +166,7 @@ class PoolingWatch:
                 self._follow(tensor, module, given=False)
 
     def _follow(self, tensor: Tensor, module: nn.Module, given: bool) -> None:
+        # Without a gradient it cannot reach the loss.
         if not tensor.requires_grad:
             return
         name = self._names.get(id(module), "")
@@ -250,6 +251,7 @@ def _is_run(node: Node, of_tokens: set[Node]) -> bool:
 
 
 def _pools(name: str, kind: str, shape: tuple[int, ...], given: bool) -> UlyssesError:
+    # "_orig_mod" is the name that torch.compile gives to the module inside its wrapper.
     clean = ".".join(part for part in name.split(".") if part not in ("", "_orig_mod"))
     module = f"{clean!r} ({kind})" if clean else kind
     what = f"a tensor of shape {shape} without a dimension of tokens"

@@ -47,6 +47,7 @@ def install_generate(context: SequenceContext, handle: Handle, sync_steps: bool)
             shard = shards.get(tensor) if isinstance(tensor, Tensor) else None
             if shard is None:
                 return tensor
+            # A view with another shape, such as the first tokens of the slice.
             if tensor.shape[:2] != shard.shape[:2]:
                 raise UlyssesError(
                     f"generate() on {name} of shape {tuple(tensor.shape)}, a part of this rank's slice",

@@ -93,6 +93,7 @@ def _same_formula(original: Callable[..., Any]) -> bool:
     if list(inspect.signature(original).parameters) != _PARAMETERS:
         return False
     random = torch.Generator().manual_seed(0)
+    # Two layers, six tokens, four experts; the masks leave out the third and fourth token.
     logits = tuple(torch.randn(6, 4, generator=random) for _ in range(2))
     mask = torch.tensor([[1, 1, 0], [0, 1, 1]])
     for given, kept in ((None, torch.ones(6)), (mask, mask.flatten().float())):
@@ -105,6 +106,7 @@ def _same_formula(original: Callable[..., Any]) -> bool:
 def _kept(gate_logits: tuple[Tensor, ...], attention_mask: Tensor | None, batch: LocalBatch, share: int) -> Tensor:
     """(B * S_r,) float32: 1 for tokens of the slice that the attention mask keeps, else 0."""
     tokens = gate_logits[0].shape[0]
+    # Models flatten rows and tokens, and the mask must describe the same tokens.
     fits = all(layer.dim() == 2 and layer.shape[0] == tokens for layer in gate_logits) and tokens % share == 0
     if not fits or (attention_mask is not None and attention_mask.shape != (tokens // share, share)):
         raise UlyssesError(
