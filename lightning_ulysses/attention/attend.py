@@ -50,6 +50,7 @@ def _split(tensor: Tensor, lengths: list[int]) -> list[Tensor]:
 def _nothing(q: Tensor, v: Tensor) -> Tensor:
     """The output of queries that see no key: zeros (B, H, S, D_v), with zero gradients."""
     # Computed from q, so that q stays in the autograd graph and its exchange runs backward on every rank.
+    # (B, H, S, D) -> (B, H, S, 1) -> (B, H, S, D_v)
     return (q.sum(dim=-1, keepdim=True) * 0).expand(*q.shape[:3], v.shape[3])
 
 
@@ -76,6 +77,7 @@ def _blocks(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, spec: MaskSpec, val
         # Blocks of keys that some query of this block sees. Keys are taken in whole blocks, `first` to `last`.
         seen = slice(max(0, begin - back) // size, (min(length, end + ahead) - 1) // size + 1)
         first, last = seen.start * size, min(length, seen.stop * size)
+        # (queries, 1) - (keys,) -> (queries, keys): index of the query minus index of the key.
         distance = torch.arange(begin, end, device=q.device)[:, None] - torch.arange(first, last, device=q.device)
         mask = (distance <= back) & (distance >= -ahead)
         sees = None
@@ -169,7 +171,9 @@ def _with_bias(bias: Tensor, spec: MaskSpec, rows: list[tuple[Runs, Runs | None]
             number[begin:end] = index
         for begin, end in valid or ():
             seen[begin:end] = True
+        # (S, 1) and (S,) -> (S, S)
         kept.append((number[:, None] == number) & seen & (place < length - spec.num_padding))
+    # B times (S, S) -> (B, S, S) -> (B, 1, S, S)
     keep = torch.stack(kept).unsqueeze(1)
     if spec.causal:
         keep = keep & (place <= place[:, None])

@@ -88,6 +88,7 @@ def _block(
     scores = _hide(scores, mask, distance if causal else None)
     if extras.sinks is not None:
         # A further column in the softmax, dropped afterwards: it has no value.
+        # (H,) -> (heads, H / heads, 1, 1) -> (B, heads, H / heads, S_q, 1)
         sink = _by_group(extras.sinks, heads).to(scores.dtype).expand(*scores.shape[:-1], 1)
         weights = torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :-1]
     else:

@@ -44,6 +44,7 @@ def digest(*parts: object) -> int:
 
 
 def _fingerprint(tensor: Tensor) -> int:
+    # (...) -> (elements,); complex numbers count as two elements.
     values = tensor.detach().flatten()
     if values.is_floating_point() or values.is_complex():
         values = torch.view_as_real(values).flatten() if values.is_complex() else values
@@ -69,6 +70,7 @@ def summary(tensor: Tensor) -> Tensor:
     Different tensors hardly ever share both numbers, and rounding errors hardly change them.
     """
     values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    # (...) -> (elements,)
     values = values.detach().double().flatten()
     # Uneven weights: a plain sum would not notice permuted entries.
     weights = torch.cos(torch.arange(values.numel(), device=values.device, dtype=torch.float64))

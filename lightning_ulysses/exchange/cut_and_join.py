@@ -40,6 +40,7 @@ def sum_slices(whole: Tensor, dim: int, shares: tuple[int, ...], rank: int, grou
     # An all-to-all, since reduce_scatter wants slices of equal length.
     received = send.new_empty(len(shares), shares[rank], *send.shape[1:])
     width = send[0].numel()
+    # (P, S_r, ...) and (S, ...) -> (elements,)
     dist.all_to_all_single(
         received.view(-1),
         send.view(-1),

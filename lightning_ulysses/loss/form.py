@@ -22,6 +22,7 @@ SILENT, MEAN, SUM, OTHER = range(4)
 
 def _valid(evidence: TargetEvidence) -> Tensor:
     assert evidence.target is not None
+    # (...) -> (targets,)
     return (evidence.target != evidence.ignore_index).flatten()
 
 

@@ -128,6 +128,7 @@ class Call:
             if dim is not None and not tensor.is_floating_point() and tensor.dtype != torch.bool:
                 # The batch's own tensors may count like this, such as position_ids that restart with each document.
                 counted = torch.arange(self.share, device=tensor.device)
+                # (..., S_r, ...) -> (..., S_r)
                 found.append(tensor not in of_batch and bool((tensor.movedim(dim, -1) == counted).all()))
             return tensor
 
@@ -153,6 +154,7 @@ class Call:
             if dim is None or name in _NOT_CONTENT or tensor.dtype == torch.bool:
                 return tensor
             # Another token of the call, and not a random value: it is valid for every embedding.
+            # (..., S_r, ...) -> (S_r, ...)
             by_token = tensor.clone().movedim(dim, 0)
             old = by_token[changed].clone()
             other = next((t for t in range(self.share) if not torch.equal(by_token[t], old)), None)
@@ -160,6 +162,7 @@ class Call:
                 return tensor
             by_token[changed] = by_token[other].clone()
             moved.append(True)
+            # (S_r, ...) -> (..., S_r, ...)
             return by_token.movedim(0, dim)
 
         args, kwargs = rebuild((self.args, self.kwargs), replace)

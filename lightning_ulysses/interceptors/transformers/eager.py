@@ -55,6 +55,7 @@ def check_formula(
     # Eager functions are given a mask that is added to the scores. This one is causal.
     hidden = torch.full((length, length), torch.finfo(q.dtype).min, dtype=q.dtype, device=q.device).triu(1)
     with torch.no_grad():
+        # The mask (tokens, tokens) -> (1, 1, tokens, tokens)
         theirs = original(module, q, k, v, hidden[None, None], dropout=0.0, scaling=scale, **kwargs)[0]
         # (1, H, tokens, D_v) -> (1, tokens, H, D_v)
         ours = attend(q, k, v, MaskSpec(True), scale=scale, extras=extras).transpose(1, 2)

@@ -116,6 +116,7 @@ def _kept(gate_logits: tuple[Tensor, ...], attention_mask: Tensor | None, batch:
             "set config.output_router_logits = False",
         )
     mask = torch.ones(tokens // share, share) if attention_mask is None else attention_mask
+    # (B, S_r) -> (B * S_r,)
     return mask.reshape(-1).float()
 
 
