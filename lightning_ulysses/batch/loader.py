@@ -33,8 +33,7 @@ class SeededLoader:
         self._epoch = epoch
 
     def __getattr__(self, name: str) -> Any:
-        # copy and pickle ask for names before __init__ has run; without this check the lookup of `_loader` would
-        # recurse.
+        # copy and pickle ask for names before __init__ has run: the lookup of `_loader` would recurse forever.
         if name.startswith("__") or "_loader" not in self.__dict__:
             raise AttributeError(name)
         return getattr(self._loader, name)

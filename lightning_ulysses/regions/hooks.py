@@ -109,8 +109,7 @@ class Splitter:
                     leaves, f"one length S of at least {mesh.sp_size} along the dimensions {self._inputs.dims}"
                 )
             seq_len = sizes.pop()
-            # Inputs as long as the batch have its documents and padding. Others, such as patches of an image, have
-            # none.
+            # Inputs as long as the batch have its documents and padding. Patches of an image, for example, do not.
             layout = running.layout if seq_len == length else SequenceLayout(seq_len, mesh.sp_size)
             region = LocalBatch(layout, rows=running.rows)
             # `predict` joins by this layout if the batch itself has no sequence.

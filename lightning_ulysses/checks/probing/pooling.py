@@ -125,8 +125,7 @@ class PoolingWatch:
         names: dict[str, None] = {}
         for first in range(0, len(suspects), self._mesh.sp_size):
             group = suspects[first : first + self._mesh.sp_size]
-            # A pooling exists on all ranks of a group. On one of them the part may give the same values: its first
-            # token.
+            # All ranks of a group have the pooled output. One of them may see no difference: it has the first token.
             shared = [key for key in group[0] if all(key in other for other in group)]
             names |= {key[0]: None for key in shared if any(other[key] for other in group)}
         for part in (module.get_submodule(name) for name in names):

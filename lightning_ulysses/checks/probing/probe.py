@@ -124,8 +124,7 @@ class ModelProbe:
         self._open.append(batch is not None)
         if is_inside or batch is None:
             return
-        # A trial is a collective. On less than a slice, ranks may call a module unequally often (experts), and
-        # deadlock.
+        # A trial is a collective. On parts of a slice, ranks may call a module unequally often (experts): a deadlock.
         if self._calls < _MOST_CALLS and has_dim((args, kwargs), {*batch.layout.shares}):
             self._calls += 1
             # Calls inside the trial are not outermost (`is_inside`), so they are not tried again.

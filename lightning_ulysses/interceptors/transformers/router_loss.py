@@ -65,8 +65,7 @@ def balance_sums(gate_logits: tuple[Tensor, ...], num_experts: int, top_k: int, 
         kept: (tokens,) float32, the weight of each token: 0 for padding.
 
     Returns:
-        (2 E + 1,) float32 over all layers: the choices of each expert, the sum of its probabilities, the number of
-        tokens.
+        (2 E + 1,) float32 over all layers: choices of each expert, sum of its probabilities, number of tokens.
     """
     device = gate_logits[0].device
     chosen = torch.zeros(num_experts, device=device)
