@@ -1,4 +1,4 @@
-"""What the strategy is told, checked before anything starts."""
+"""The settings of the strategy, checked before a run starts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from lightning_ulysses.errors import UlyssesError, UlyssesValueError
 from lightning_ulysses.geometry.batch_keys import BatchRules
 from lightning_ulysses.geometry.split_plan import SequencePlan
 
+# Keys of a DeepSpeed config that the strategy or the Trainer sets, with the setting to use instead.
 _OWN_KEYS = {
     "gradient_accumulation_steps": "set Trainer(accumulate_grad_batches=...)",
     "train_batch_size": "leave it out; it follows from the dataloader",
@@ -23,7 +24,7 @@ _OWN_KEYS = {
 
 @dataclass(frozen=True)
 class UlyssesConfig:
-    """Everything that is not DeepSpeed's own; see `UlyssesDeepSpeedStrategy` for the meaning."""
+    """The settings that are not DeepSpeed's. `UlyssesDeepSpeedStrategy` documents them."""
 
     sp_size: int | Literal["auto"] = "auto"
     dp_shard_size: int | None = None
@@ -34,7 +35,7 @@ class UlyssesConfig:
     plan: SequencePlan | None = None
 
     def __post_init__(self) -> None:
-        if self.sp_size != "auto" and (not isinstance(self.sp_size, int) or self.sp_size < 1):
+        if self.sp_size != "auto" and (type(self.sp_size) is not int or self.sp_size < 1):
             raise UlyssesError(f"sp_size={self.sp_size!r}", "'auto' or a positive number", "change sp_size")
         if self.loss_weighting not in ("tokens", "none"):
             raise UlyssesError(
@@ -59,21 +60,23 @@ def batch_rules(
     ignore_index: int,
     plan: SequencePlan | None,
 ) -> BatchRules:
-    """How a batch is read, from arguments of `UlyssesDeepSpeedStrategy`."""
+    """The rules for reading a batch, from arguments of `UlyssesDeepSpeedStrategy`."""
     dims = {str(key): dim for key, dim in (sequence_dims or {}).items()}
     whole = frozenset(plan.whole) if plan is not None else frozenset()
+    # With a join the loss is computed on the whole sequence, so every rank needs the whole batch.
     return BatchRules(dims, pad_to_multiple_of, ignore_index, whole, plan is not None and bool(plan.join))
 
 
 def check_replicas(dp_shard_size: int | None, dp_replicate_size: int) -> None:
-    """Refuses sizes of the data-parallel axis that no world can have.
+    """Refuses sizes of the data-parallel axis that are invalid or not supported.
 
     Raises:
-        UlyssesValueError: Naming the argument.
+        UlyssesValueError: With the name of the argument.
     """
     if dp_shard_size is not None and (type(dp_shard_size) is not int or dp_shard_size < 1):
         raise UlyssesValueError(f"dp_shard_size={dp_shard_size!r}", "a positive number or None", "change dp_shard_size")
     if dp_replicate_size != 1:
+        # The suggested size covers the replicas as well.
         replicas = dp_replicate_size if isinstance(dp_replicate_size, int) else 1
         raise UlyssesValueError(
             f"dp_replicate_size={dp_replicate_size!r}",
@@ -84,10 +87,10 @@ def check_replicas(dp_shard_size: int | None, dp_replicate_size: int) -> None:
 
 
 def check_deepspeed_config(config: Mapping[str, Any] | None) -> None:
-    """Refuses settings of DeepSpeed that the strategy or the Trainer owns.
+    """Refuses DeepSpeed settings that the strategy or the Trainer sets, and sharding that is not exact.
 
     Raises:
-        UlyssesError: Naming the key.
+        UlyssesError: With the name of the key.
     """
     if config is None:
         return
@@ -96,6 +99,7 @@ def check_deepspeed_config(config: Mapping[str, Any] | None) -> None:
             raise UlyssesError(f"{key!r} in the DeepSpeed config", "a config without it", fix)
     zero = config.get("zero_optimization") or {}
     check_stage(zero.get("stage", 0))
+    # -1 and 1 are the values that switch these variants off.
     hierarchical = [key for key in ("mics_shard_size", "zero_hpz_partition_size") if zero.get(key, 1) not in (-1, 1)]
     if hierarchical:
         raise UlyssesError(

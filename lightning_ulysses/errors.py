@@ -1,14 +1,14 @@
-"""The exceptions that this package raises on purpose."""
+"""The exceptions that this package raises."""
 
 from __future__ import annotations
 
 
 class UlyssesError(RuntimeError):
-    """A run that cannot be made exact, or an input that cannot be understood.
+    """Raised for a run that cannot be made exact, or for an input whose meaning is not certain.
 
     Args:
-        got: What was found, with the shapes, sizes or names seen.
-        expected: What would have been fine.
+        got: What was found, with shapes, sizes or names.
+        expected: What would have been accepted.
         fix: The one thing to change.
     """
 
@@ -18,9 +18,10 @@ class UlyssesError(RuntimeError):
         self.expected = expected
         self.fix = fix
 
+    # An exception is pickled with its message as only argument. This one takes three, and ranks send it to each other.
     def __reduce__(self) -> tuple[type[UlyssesError], tuple[str, str, str]]:
         return type(self), (self.got, self.expected, self.fix)
 
 
 class UlyssesValueError(UlyssesError, ValueError):
-    """An argument that no run could use; raised where it is given."""
+    """Raised at once for an argument that is invalid in any run."""

@@ -1,4 +1,4 @@
-"""What features remember of a batch or a run, and of tensors, which are recognised by their memory."""
+"""Storage that features attach to a batch or a run, and a table that recognizes tensors by their memory."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ T = TypeVar("T")
 
 
 class Notes:
-    """What features remember, each in one object of a type of its own.
+    """Objects that features attach to a batch or a run, one for each type.
 
-    A feature defines the type, with defaults for all fields, and asks for its object; nobody else has to know of it.
+    A feature defines a type with defaults for all fields, and asks for its object by the type. No other code has to
+    know the type.
 
     Example:
         >>> batch.notes.of(MaskTable)[mask] = spec
@@ -25,7 +26,7 @@ class Notes:
         self._kept: dict[type, object] = {}
 
     def of(self, kind: Callable[[], T]) -> T:
-        """The object of type ``kind``, made when it is first asked for."""
+        """The object of type ``kind``, created at the first call."""
         key = cast(type, kind)
         if key not in self._kept:
             self._kept[key] = kind()
@@ -33,9 +34,10 @@ class Notes:
 
 
 class StorageTable(Generic[T]):
-    """Facts about tensors, looked up by storage: views, slices, expanded and detached copies share the fact.
+    """Facts about tensors, looked up by storage. All views of a tensor, also detached ones, share its fact.
 
-    An entry goes when the last tensor on its storage does, so a new tensor at the same address is a stranger.
+    An entry is removed together with the last tensor on its storage. So a new tensor at the same address is not
+    mistaken for the old one.
 
     Example:
         >>> table = StorageTable()
@@ -54,12 +56,12 @@ class StorageTable(Generic[T]):
         return tensor.untyped_storage() in self._facts
 
     def get(self, tensor: Tensor) -> T | None:
-        """The fact, or None for a stranger."""
+        """The fact about ``tensor``, or None if its storage is not in the table."""
         return self._facts.get(tensor.untyped_storage())
 
 
 def known(tensors: Iterable[Tensor]) -> StorageTable[None]:
-    """A table that only answers whether a tensor is one of ``tensors``."""
+    """A table for ``in`` only: whether a tensor shares its storage with one of ``tensors``."""
     table: StorageTable[None] = StorageTable()
     for tensor in tensors:
         table[tensor] = None

@@ -1,4 +1,4 @@
-"""The public functions that ask where in a sequence this process stands."""
+"""Public functions that depend on the slice of this rank: positions, gather, and running unsharded."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from lightning_ulysses.geometry.layout import SequenceLayout
 
 
 def _cut_batch(context: SequenceContext | None, length: int) -> LocalBatch | None:
-    """The batch that a tensor over ``length`` tokens can be a slice of; None where nothing is cut."""
+    """The batch that a tensor with ``length`` tokens is a slice of; None if nothing is cut."""
     if context is None:
         return None
     split = context.split
     if split is not None or context.plan is None or context.is_joined:
         return split
-    # Before an unjoined plan splits the model, the plan's `whole` inputs are whole and the rest of the batch is cut.
+    # Here a plan without join has not split the model yet: its `whole` inputs are whole, other tensors are slices.
     running = context.place.batch
     return None if running is None or length == running.layout.seq_len else running
 
 
 @contextmanager
 def unsharded() -> Iterator[None]:
-    """Plain attention inside a step: for a forward on tensors that are whole on every rank.
+    """Makes attention plain inside a step, for a forward on tensors that are whole on every rank.
 
     Example:
         >>> with lightning_ulysses.unsharded():
@@ -43,7 +43,7 @@ def unsharded() -> Iterator[None]:
 
 
 def share_error(length: int, layout: SequenceLayout, rank: int, what: str) -> UlyssesError:
-    """For a ``length`` that is not this rank's share of the batch that is split."""
+    """The error for a ``length`` that is not this rank's share of the batch that is split."""
     share = layout.shares[rank]
     return UlyssesError(
         f"{what} over {length} tokens while this rank holds {share} of the batch's {layout.seq_len}",
@@ -68,10 +68,10 @@ def sequence_positions(x: Tensor, dim: int = 1) -> Tensor:
         dim: The dimension of ``x`` that carries the sequence.
 
     Returns:
-        (S_r,) int64 on the device of ``x``; 0 ... S-1 when nothing is sharded.
+        (S_r,) int64 on the device of ``x``. 0 ... S-1 if nothing is split.
 
     Raises:
-        UlyssesError: If a batch is live and ``x`` does not have this rank's share of it along ``dim``.
+        UlyssesError: If a batch is split and the length of ``x`` along ``dim`` is not this rank's share.
     """
     length, offset = x.shape[dim], 0
     context = current_context()
@@ -87,11 +87,11 @@ def sequence_positions(x: Tensor, dim: int = 1) -> Tensor:
 def gather_sequence(x: Tensor, dim: int = 1) -> Tensor:
     """The whole sequence from this rank's slice: (B, S_r, ...) -> (B, S, ...), the same on every rank of the group.
 
-    Every rank of the sequence-parallel group has to call it. Gradients do not flow through it. ``x`` comes back as it
-    is when nothing is sharded.
+    Every rank of the sequence-parallel group must call it. Gradients do not flow through it. If nothing is split, ``x``
+    is returned as it is.
 
     Raises:
-        UlyssesError: If ``x`` does not have this rank's share of the live batch along ``dim``.
+        UlyssesError: If a batch is split and the length of ``x`` along ``dim`` is not this rank's share.
     """
     context = current_context()
     batch = _cut_batch(context, x.shape[dim])
@@ -100,4 +100,5 @@ def gather_sequence(x: Tensor, dim: int = 1) -> Tensor:
     layout = batch.layout
     check_share(x.shape[dim], layout, context.mesh.sp_rank, f"gather_sequence(x, dim={dim})")
     whole = join_sequence(x, layout.shares, dim, context.mesh.sp_group)
+    # Drops the padding that this package added.
     return whole.narrow(dim, 0, layout.real_len)

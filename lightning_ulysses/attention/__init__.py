@@ -1,4 +1,4 @@
-"""Attention on a split sequence: one route for every call, the exchange, and the maths."""
+"""Attention on a split sequence: the dispatch of every call, the exchange, and the computation."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Attention over whole sequences, exact for packed documents, padding and sliding windows.
 
-Nothing here builds an S x S mask for packed documents: each document is one call of the kernel, so that cost grows with
-the sum of the squared document lengths.
+Packed documents need no S x S mask here. Each document is one call of the kernel, so the cost grows with the sum of the
+squared document lengths.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from lightning_ulysses.exchange.mesh import SequenceMesh
 from lightning_ulysses.geometry.layout import Runs
 from lightning_ulysses.geometry.mask_spec import MaskSpec
 
-# Queries that share a mask tensor.
+# Largest number of queries in a block. Each block has a mask tensor, so this bounds its memory.
 _LONGEST_BLOCK = 2048
 
 
 def _cat(parts: list[Tensor]) -> Tensor:
-    """Joins (B, H, S_i, D) along S, laid out in memory as (B, S, H, D), which the way back sends without a copy."""
+    """Concatenates (B, H, S_i, D) along S, in the memory layout (B, S, H, D).
+
+    The exchange after attention sends this layout without a copy if B = 1.
+    """
     if len(parts) == 1:
         return parts[0]
     # Each (B, H, S_i, D) -> (B, S_i, H, D) -> (B, S, H, D) -> (B, H, S, D)
@@ -33,10 +36,10 @@ def _cat(parts: list[Tensor]) -> Tensor:
 
 
 def _split(tensor: Tensor, lengths: list[int]) -> list[Tensor]:
-    """Cuts (B, H, S, D) along S, for gradients that are joined as in `_cat`.
+    """Splits (B, H, S, D) along S.
 
-    The backward of a slice is a whole tensor of zeros with the slice filled in, one for each; that of a split is one
-    concatenation.
+    Not by slices: the backward of each slice would fill a tensor of zeros as large as the whole one. The backward of a
+    split is one concatenation. Transposed as here, it gives the memory layout of `_cat`.
     """
     if len(lengths) == 1:
         return [tensor]
@@ -45,15 +48,21 @@ def _split(tensor: Tensor, lengths: list[int]) -> list[Tensor]:
 
 
 def _nothing(q: Tensor, v: Tensor) -> Tensor:
-    """What queries get that see no key: zeros, (B, H, S, D_v), with a gradient of zeros."""
+    """The output of queries that see no key: zeros (B, H, S, D_v), with zero gradients."""
+    # Computed from q, so that q stays in the autograd graph and its exchange runs backward on every rank.
+    # (B, H, S, D) -> (B, H, S, 1) -> (B, H, S, D_v)
     return (q.sum(dim=-1, keepdim=True) * 0).expand(*q.shape[:3], v.shape[3])
 
 
 def _blocks(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, spec: MaskSpec, valid: Runs | None) -> Tensor:
-    """Blocks of queries with a mask each: with a window S * 3 * window instead of S * S, and that much memory."""
+    """Attention in blocks of queries, each with a mask of its own.
+
+    With a sliding window, a block sees its neighbouring blocks only. Time is about S * 3 * window instead of S * S.
+    """
     length, outputs = q.shape[2], []
+    # Without a window, queries reach to the ends; blocks then only serve the mask of `valid`.
     back, ahead = spec.reach or (length, 0 if spec.causal else length)
-    # Blocks as long as the window see their neighbours only; longer ones would need large masks.
+    # A block as long as the window sees only its neighbours. A longer one would need a larger mask.
     size = min(max(back + 1, ahead), _LONGEST_BLOCK)
     lengths = [min(size, length - begin) for begin in range(0, length, size)]
     queries, keys, values = (_split(tensor, lengths) for tensor in (q, k, v))
@@ -65,14 +74,17 @@ def _blocks(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, spec: MaskSpec, val
     for index, block in enumerate(queries):
         begin = index * size
         end = begin + lengths[index]
+        # Blocks of keys that some query of this block sees. Keys are taken in whole blocks, `first` to `last`.
         seen = slice(max(0, begin - back) // size, (min(length, end + ahead) - 1) // size + 1)
         first, last = seen.start * size, min(length, seen.stop * size)
+        # (queries, 1) - (keys,) -> (queries, keys): index of the query minus index of the key.
         distance = torch.arange(begin, end, device=q.device)[:, None] - torch.arange(first, last, device=q.device)
         mask = (distance <= back) & (distance >= -ahead)
         sees = None
         if keep is not None:
             mask = mask & keep[first:last]
-            # (queries, 1); one that sees nothing would be NaN in some kernels, and its gradient everywhere.
+            # (queries, 1); a query that sees no key gives NaN in some kernels, and its gradient would spread the NaN.
+            # So it sees all keys here, and its output is set to 0 below.
             sees = mask.any(dim=-1, keepdim=True)
             mask = mask | ~sees
         out = kernel(block, _cat(keys[seen]), _cat(values[seen]), mask=mask, offset=begin - first)
@@ -81,19 +93,21 @@ def _blocks(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, spec: MaskSpec, val
 
 
 def _masked_keys(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, spec: MaskSpec, valid: Runs) -> Tensor:
-    """One document of which only the runs ``valid`` may be seen; queries outside of them are computed as well."""
+    """Attention in one document, of which only the runs ``valid`` are seen as keys. Every token is a query."""
     length = q.shape[2]
     if not valid:
         return _nothing(q, v)
+    # A window and ALiBi depend on distances, which would change if hidden keys were left out below.
     if spec.reach is not None or (kernel.extras and kernel.extras.alibi_slopes is not None):
         return _blocks(kernel, q, k, v, spec, valid)
     keys = _cat([k[:, :, begin:end] for begin, end in valid])
     values = _cat([v[:, :, begin:end] for begin, end in valid])
     if not spec.causal:
         return kernel(q, keys, values)
-    # Seen among themselves, the kept tokens are plainly causal; a dropped query sees all the kept keys before it.
+    # Among the kept tokens alone, attention is plainly causal. A dropped query sees all kept keys before it.
     kept = kernel(_cat([q[:, :, begin:end] for begin, end in valid]), keys, values, causal=True)
     outputs, position, seen = [], 0, 0
+    # The empty last run makes the loop also handle dropped queries after the last kept run.
     for begin, end in (*valid, (length, length)):
         if position < begin:
             hidden = q[:, :, position:begin]
@@ -108,9 +122,10 @@ def _masked_keys(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, spec: MaskSpec
 
 
 def _document(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, spec: MaskSpec, valid: Runs | None) -> Tensor:
-    """One document, (B, H, S_doc, D)."""
+    """Attention in one document: q, k and v (B, heads, S_doc, D) -> (B, H, S_doc, D_v)."""
     if valid is not None and valid != ((0, q.shape[2]),):
         return _masked_keys(kernel, q, k, v, spec, valid)
+    # A window that covers the whole document is no window.
     if spec.reach is not None and min(spec.reach[0], q.shape[2] if spec.causal else spec.reach[1]) < q.shape[2] - 1:
         return _blocks(kernel, q, k, v, spec, None)
     return kernel(q, k, v, causal=spec.causal)
@@ -123,13 +138,14 @@ def _clip(runs: Runs, begin: int, end: int) -> Runs:
 
 
 def _row_runs(spec: MaskSpec, row: int, length: int) -> tuple[Runs, Runs | None]:
-    """Documents and kept keys of one row, with padding folded into the latter where it matters."""
+    """Documents and kept keys of one row. Chunks become documents, and added padding becomes keys that are dropped."""
     documents = spec.documents[row] if spec.documents is not None else ((0, length),)
     valid = spec.valid[row] if spec.valid is not None else None
+    # Causal attention needs no care: the padding is at the end, where no real token sees it.
     if spec.num_padding and not spec.causal:
         valid = _clip(valid if valid is not None else ((0, length),), 0, length - spec.num_padding)
     if spec.chunk is not None:
-        # Left padding is no part of the first chunk; behind it, a document's chunks are documents of their own.
+        # Chunks are counted after the left padding, which becomes a document of its own. Then each chunk is a document.
         left = valid[0][0] if valid else 0
         if 0 < left < documents[0][1]:
             documents = ((0, left), (left, documents[0][1]), *documents[1:])
@@ -140,27 +156,31 @@ def _row_runs(spec: MaskSpec, row: int, length: int) -> tuple[Runs, Runs | None]
 
 
 def _with_bias(bias: Tensor, spec: MaskSpec, rows: list[tuple[Runs, Runs | None]], length: int) -> Tensor:
-    """(B | 1, H_r | 1, S, S) with everything hidden that ``spec`` hides."""
+    """The bias (B | 1, H_r | 1, S, S), with everything hidden that ``spec`` hides."""
     padding = length - bias.shape[-1]
     if padding:
+        # Filled with True for a mask and 0.0 for a bias: neither hides anything. `keep` hides the padding.
         bias = torch.nn.functional.pad(bias, (0, padding, 0, padding), value=bias.dtype == torch.bool)
     place = torch.arange(length, device=bias.device)
     kept = []
     for documents, valid in rows:
+        # (S,) the number of each token's document.
         number = torch.zeros(length, dtype=torch.int64, device=bias.device)
         seen = torch.full((length,), valid is None, device=bias.device)
         for index, (begin, end) in enumerate(documents):
             number[begin:end] = index
         for begin, end in valid or ():
             seen[begin:end] = True
+        # (S, 1) and (S,) -> (S, S)
         kept.append((number[:, None] == number) & seen & (place < length - spec.num_padding))
+    # B times (S, S) -> (B, S, S) -> (B, 1, S, S)
     keep = torch.stack(kept).unsqueeze(1)
     if spec.causal:
         keep = keep & (place <= place[:, None])
     if spec.reach is not None:
         distance = place[:, None] - place
         keep = keep & (distance <= spec.reach[0]) & (distance >= -spec.reach[1])
-    # Nobody asks for what padding gets, but a row without a key would be NaN.
+    # A query that sees no key would give NaN. It is padding, so its output does not matter: it sees all keys.
     keep = keep | ~keep.any(dim=-1, keepdim=True)
     return bias & keep if bias.dtype == torch.bool else bias.masked_fill(~keep, float("-inf"))
 
@@ -181,18 +201,20 @@ def attend(
 
     Args:
         q: (B, H_r, S, D).
-        k: (B, heads, S, D), where heads divides H_r, or ``kv_index`` is given.
+        k: (B, heads, S, D). The number of heads divides H_r, unless ``kv_index`` is given.
         v: (B, heads, S, D_v).
-        spec: Which keys each query sees.
-        scale: Of the scores; 1 / sqrt(D) if None.
+        spec: The keys that each query sees.
+        scale: Scale of the scores; 1 / sqrt(D) if None.
         dropout_p: Dropout probability of the attention weights.
-        kv_index: For each query head its key/value head, where groups are uneven.
-        bias: (B | 1, H_r | 1, S, S) added to the scores, or True where a query sees a key; on top of ``spec``.
-        extras: Softcap, sinks and ALiBi, of the query heads of ``q``.
+        kv_index: For each query head its key/value head, if groups are uneven.
+        bias: (B | 1, H_r | 1, S, S), in addition to ``spec``. Floats are added to the scores; a bool is True where a
+            query sees a key.
+        extras: Softcap, sinks and ALiBi for the query heads of ``q``.
 
     Returns:
         (B, H_r, S, D_v).
     """
+    # Kernels group heads evenly only, so each query head gets a copy of its key/value head.
     if kv_index is not None:
         index = torch.tensor(kv_index, device=k.device)
         k, v = k.index_select(1, index), v.index_select(1, index)
@@ -200,12 +222,14 @@ def attend(
     rows = [_row_runs(spec, row, q.shape[2]) for row in range(q.shape[0])]
     if bias is not None:
         return kernel(q, k, v, mask=_with_bias(bias, spec, rows, q.shape[2]))
+    # Rows that are cut alike go through the kernel together, as one batch.
     if all(row == rows[0] for row in rows):
         rows = rows[:1]
     if any(len(documents) > 1 for documents, _ in rows) and fits(q, v, kernel, rows):
         window = spec.reach or (-1, 0 if spec.causal else -1)
         return attend_packed(q, k, v, kernel, [documents for documents, _ in rows], window)
     outputs = []
+    # Otherwise row by row, and within a row document by document.
     q_rows, k_rows, v_rows = (tensor.split(1) if len(rows) > 1 else (tensor,) for tensor in (q, k, v))
     for (documents, valid), *row in zip(rows, q_rows, k_rows, v_rows, strict=True):
         lengths = [end - begin for begin, end in documents]
@@ -220,12 +244,12 @@ def attend(
 
 @dataclass(frozen=True)
 class Softmax:
-    """Softmax attention: arguments of `attend` for all H heads.
+    """Softmax attention: the arguments of `attend`, for all H heads.
 
     Args:
-        spec: Which keys each query sees.
+        spec: The keys that each query sees.
         bias: (S, S), (H, S, S) or (B | 1, H | 1, S, S) of the whole sequence.
-        scale: Of the scores; 1 / sqrt(D) if None.
+        scale: Scale of the scores; 1 / sqrt(D) if None.
         dropout_p: Dropout probability of the attention weights.
         extras: Softcap, sinks and ALiBi.
     """
@@ -245,6 +269,7 @@ class Softmax:
             # (S, S) or (H, S, S) or (B | 1, H | 1, S, S) -> (B | 1, H_r | 1, S, S)
             bias = self.bias[(None,) * (4 - self.bias.dim())]
             bias = bias if bias.shape[1] == 1 else bias[:, heads]
+        # Each rank has other heads, which need dropout masks of their own.
         draws = own_draws(mesh, q.device) if self.dropout_p and mesh.sp_group is not None else nullcontext()
         with draws:
             return attend(

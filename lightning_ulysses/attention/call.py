@@ -1,4 +1,4 @@
-"""One attention call of a model, as an interceptor reads it."""
+"""An attention call of a model in one common form, which every interceptor produces."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from lightning_ulysses.geometry.mask_spec import MaskSpec
 
 
 class Meaning(Protocol):
-    """What an attention call computes over the whole sequence."""
+    """The computation of an attention call over the whole sequence."""
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, heads: slice, kv_index: tuple[int, ...] | None, mesh: SequenceMesh
     ) -> Tensor:
-        """Computes this rank's share of the heads.
+        """Computes attention for the query heads of this rank.
 
         Args:
             q: (B, H_r, S, D).
             k: (B, heads needed, S, D).
             v: (B, heads needed, S, D_v).
-            heads: Which of the H query heads these are.
-            kv_index: For each query head its key/value head where groups are uneven, else None.
+            heads: The range of these query heads among all H.
+            kv_index: For each query head its key/value head if groups are uneven, else None.
             mesh: Sizes and ranks.
 
         Returns:
@@ -42,19 +42,19 @@ def _unchanged(out: Tensor) -> Any:
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What an interceptor reads from a call, and how it writes the result back.
+    """The inputs of a call, and how to return its result in the caller's form.
 
     Args:
         q: (B, H, S_r, D).
-        k: (B, H_kv, S_r, D); of a memory (B, H_kv, S_k, D).
-        v: (B, H_kv, S_r, D_v).
-        meaning: What is computed over the whole sequence of a batch, given the spec that ``mask`` is known to stand
-            for. Asked only where the call is exchanged, since it may refuse.
+        k: (B, H_kv, S_r, D). For attention to a memory (B, H_kv, S_k, D).
+        v: (B, H_kv, S_r, D_v). For attention to a memory (B, H_kv, S_k, D_v).
+        meaning: Returns the computation over the whole sequence. Its arguments are the batch and the `MaskSpec` that is
+            known for ``mask``, or None. It may raise, so it is called only if the call is exchanged.
         mask: The mask tensor of the call.
-        is_causal: Whether the call says so.
-        takes_memory: Whether keys may be a memory's, see `route`.
-        memory: Computes attention to a memory; None for the caller's own function.
-        write: Turns (B, H, S_r, D_v) into what the caller returns.
+        is_causal: Whether the call asks for causal attention.
+        takes_memory: Whether the call may attend to a memory, see `route`.
+        memory: Computes attention to a memory. None stands for the caller's own function.
+        write: Turns (B, H, S_r, D_v) into the return value of the caller's function.
     """
 
     q: Tensor
@@ -69,12 +69,12 @@ class AttentionCall:
 
 
 def covers_sequence(attn_mask: Tensor, layout: SequenceLayout) -> bool:
-    """Whether a mask is one of the whole sequence, (..., S, S), and not of one rank's slice."""
+    """Whether a mask covers the whole sequence, (..., S, S), and not only one rank's slice."""
     return 2 <= attn_mask.dim() <= 4 and attn_mask.shape[-2:] == (layout.real_len, layout.real_len)
 
 
 def local_mask_error(attn_mask: Tensor, layout: SequenceLayout) -> UlyssesError:
-    """For a mask tensor made from one rank's slice."""
+    """The error for a mask tensor made from one rank's slice."""
     real = layout.real_len
     return UlyssesError(
         f"an attention mask of shape {tuple(attn_mask.shape)} inside a step",
@@ -87,13 +87,13 @@ def local_mask_error(attn_mask: Tensor, layout: SequenceLayout) -> UlyssesError:
 def read_mask(
     batch: LocalBatch, known: MaskSpec | None, mask: Tensor | None, spec: MaskSpec
 ) -> tuple[MaskSpec, Tensor | None]:
-    """The spec and the bias of a call whose mask tensor has to be known, or to cover the whole sequence.
+    """The spec and the bias of a call. Its mask tensor must be a known mask, or cover the whole sequence.
 
     Args:
         batch: The batch that is split.
-        known: The spec that the mask is known to stand for.
+        known: The spec of a known mask, see `mask_table`.
         mask: The mask tensor of the call.
-        spec: What holds beside a bias, or without a mask.
+        spec: The spec of the call without its mask tensor.
 
     Raises:
         UlyssesError: For a mask made from one rank's slice.
@@ -102,6 +102,7 @@ def read_mask(
         return spec, None
     if known is not None:
         return known, None
+    # A mask of the whole sequence becomes a bias, of which each rank uses the part of its heads.
     if not covers_sequence(mask, batch.layout):
         raise local_mask_error(mask, batch.layout)
     return spec, mask

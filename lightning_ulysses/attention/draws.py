@@ -1,7 +1,7 @@
-"""Random numbers of its own for each rank's heads and tokens, although all ranks of a group are seeded alike.
+"""Random numbers that differ between the ranks of a group, for dropout of each rank's own heads and tokens.
 
-They are seeded alike because much of what a step draws must be the same on all of them: the noise level of a sample, a
-layer that is left out.
+Everything else in a step draws the same numbers on all ranks of a group. For example, they must agree on the noise
+level of a sample, and on a layer that is left out.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from lightning_ulysses.exchange.mesh import SequenceMesh
 
 @contextmanager
 def own_draws(mesh: SequenceMesh, device: torch.device) -> Iterator[None]:
-    """Draws inside differ between ranks; behind it, the generators stand where they would on any other rank.
+    """Makes random draws differ between ranks. Afterwards the generators are in the same state on all ranks again.
 
-    Else the first head of each, or the first token, would drop the same. The seed is drawn from the CPU's generator,
-    which activation checkpointing puts back for its second forward.
+    Otherwise dropout would use the same mask for the first head of each rank, or for the first token of each slice.
     """
+    # Drawn from the CPU generator, since activation checkpointing restores that one for the second forward.
     seed = int(torch.randint(2**62, ())) + mesh.dp_rank * mesh.sp_size + mesh.sp_rank
     with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"):
         torch.manual_seed(seed)

@@ -1,6 +1,7 @@
-"""Attention by its formula, for what no kernel of ``scaled_dot_product_attention`` has: softcap, sinks and ALiBi.
+"""Attention by its formula, for features that ``scaled_dot_product_attention`` lacks: softcap, sinks and ALiBi.
 
-Queries go in blocks, and the scores of a block are computed again in the backward: memory grows with S, not S * S.
+Queries are processed in blocks. The scores of a block are recomputed in the backward, so memory grows with S, not with
+S * S.
 
 Sources: softcap, Gemma 2 (arXiv 2408.00118); sinks, transformers ``models/gpt_oss/modeling_gpt_oss.py``; ALiBi, arXiv
 2108.12409, with the sign and the distance of flash-attn's ``alibi_slopes``.
@@ -14,16 +15,17 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+# Queries in a block: the scores of one block exist at a time.
 _BLOCK = 512
 
 
 @dataclass(frozen=True)
 class Extras:
-    """What becomes of scores besides scaling and masking.
+    """Changes of the scores besides scaling and masking.
 
     Args:
-        softcap: Scores s become softcap * tanh(s / softcap).
-        sinks: (H,) one further score for each head, which takes weight and gives nothing.
+        softcap: Replaces each score s by softcap * tanh(s / softcap).
+        sinks: (H,) one additional score for each head. It takes part in the softmax but has no value.
         alibi_slopes: (H,) slope * distance between query and key is subtracted from the scores.
     """
 
@@ -35,7 +37,7 @@ class Extras:
         return self.softcap is not None or self.sinks is not None or self.alibi_slopes is not None
 
     def heads(self, heads: slice) -> Extras:
-        """Those of some of the query heads."""
+        """The extras of some of the query heads."""
         sinks, slopes = (None if t is None else t[heads] for t in (self.sinks, self.alibi_slopes))
         return Extras(self.softcap, sinks, slopes)
 
@@ -47,7 +49,7 @@ def _by_group(tensor: Tensor, heads: int) -> Tensor:
 
 
 def _hide(scores: Tensor, mask: Tensor | None, distance: Tensor | None) -> Tensor:
-    """Scores (B, heads, H / heads, S_q, S_k) with ``mask``, and without keys at a negative ``distance`` (S_q, S_k)."""
+    """Masks scores (B, heads, H / heads, S_q, S_k): by ``mask``, and where ``distance`` (S_q, S_k) is negative."""
     if mask is not None:
         # (B | 1, H | 1, S_q, S_k) or (S_q, S_k) -> (B | 1, heads | 1, H / heads | 1, S_q, S_k)
         mask = mask[(None,) * (4 - mask.dim())]
@@ -69,7 +71,7 @@ def _block(
 ) -> Tensor:
     """One block of queries: q (B, H, S_q, D), k (B, heads, S_k, D), v (B, heads, S_k, D_v) -> (B, H, S_q, D_v)."""
     heads, length = k.shape[1], q.shape[2]
-    # One product for each head of k:
+    # Query heads that share a key head become rows of one matrix product:
     # (B, H, S_q, D) -> (B, heads, H / heads, S_q, D) -> (B, heads, H / heads * S_q, D)
     rows = q.unflatten(1, (heads, -1)).flatten(2, 3)
     # (B, heads, H / heads * S_q, S_k) -> (B, heads, H / heads, S_q, S_k)
@@ -77,6 +79,7 @@ def _block(
     scores = scores * scale
     if extras.softcap is not None:
         scores = extras.softcap * torch.tanh(scores / extras.softcap)
+    # (S_q, S_k) index of the query minus index of the key, both counted among the keys.
     distance = torch.arange(offset, offset + length, device=q.device)[:, None] - torch.arange(
         k.shape[2], device=q.device
     )
@@ -84,6 +87,8 @@ def _block(
         scores = scores - _by_group(extras.alibi_slopes, heads) * distance.abs()
     scores = _hide(scores, mask, distance if causal else None)
     if extras.sinks is not None:
+        # A further column in the softmax, dropped afterwards: it has no value.
+        # (H,) -> (heads, H / heads, 1, 1) -> (B, heads, H / heads, S_q, 1)
         sink = _by_group(extras.sinks, heads).to(scores.dtype).expand(*scores.shape[:-1], 1)
         weights = torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :-1]
     else:
@@ -111,13 +116,13 @@ def explicit_attention(
 
     Args:
         q: (B, H, S_q, D).
-        k: (B, heads, S_k, D), where heads divides H.
+        k: (B, heads, S_k, D). The number of heads divides H.
         v: (B, heads, S_k, D_v).
-        extras: What becomes of scores.
+        extras: Changes of the scores.
         causal: Query i sees keys up to i + ``offset``.
-        mask: (..., S_q, S_k), added to the scores, or True where a query sees a key.
-        offset: Place of the first query among the keys.
-        scale: Of the scores; 1 / sqrt(D) if None.
+        mask: (..., S_q, S_k). Floats are added to the scores; a bool is True where a query sees a key.
+        offset: Index of the first query among the keys.
+        scale: Scale of the scores; 1 / sqrt(D) if None.
         dropout_p: Dropout probability of the attention weights.
 
     Returns:
@@ -126,6 +131,7 @@ def explicit_attention(
     outputs = []
     for begin in range(0, q.shape[2], _BLOCK):
         end = min(begin + _BLOCK, q.shape[2])
+        # Causal queries of this block see no later keys, so those are left out of the product.
         seen = min(end + offset, k.shape[2]) if causal else k.shape[2]
         rows = None if mask is None else mask[..., begin:end, :seen]
         outputs.append(

@@ -19,9 +19,10 @@ from lightning_ulysses.geometry.mask_spec import MaskSpec
 
 
 def _window(window: int | tuple[int, int] | None, is_causal: bool) -> tuple[int | None, int | None]:
-    """The two numbers of a `MaskSpec`."""
+    """``window`` and ``ahead`` of a `MaskSpec`, from the argument of `ulysses_attention`."""
     if window is None:
         return None, None
+    # An integer counts the query itself, as `MaskSpec.window` does; (left, right) does not.
     left, right = (window - 1, 0) if isinstance(window, int) else window
     if left < 0 or right < 0 or (isinstance(window, int) and not is_causal):
         raise UlyssesError(
@@ -43,7 +44,8 @@ def _check_per_head(num_heads: int, **tensors: Tensor | None) -> None:
 
 
 def _documents(q: Tensor, cu_seqlens: Tensor, batch: LocalBatch | None) -> tuple[Runs, ...]:
-    """The documents of the whole row that ``q`` is a slice of."""
+    """The documents of the whole row, of which ``q`` is a slice."""
+    # cu_seqlens describe one row.
     if q.shape[0] != 1:
         raise UlyssesError(
             f"cu_seqlens with a batch of {q.shape[0]} rows",
@@ -70,45 +72,47 @@ def ulysses_attention(
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
 ) -> Tensor:
-    """Attention for hand-written models; plain when nothing is sharded.
+    """Attention for hand-written models. Plain attention if nothing is split.
 
     Args:
         q: (B, H, S_r, D).
-        k: (B, H_kv, S_r, D); H must be a multiple of H_kv.
+        k: (B, H_kv, S_r, D). H must be a multiple of H_kv.
         v: (B, H_kv, S_r, D_v).
         is_causal: Query i sees keys up to i, counted in the whole sequence.
-        scale: Of the scores; 1 / sqrt(D) if None.
+        scale: Scale of the scores; 1 / sqrt(D) if None.
         dropout_p: Dropout probability of the attention weights.
-        window: With ``is_causal``, the number of keys that a query sees, itself included; or (left, right), how many
-            keys before and behind its own place a query sees.
-        chunk: Queries see keys of their own chunk of so many tokens only, counted from the start of each document.
-        cu_seqlens: (documents + 1,) cumulative document lengths of the whole sequence, with B = 1; documents do not
-            see each other.
-        attn_mask: (S, S), (H, S, S) or (B | 1, H | 1, S, S) of the whole sequence, the same on every rank: added to the
-            scores, or True where a query sees a key. Each rank uses what belongs to its heads.
-        softcap: Scores s become softcap * tanh(s / softcap) before anything is masked.
-        sinks: (H,) one further score per head that takes weight and gives nothing.
-        alibi_slopes: (H,) slope * distance of query and key is subtracted from the scores.
+        window: Sliding window. With ``is_causal``, an integer is the number of keys that a query sees, its own
+            included. A pair (left, right) is the number of keys before and after its own.
+        chunk: A query sees only keys of its own chunk of so many tokens, counted from the start of each document.
+        cu_seqlens: (documents + 1,) cumulative document lengths of the whole sequence, with B = 1. Tokens see only
+            their own document.
+        attn_mask: (S, S), (H, S, S) or (B | 1, H | 1, S, S) of the whole sequence, the same on every rank. Floats are
+            added to the scores; a bool is True where a query sees a key. Each rank uses the part of its heads.
+        softcap: Replaces each score s by softcap * tanh(s / softcap), before masking.
+        sinks: (H,) one additional score for each head. It takes part in the softmax but has no value.
+        alibi_slopes: (H,) slope * distance between query and key is subtracted from the scores.
 
     Returns:
         (B, H, S_r, D_v).
 
     Raises:
-        UlyssesError: If lengths do not fit the live batch, P > H, or ``window``, ``cu_seqlens`` or a tensor of one
-            value per head cannot be used.
+        UlyssesError: If lengths do not fit the batch that is split, or P > H. Also if ``window``, ``cu_seqlens``, or a
+            tensor with one value for each head is invalid.
 
     Source:
         DeepSpeed-Ulysses, arXiv 2309.14509.
     """
     before, ahead = _window(window, is_causal)
     _check_per_head(q.shape[1], sinks=sinks, alibi_slopes=alibi_slopes)
+    # An empty `Extras` is falsy.
     extras = Extras(softcap, sinks, alibi_slopes) or None
     context = current_context()
     batch = context.split if context is not None else None
     spec = MaskSpec(is_causal, before, ahead=ahead, chunk=chunk)
-    # What is tried may come without a batch, and needs no documents.
+    # A trial may run without a batch, and its stand-in for attention ignores documents.
     if cu_seqlens is not None and (context is None or not context.place.is_tried):
         spec = replace(spec, documents=_documents(q, cu_seqlens, batch))
+    # (S, S) or (H, S, S) or (B | 1, H | 1, S, S) -> (B | 1, H | 1, S, S)
     bias = attn_mask[(None,) * (4 - attn_mask.dim())] if attn_mask is not None else None
 
     def plain() -> Tensor:
@@ -118,6 +122,7 @@ def ulysses_attention(
         return attend_memory(q, k, v, scale=scale, dropout_p=dropout_p, mask=bias, extras=extras)
 
     def meaning(batch: LocalBatch, known: MaskSpec | None) -> Softmax:
+        # Unlike `spec` alone, it hides the padding that this package added.
         split = replace(spec, num_padding=batch.layout.num_padding)
         split, mask = read_mask(batch, known, attn_mask, split)
         return Softmax(split, mask, scale, dropout_p, extras)

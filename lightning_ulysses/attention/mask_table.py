@@ -1,4 +1,4 @@
-"""Mask tensors and document boundaries whose meaning is known, looked up instead of read from the device again."""
+"""Tables of known masks and document boundaries, so that tensors need not be read from the device again."""
 
 from __future__ import annotations
 
@@ -11,24 +11,25 @@ from lightning_ulysses.notes import StorageTable
 
 
 class MaskTable(StorageTable[MaskSpec]):
-    """A note about a batch: tensors that stand for a `MaskSpec` of the whole sequence."""
+    """A note on a batch: the `MaskSpec` of the whole sequence for each known mask tensor."""
 
 
 class DocumentTable(StorageTable[dict[tuple[int, ...], Runs]]):
-    """A note about a batch: documents that ``cu_seqlens`` tensors mark, so that only the first layer reads them."""
+    """A note on a batch: the documents of each ``cu_seqlens`` tensor, so that only the first layer reads it."""
 
 
 def document_runs(cu_seqlens: Tensor, seq_len: int) -> Runs:
-    """Reads ``cu_seqlens`` once for each batch: from a GPU this waits for everything that is queued there."""
+    """The documents of ``cu_seqlens``, read once for each batch: reading from a GPU waits for its queue."""
     context = current_context()
     batch = context.region if context is not None else None
+    # Outside of steps there is no batch to attach the table to.
     if batch is None:
         return cu_seqlens_to_runs(cu_seqlens.tolist(), seq_len)
     table = batch.notes.of(DocumentTable)
     known = table.get(cu_seqlens)
     if known is None:
         known = table[cu_seqlens] = {}
-    # Others may look at another part of the storage, or have written into it since.
+    # The table goes by storage. Another view of it has other values, and so does a later version of it.
     part = (int(cu_seqlens.storage_offset()), cu_seqlens.numel(), cu_seqlens._version, seq_len)
     if part not in known:
         known[part] = cu_seqlens_to_runs(cu_seqlens.tolist(), seq_len)

@@ -1,4 +1,4 @@
-"""Where every attention call of a step is decided upon: plain, to a memory, tried, or exchanged."""
+"""The dispatch of every attention call: plain, a stand-in during a trial, to a memory, or exchanged."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lightning_ulysses.errors import UlyssesError
 
 @dataclass
 class AttentionTally:
-    """A note about a run.
+    """A note on a run.
 
     Attributes:
-        calls: Attention calls that were exchanged, or attended to a memory.
-        attends_memory: Whether the model, when it was tried, attended to keys that are no part of the sequence.
+        calls: Number of attention calls that were exchanged or attended to a memory.
+        attends_memory: Whether the model attended to a memory during its trial.
     """
 
     calls: int = 0
@@ -29,31 +29,35 @@ class AttentionTally:
 
 
 def route(context: SequenceContext, batch: LocalBatch | None, call: AttentionCall, plain: Callable[[], Any]) -> Any:
-    """Runs one attention call in the way that fits the place of the step.
+    """Runs one attention call in the way that the state of the step requires.
 
     Args:
-        context: Where the step stands.
+        context: Tells what is split at this moment.
         batch: `SequenceContext.described`.
         call: The call.
-        plain: The caller's own function on the caller's own arguments.
+        plain: Runs the caller's original function with the caller's arguments.
 
     Returns:
-        What the caller expects of its function.
+        The return value for the caller.
 
     Raises:
         UlyssesError: If the call cannot be exchanged exactly.
     """
+    # First, since a trial may run without a batch.
     if context.place.is_tried:
         tally = context.notes.of(AttentionTally)
+        # Another number of keys means a memory, or pooled tokens, which the stand-in reveals.
         tally.attends_memory |= call.k.shape[-2] != call.q.shape[-2]
         return call.write(keep_apart(call.q, call.k, call.v))
     if batch is None:
         return plain()
     known = None if call.mask is None else batch.notes.of(MaskTable).get(call.mask)
+    # On one rank only known masks are replaced, which stand for documents of a packed row.
     if context.mesh.sp_size == 1 and known is None:
         return plain()
     tally = context.notes.of(AttentionTally)
     tally.calls += 1
+    # Only if the trial has seen a memory; otherwise a wrong length is an error in `exchanged`.
     if tally.attends_memory and _sees_memory(context, batch, call):
         return plain() if call.memory is None else call.write(call.memory())
     return call.write(exchanged(batch, call.q, call.k, call.v, call.meaning(batch, known), context.mesh))
@@ -62,31 +66,32 @@ def route(context: SequenceContext, batch: LocalBatch | None, call: AttentionCal
 def intercept(
     context: SequenceContext, original: Callable[..., Any], read: Callable[..., AttentionCall]
 ) -> Callable[..., Any]:
-    """What stands for an attention function while a strategy is set up.
+    """The replacement of an attention function while a strategy is set up.
 
     Args:
-        context: Where the step stands.
+        context: Tells what is split at this moment.
         original: The function.
-        read: Takes the function's arguments and reads them as an `AttentionCall`.
+        read: Takes the function's arguments and returns them as an `AttentionCall`.
     """
 
     @context.takes_over(original)
     def attention(*args: Any, **kwargs: Any) -> Any:
-        # Whoever is taken over has asked whether the batch is described.
+        # `takes_over` calls this only during a trial or if a batch is described; then it is the region.
         return route(context, context.place.region, read(*args, **kwargs), partial(original, *args, **kwargs))
 
     return attention
 
 
 def _sees_memory(context: SequenceContext, batch: LocalBatch, call: AttentionCall) -> bool:
-    """Whether keys (..., S_k, D) are a memory's, whole on every rank, so that nothing has to be exchanged.
+    """Whether keys (..., S_k, D) belong to a memory, which is whole on every rank and needs no exchange.
 
-    That they are, and no pooled slice, has been tried on the model; see `checks.probing`.
+    The trial has checked that they are not pooled from a slice; see `checks.probing`.
 
     Raises:
         UlyssesError: For causal attention to a memory, which has no positions in the sequence.
     """
     queries, keys, shares = call.q.shape[-2], call.k.shape[-2], batch.layout.shares
+    # A length that equals some rank's share may be a slice. All ranks must decide alike, so all shares count.
     if not call.takes_memory or keys in shares or queries != shares[context.mesh.sp_rank]:
         return False
     if call.is_causal:

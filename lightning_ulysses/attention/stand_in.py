@@ -1,4 +1,4 @@
-"""Attention that keeps tokens apart, for finding out what else in a model mixes them."""
+"""A stand-in for attention that keeps tokens apart, to find other layers that mix them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from torch import Tensor
 
 
 def keep_apart(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """What each token would get if it saw itself alone, and a trace of its query and key, which carry its position.
+    """The output of each token if it saw only itself, plus a trace of its query and key.
+
+    Queries and keys may carry the token's position (rotary embeddings). The trace makes wrong positions visible.
 
     Args:
         q: (..., H, S, D).
@@ -15,14 +17,15 @@ def keep_apart(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         v: (..., H_kv, S_k, D_v).
 
     Returns:
-        (..., H, S, D_v). From keys and values of another length, as of a memory, every token gets the same.
+        (..., H, S, D_v). If there are more or fewer keys than queries, as in a memory, every token gets their mean.
     """
+    # With uneven weights, changes of several entries hardly cancel each other.
     weights = torch.cos(torch.arange(q.shape[-1], device=q.device)).to(q.dtype)
     # (..., H, S, D) -> (..., H, S, 1)
     trace = (q * weights).mean(dim=-1, keepdim=True)
     seen = v + (k * weights).mean(dim=-1, keepdim=True)
     if k.shape[-2] != q.shape[-2]:
-        # If they came from the tokens after all, pooled for instance, each would move every other one.
+        # If the keys are no memory but pooled tokens, a changed token changes all outputs, which the trial notices.
         seen = seen.mean(dim=-2, keepdim=True)
     if k.dim() > 2 and k.shape[-3] != q.shape[-3]:
         # (..., H_kv, S, D_v) -> (..., H, S, D_v)

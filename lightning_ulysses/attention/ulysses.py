@@ -1,4 +1,4 @@
-"""Exchange, attend, exchange: attention over whole sequences, for a share of the heads on each rank.
+"""Exchange, attend, exchange: each rank computes attention over the whole sequence for its share of the heads.
 
 Source: DeepSpeed-Ulysses, arXiv 2309.14509.
 """
@@ -16,15 +16,15 @@ from lightning_ulysses.sequence import share_error
 
 
 def exchanged(batch: LocalBatch, q: Tensor, k: Tensor, v: Tensor, meaning: Meaning, mesh: SequenceMesh) -> Tensor:
-    """Computes an attention call on the whole sequence of a batch.
+    """Computes an attention call over the whole sequence of a batch.
 
     Args:
         batch: The batch that is split.
         q: (B, H, S_r, D).
         k: (B, H_kv, S_r, D).
         v: (B, H_kv, S_r, D_v).
-        meaning: What to compute.
-        mesh: Sizes and groups; without a group nothing is exchanged.
+        meaning: The computation.
+        mesh: Sizes and groups. Without a group nothing is exchanged.
 
     Returns:
         (B, H, S_r, D_v).
@@ -37,6 +37,7 @@ def exchanged(batch: LocalBatch, q: Tensor, k: Tensor, v: Tensor, meaning: Meani
         if tensor.shape[2] != shares[rank]:
             raise share_error(tensor.shape[2], batch.layout, rank, what)
     if mesh.sp_group is None:
+        # Packed documents on one rank: its slice is the whole sequence, and it has all heads.
         return meaning.attend(q, k, v, slice(0, q.shape[1]), None, mesh)
     if q.shape[1] < mesh.sp_size:
         mesh.check_heads(q.shape[1])

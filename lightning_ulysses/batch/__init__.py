@@ -1,1 +1,1 @@
-"""From a dataloader's batch to a rank's slice, and from what a step returns back to whole sequences."""
+"""Cuts a dataloader's batch into slices, and joins the slices that ``predict_step`` returns."""

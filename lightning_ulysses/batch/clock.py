@@ -1,4 +1,4 @@
-"""Where a run stands, told by the program that drives it."""
+"""The progress of a run, as reported by the program that drives it, such as Lightning."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Clock:
-    """One moment of a run.
+    """The state of all counters at one moment of a run.
 
     Args:
-        stage: The name of the loop, such as ``"train"``. Random streams of different stages differ.
+        stage: The name of the loop, such as ``"train"``. Each stage has random numbers of its own.
         is_training: Whether a backward follows the step.
-        epoch: Epochs finished so far.
-        batch: Training batches used so far, over all epochs.
-        step: Optimizer steps taken so far.
+        epoch: Number of epochs finished.
+        batch: Number of training batches used, over all epochs.
+        step: Number of optimizer steps taken.
         accumulate: Micro-batches of an optimizer step.
         is_boundary: Whether the optimizer steps after this micro-batch.
-        is_automatic: Whether the program that drives the run steps the optimizer, and not the module itself.
+        is_automatic: Whether the program that drives the run steps the optimizer. False if the module does it itself.
     """
 
     stage: str = "train"

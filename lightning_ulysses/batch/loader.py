@@ -1,4 +1,7 @@
-"""Dataloaders whose ranks agree: on random augmentations, on the optimizer step's targets, and on where to resume."""
+"""Wraps dataloaders so that the ranks of a group see the same batches, and targets are counted ahead.
+
+It also resumes training in the middle of an epoch.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,15 @@ from lightning_ulysses.loss.accumulation import AccumulationWindow
 
 
 class SeededLoader:
-    """Forwards to a dataloader, but loads each batch with random numbers that depend on (seed, name, epoch, index).
+    """Wraps a dataloader. Each batch is loaded with random numbers that depend only on (key, epoch, index).
 
-    Ranks of one sequence-parallel group pass the same name and see the same augmentations; other ranks see others.
+    Ranks of one sequence-parallel group pass the same key and get the same augmentations. Other groups get different
+    ones.
 
     Args:
         loader: Any dataloader.
-        key: What tells streams apart: the run's seed, the data-parallel rank, the stage.
-        epoch: The current epoch.
+        key: Names the random stream: the run's seed, the data-parallel rank and the stage.
+        epoch: Returns the current epoch.
     """
 
     def __init__(self, loader: Any, key: tuple[object, ...], epoch: Callable[[], int]) -> None:
@@ -29,6 +33,7 @@ class SeededLoader:
         self._epoch = epoch
 
     def __getattr__(self, name: str) -> Any:
+        # copy and pickle ask for names before __init__ has run: the lookup of `_loader` would recurse forever.
         if name.startswith("__") or "_loader" not in self.__dict__:
             raise AttributeError(name)
         return getattr(self._loader, name)
@@ -37,16 +42,18 @@ class SeededLoader:
         return len(self._loader)
 
     def _batches(self, first: int = 0) -> Iterator[Any]:
-        """The loader's batches, of which the first one is number ``first`` of the epoch."""
+        """The batches of the loader. The first of them is number ``first`` of the epoch."""
         epoch = self._epoch()
-        # Lightning tells samplers the epoch, but not datasets.
+        # Lightning calls set_epoch of samplers, but not of datasets.
         set_epoch = getattr(getattr(self._loader, "dataset", None), "set_epoch", None)
         if callable(set_epoch):
             set_epoch(epoch)
+        # The iterator draws the base seed of the worker processes when it is made.
         with named_stream(*self._key, epoch, "workers"):
             iterator = iter(self._loader)
         index = first
         while True:
+            # Without workers, augmentations draw here, in this process.
             with named_stream(*self._key, epoch, index):
                 try:
                     batch = next(iterator)
@@ -60,16 +67,16 @@ class SeededLoader:
 
 
 class TrainLoader(SeededLoader):
-    """Looks ahead over one accumulation window, so that its targets are known before the first backward.
+    """Loads all batches of an accumulation window ahead, so that its targets are known before the first backward.
 
     Args:
         loader: Any dataloader.
         key: See `SeededLoader`.
-        epoch: The current epoch.
-        window: Micro-batches per optimizer step.
-        limit: Batches of an epoch that will be used, or None for all.
-        count: The targets of a batch, for each tensor that may hold them.
-        dp_size: Data-parallel ranks, for resuming on another number of them.
+        epoch: Returns the current epoch.
+        window: Micro-batches of an optimizer step.
+        limit: Returns the number of batches of an epoch that will be used; infinite if unknown.
+        count: Counts the targets of a batch, for each tensor that may hold them.
+        dp_size: Data-parallel ranks. Saved, to resume on another number of them.
     """
 
     def __init__(
@@ -90,15 +97,15 @@ class TrainLoader(SeededLoader):
         self._count = count
         self._dp_size = dp_size
         self._consumed = 0
-        # Batches of the epoch used before the current iteration, and before the next one.
+        # Batches of the epoch used before the current iteration began, and before the next one will begin.
         self._began = self._began_next = 0
 
     def advance(self) -> None:
-        """Called when a batch is really used; the loop may have fetched further."""
+        """Counts a batch that the step uses. The training loop may have fetched more batches than that."""
         self._consumed += 1
 
     def _resumable(self) -> tuple[Any, int] | None:
-        """A sampler that continues in the middle of an epoch by itself, and its items per batch."""
+        """A sampler that can resume in the middle of an epoch, with its items per batch; None if there is none."""
         for name, items in (("batch_sampler", 1), ("sampler", getattr(self._loader, "batch_size", None) or 1)):
             sampler = getattr(self._loader, name, None)
             if hasattr(sampler, "state_after"):
@@ -106,6 +113,7 @@ class TrainLoader(SeededLoader):
         return None
 
     def __iter__(self) -> Iterator[Any]:
+        # Only the first iteration after `load_state_dict` begins in the middle of an epoch.
         self._began, self._began_next = self._began_next, 0
         self.plans.clear()
         self._consumed = self._began
@@ -115,17 +123,19 @@ class TrainLoader(SeededLoader):
         if self._resumable():
             source = self._batches(position)
         else:
+            # Other samplers begin at the start of the epoch: the batches that were used are loaded and discarded.
             source = self._batches()
             for _ in islice(source, position):
                 pass
         while True:
-            # Windows are counted from the start of the epoch, also behind batches that a resumed run skips.
+            # Windows count from the start of the epoch, also in a resumed run. The last one of an epoch may be shorter.
             size = int(min(self._window - position % self._window, max(1, self._limit() - position)))
             batches = list(islice(source, size))
             if not batches:
                 return
+            # A window of one batch needs no look-ahead: its targets are counted when it is used.
             counts = tuple(self._count(batch) for batch in batches) if len(batches) > 1 else ()
-            # A sum over some of the micro-batches is none.
+            # Only tensors of all micro-batches: a sum over some of them would be too small.
             names = set.intersection(*map(set, counts)) if counts else set()
             totals = {name: sum(count[name] for count in counts) for name in sorted(names)}
             self.plans.append(AccumulationWindow(len(batches), totals, counts))
@@ -133,7 +143,7 @@ class TrainLoader(SeededLoader):
             yield from batches
 
     def state_dict(self) -> dict[str, Any]:
-        """Batches used in this epoch; none once the epoch is over."""
+        """The number of batches used in this epoch; 0 after the last one."""
         if self._consumed >= self._limit():
             return {"batches": 0, "dp_size": self._dp_size}
         state: dict[str, Any] = {"batches": self._consumed, "dp_size": self._dp_size}
@@ -143,11 +153,12 @@ class TrainLoader(SeededLoader):
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues behind the batches that were used, also on another number of data-parallel ranks.
+        """Continues after the batches that were used, also on another number of data-parallel ranks.
 
         Raises:
             UlyssesError: If the batches used do not divide evenly over the new ranks, or the sampler refuses.
         """
+        # Counted over all data-parallel ranks, since their number may have changed.
         used = state["batches"] * state["dp_size"]
         resumable = self._resumable()
         if resumable and used:

@@ -1,4 +1,4 @@
-"""From a dataloader's whole batches to this rank's slices."""
+"""Turns a dataloader's whole batches into this rank's slices."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_ulysses.exchange.mesh import SequenceMesh
 from lightning_ulysses.geometry.batch_keys import BatchRules
 from lightning_ulysses.loss.accumulation import AccumulationWindow
 
-# Batches of each kind that are compared over a group.
+# First batches of training and of evaluation that are compared over a group.
 _COMPARED = 3
 
 
@@ -29,12 +29,12 @@ def _same(batch: Any) -> Any:
 
 
 class BatchPipeline:
-    """Wraps dataloaders, reads batches, compares the first ones over ranks, and cuts them.
+    """Wraps dataloaders, reads batches, compares the first ones over a group, and cuts them.
 
     Args:
-        rules: How to read a batch.
+        rules: The rules for reading a batch.
         mesh: Sizes and groups.
-        device: Where the model is.
+        device: The device of the model.
         seed: The run's seed, the same on every rank.
     """
 
@@ -56,14 +56,14 @@ class BatchPipeline:
         limit: Callable[[], float],
         prepare: Callable[[Any], Any] = _same,
     ) -> SeededLoader:
-        """The dataloader with random numbers that a sequence group shares and, in training, a look ahead.
+        """The dataloader with random numbers that a group shares and, in training, with look-ahead.
 
         Args:
-            dataloader: The user's, with its sampler in place.
-            now: Tells where the run stands.
-            looks_ahead: Whether a step's targets have to be known before its first backward.
-            limit: Training batches of an epoch that will be used; infinite if that is unknown.
-            prepare: Turns a batch into the one that `read` will see.
+            dataloader: The user's dataloader with its final sampler.
+            now: Returns the progress of the run.
+            looks_ahead: Whether a step's targets must be known before its first backward.
+            limit: Returns the number of training batches of an epoch that will be used; infinite if unknown.
+            prepare: Turns a batch into the one that `read` will get.
         """
         clock = now()
         key = (self._seed, self._mesh.dp_rank, clock.stage)
@@ -79,6 +79,7 @@ class BatchPipeline:
             epoch,
             window=clock.accumulate if looks_ahead else 1,
             limit=limit,
+            # Counts the batch as `read` will get it. `StepWeights.begin` refuses one whose targets change later.
             count=lambda batch: self._read(prepare(batch)).counts_of_group(),
             dp_size=self._mesh.dp_size,
         )
@@ -88,10 +89,10 @@ class BatchPipeline:
         return read_batch(batch, self._rules, self._mesh.sp_size)
 
     def read(self, batch: Any, is_training: bool) -> WholeBatch:
-        """Reads a batch; the first ones of training and of evaluation are compared over the sequence group.
+        """Reads a batch. The first batches of training and of evaluation are compared over the group.
 
         Raises:
-            UlyssesError: If it is not understood, or ranks hold different ones.
+            UlyssesError: If the batch cannot be read for certain, or the ranks of a group hold different batches.
         """
         whole = self._read(batch)
         self._compared[is_training] += 1
@@ -100,11 +101,11 @@ class BatchPipeline:
         return whole
 
     def cut(self, whole: WholeBatch, is_training: bool, move: Callable[[Any], Any]) -> tuple[Any, LocalBatch]:
-        """This rank's slice on the device, and what is known about it.
+        """This rank's slice on the device, as the batch for the module and as a `LocalBatch`.
 
         Args:
-            whole: From `read`.
-            is_training: Whether a slice without a target needs a stand-in.
+            whole: The result of `read`.
+            is_training: Whether a slice without a target gets a stand-in target.
             move: Moves a batch to the device and runs the user's hooks on it.
         """
         rank = self._mesh.sp_rank
@@ -113,7 +114,7 @@ class BatchPipeline:
         moved = entries_of(result)
         local = LocalBatch(
             whole.layout,
-            # The very tensors that the module gets, so that they are recognised.
+            # The same tensor objects that the module gets, so that they are recognized later by their storage.
             shards={key: moved[key] if key in moved else t.to(self._device) for key, t in shards.items()},
             counts=whole.counts_of_rank(rank),
             seen=seen,
@@ -123,21 +124,23 @@ class BatchPipeline:
         return result, local
 
     def drawing(self, where: str, clock: Clock) -> AbstractContextManager[None]:
-        """Random numbers that the ranks of a sequence group share, and that a resumed run draws again.
+        """A context with random numbers that the ranks of a group share, and that a resumed run draws again.
 
-        A step may draw what concerns a sample as a whole, such as its noise level, or whether a layer is left out, and
-        then ranks that draw otherwise train on another sample, or wait for each other forever.
+        Some draws of a step concern the whole sample. If ranks drew different noise levels, they would train on
+        different samples. If they dropped different layers, they would deadlock.
         """
+        # On one rank there is nothing to share, and the user's own seeding stays in effect.
         if self._mesh.sp_size == 1:
             return nullcontext()
         when = (clock.epoch, clock.batch)
         if not clock.is_training:
+            # Evaluation has no counter that a run restores, so calls are counted within the process.
             self._evaluations += 1
             when = (clock.step, self._evaluations)
         return named_stream(self._seed, self._mesh.dp_rank, clock.stage, where, *when, device=self._device)
 
     def use(self) -> deque[AccumulationWindow] | None:
-        """Notes that a training batch is used; the windows that the dataloader has looked ahead over."""
+        """Counts a training batch as used, and returns the windows that the dataloader has loaded ahead."""
         if self._train_loader is None:
             return None
         self._train_loader.advance()

@@ -1,8 +1,8 @@
-"""Joins what ``predict_step`` returns into whole sequences.
+"""Joins the slices that ``predict_step`` returns into whole sequences.
 
-Shapes decide: a tensor that is as long as this rank's slice in the place of the sequence is a slice. Everything else
-comes back as it is. Ranks compare what they hold: a tensor of numbers that all of them share is whole already, and a
-warning names what shapes may have got wrong.
+Slices are recognized by their shape: the sequence dimension has the length of this rank's slice. Everything else is
+returned as it is. Ranks also compare their tensors. A floating-point tensor that is equal on all ranks is whole
+already. A warning names tensors for which the shape may have decided wrongly.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from lightning_ulysses.exchange.mesh import SequenceMesh
 from lightning_ulysses.geometry.layout import SequenceLayout
 from lightning_ulysses.regions.notes import split_layout
 
-# Entries that are enough to see that two ranks hold different tensors.
+# Number of elements that are compared at first: tensors that differ usually differ in these.
 _SAMPLE = 2**16
 
 
 class _Entry(NamedTuple):
-    """What a rank tells the others of one entry of its output; ``shape`` is None for what is no tensor."""
+    """A rank's description of one entry of its output, for the other ranks. ``shape`` is None if it is no tensor."""
 
     name: str
     shape: tuple[int, ...] | None = None
@@ -37,7 +37,7 @@ class _Entry(NamedTuple):
 
     @property
     def kind(self) -> tuple[str, str, int | None]:
-        """What has to be the same on every rank."""
+        """The part that must be the same on every rank."""
         return self.name, self.dtype, None if self.shape is None else len(self.shape)
 
     def __str__(self) -> str:
@@ -46,11 +46,11 @@ class _Entry(NamedTuple):
 
 
 def _names(output: Any, count: int) -> list[str]:
-    """Where each entry is found in ``output``, such as ``['logits'][0]``."""
+    """The path of each entry in ``output``, such as ``['logits'][0]``."""
     try:
         return [keystr(path) for path, _ in tree_flatten_with_path(output)[0]]
     except ValueError:
-        # A container that was registered without names for its entries.
+        # Some container class was registered in torch without names for its entries.
         return [f" (entry {index})" for index in range(count)]
 
 
@@ -59,7 +59,7 @@ def _is_plain(leaf: Any) -> bool:
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    """Some entries at the beginning of ``tensor``."""
+    """At most about `_SAMPLE` elements from the beginning of ``tensor``."""
     for dim in range(tensor.dim()):
         if tensor.numel() > _SAMPLE:
             tensor = tensor.narrow(dim, 0, max(1, tensor.shape[dim] * _SAMPLE // tensor.numel()))
@@ -70,17 +70,19 @@ def _describe(name: str, leaf: Any, layout: SequenceLayout, rows: int) -> _Entry
     if not _is_plain(leaf):
         return _Entry(name)
     shape = tuple(leaf.shape)
-    # What may be joined is compared whole after the join, and only where the sample is the same.
+    # A tensor that may be joined is compared in full after the join, and only if the samples are equal.
+    # Any rank's share counts, since all ranks must take the same sample.
     joins = any(_sequence_dim([shape], (share,), rows) is not None for share in layout.shares)
     number = fingerprint([_sample(leaf) if joins else leaf])
     return _Entry(name, shape, str(leaf.dtype).removeprefix("torch."), number)
 
 
 def _check_entries(everyone: list[list[_Entry]]) -> None:
-    """Raises `UlyssesError` unless all ranks return the same entries, tensors of one dtype and as many dimensions."""
+    """Raises `UlyssesError` unless all ranks return the same entries with the same dtype and number of dimensions."""
     kinds = [{entry.kind for entry in entries} for entries in everyone]
     if all([entry.kind for entry in entries] == [entry.kind for entry in everyone[0]] for entries in everyone):
         return
+    # The error shows only the entries that some rank lacks.
     shared = set.intersection(*kinds)
     own = [[str(entry) for entry in entries if entry.kind not in shared] for entries in everyone]
     seen = (
@@ -95,11 +97,13 @@ def _check_entries(everyone: list[list[_Entry]]) -> None:
 
 
 def _sequence_dim(shapes: list[tuple[int, ...]], shares: tuple[int, ...], rows: int) -> int | None:
-    """1 for (B, S_r, ...), 0 for (S_r, ...) where B = 1, by the shapes on all ranks; None for anything else."""
+    """1 for (B, S_r, ...), 0 for (S_r, ...) if B = 1, else None. Decided by the shapes on all ranks."""
+    # Dimension 1 first: it is the usual one.
     for dim in (1, 0):
         fits = shapes[0][0] == rows if dim and shapes[0] else rows == 1
         if not fits or dim >= len(shapes[0]):
             continue
+        # All other dimensions must agree between the ranks.
         others = {(*shape[:dim], *shape[dim + 1 :]) for shape in shapes}
         if len(others) == 1 and all(shape[dim] == share for shape, share in zip(shapes, shares, strict=True)):
             return dim
@@ -107,22 +111,26 @@ def _sequence_dim(shapes: list[tuple[int, ...]], shares: tuple[int, ...], rows: 
 
 
 def _is_whole(leaf: Tensor, joined: Tensor, shares: tuple[int, ...], dim: int) -> bool:
-    """Whether all ranks hold the same numbers: no integers, and not one number for all tokens, which slices share."""
+    """Whether all ranks hold the same whole tensor.
+
+    Equal integers, or one number repeated for all tokens, prove nothing: different slices may hold the same values.
+    """
     if not (leaf.is_floating_point() or leaf.is_complex()):
         return False
+    # One value for all tokens of a slice, such as its mean.
     if torch.equal(leaf, leaf.narrow(dim, 0, 1).expand_as(leaf)):
         return False
     return len({fingerprint([part]) for part in joined.split(shares, dim)}) == 1
 
 
 def join_outputs(output: Any, local: LocalBatch, mesh: SequenceMesh) -> Any:
-    """Every sequence of a nested output joined, (B, S_r, ...) -> (B, S, ...), on every rank of the group.
+    """Joins every slice in a nested output, (B, S_r, ...) -> (B, S, ...), on every rank of the group.
 
-    Where B = 1, (S_r, ...) -> (S, ...) as well. Everything else comes back as it is; so does a floating-point tensor
-    that is the same on every rank, and not the same for every token: it is whole already.
+    If B = 1, also (S_r, ...) -> (S, ...). Everything else is returned as it is. So is a floating-point tensor that is
+    equal on all ranks and not constant along the sequence: it is whole already.
 
     Args:
-        output: What ``predict_step`` returned.
+        output: The return value of ``predict_step``.
         local: The batch that it was computed on.
         mesh: Sizes and groups.
 
@@ -132,9 +140,11 @@ def join_outputs(output: Any, local: LocalBatch, mesh: SequenceMesh) -> Any:
     if mesh.sp_group is None:
         return output
     layout = split_layout(local)
+    # Any nesting of tuples, lists and dicts; the result has the same one.
     leaves, spec = tree_flatten(output)
     named = zip(_names(output, len(leaves)), leaves, strict=True)
     mine = [_describe(name, leaf, layout, local.rows) for name, leaf in named]
+    # One exchange of descriptions decides everything, so all ranks call the same collectives below.
     everyone: list[Any] = [None] * mesh.sp_size
     dist.all_gather_object(everyone, mine, mesh.sp_group)
     _check_entries(everyone)
@@ -142,6 +152,7 @@ def join_outputs(output: Any, local: LocalBatch, mesh: SequenceMesh) -> Any:
     for index, entries in enumerate(zip(*everyone, strict=True)):
         if entries[0].shape is None:
             continue
+        # Shape, dtype and fingerprint are equal on all ranks.
         is_same = len({entry[1:] for entry in entries}) == 1
         dim = _sequence_dim([entry.shape for entry in entries], layout.shares, local.rows)
         if dim is None:
@@ -152,6 +163,7 @@ def join_outputs(output: Any, local: LocalBatch, mesh: SequenceMesh) -> Any:
             continue
         leaves[index] = joined.narrow(dim, 0, layout.real_len)
         equal += [str(entries[0])] * is_same
+    # The lists are the same on all ranks.
     if mesh.sp_rank == 0:
         _warn(differing, equal, layout.shares[0])
     return tree_unflatten(leaves, spec)

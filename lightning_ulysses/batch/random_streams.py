@@ -1,4 +1,4 @@
-"""Random numbers that depend on a name instead of on what has been drawn before."""
+"""Random streams that are seeded by a name, independent of earlier draws."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ def _gpus(device: torch.device | None) -> list[torch.device]:
 
 @contextmanager
 def kept_streams(device: torch.device | None = None) -> Iterator[None]:
-    """Puts the streams of torch, Python and NumPy back to where they were before.
+    """Restores the random states of torch, Python and NumPy at the end.
 
     Args:
-        device: The GPU whose stream counts as well, if any.
+        device: If it is a GPU, its random state is restored as well.
     """
+    # Looked up, not imported: the program may not have loaded NumPy.
     numpy: Any = sys.modules.get("numpy")
     of_python, of_numpy = random.getstate(), numpy.random.get_state() if numpy is not None else None
     with torch.random.fork_rng(_gpus(device), device_type="cuda"):
@@ -36,14 +37,16 @@ def kept_streams(device: torch.device | None = None) -> Iterator[None]:
 
 @contextmanager
 def named_stream(*name: object, device: torch.device | None = None) -> Iterator[None]:
-    """Draws from a stream of its own in torch, Python and NumPy, and leaves the process's streams alone.
+    """Draws inside come from a stream of their own in torch, Python and NumPy. Afterwards, all states are restored.
 
     Args:
-        *name: Tells streams apart; processes that pass the same name draw the same.
-        device: The GPU whose stream counts as well, if any.
+        *name: The name of the stream. Processes that pass the same name draw the same numbers.
+        device: If it is a GPU, it is seeded as well.
     """
+    # 4 bytes: NumPy takes no larger seed.
     seed = int.from_bytes(hashlib.blake2s(repr(name).encode(), digest_size=4).digest(), "little")
     with kept_streams(device):
+        # Not torch.manual_seed, which would seed all GPUs; `fork_rng` restores only this one.
         torch.default_generator.manual_seed(seed)
         for gpu in _gpus(device):
             with torch.cuda.device(gpu):

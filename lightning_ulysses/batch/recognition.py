@@ -1,4 +1,4 @@
-"""Which tensors of a batch carry the sequence, and along which dimension: certain, or refused."""
+"""Finds the tensors of a batch that carry the sequence, and the dimension. If this is not certain, it refuses."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from lightning_ulysses.geometry.batch_keys import LABEL_KEYS, SEQUENCE_KEYS, WHO
 
 
 def entries_of(batch: Any) -> dict[str, Any]:
-    """The parts of a batch by key; those of a tuple by index.
+    """The entries of a batch by key. Those of a tuple or list go by index, ``"0"``, ``"1"``, ...
 
     Raises:
-        UlyssesError: If the batch has no parts that could be told apart.
+        UlyssesError: If the batch is no mapping, tuple, list or tensor.
     """
     if isinstance(batch, Tensor):
         return {"batch": batch}
@@ -31,7 +31,7 @@ def entries_of(batch: Any) -> dict[str, Any]:
 
 
 def _describe(entries: Mapping[str, Any]) -> str:
-    """Names, shapes and dtypes of a batch, for a message."""
+    """Keys, shapes and dtypes of a batch, for an error message."""
     seen = (
         f"{key!r}: {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
         if isinstance(value, Tensor)
@@ -42,6 +42,7 @@ def _describe(entries: Mapping[str, Any]) -> str:
 
 
 def _suggest(entries: Mapping[str, Any]) -> str:
+    # The longest dimension, except for the first one, which usually counts rows.
     dims = {
         key: max(range(min(1, value.dim() - 1), value.dim()), key=value.shape.__getitem__)
         for key, value in entries.items()
@@ -51,6 +52,7 @@ def _suggest(entries: Mapping[str, Any]) -> str:
 
 
 def _usual_dim(key: str, tensor: Tensor) -> int:
+    # Positions (S,) that all rows share.
     if key == "position_ids" and tensor.dim() == 1:
         return 0
     if tensor.dim() != 2:
@@ -67,6 +69,7 @@ def _usual_dim(key: str, tensor: Tensor) -> int:
 
 
 def _check_flat(entries: Mapping[str, Any]) -> None:
+    # Lightning combines several dataloaders into a dict or list of batches.
     nested = [value for value in entries.values() if isinstance(value, (Mapping, tuple, list))]
     has_tensors = any(isinstance(value, Tensor) for value in entries.values())
     if not has_tensors and any(isinstance(part, Tensor) for value in nested for part in entries_of(value).values()):
@@ -82,10 +85,11 @@ def find_dims(batch: Any, entries: dict[str, Any], rules: BatchRules) -> dict[st
     """The sequence dimension of every tensor that has one.
 
     Raises:
-        UlyssesError: If no sequence is found, the batch consists of batches, or a tensor has another shape than its
-            key promises.
+        UlyssesError: If no sequence is found, or the batch consists of batches. Also if a tensor under a usual key has
+            an unusual shape.
     """
     _check_flat(entries)
+    # A key may be missing in some batches, but not all keys in one batch.
     unknown_keys = set(rules.sequence_dims) - set(entries)
     if unknown_keys and not set(rules.sequence_dims) & set(entries):
         raise UlyssesError(
@@ -100,9 +104,11 @@ def find_dims(batch: Any, entries: dict[str, Any], rules: BatchRules) -> dict[st
         if key in rules.sequence_dims:
             dim = rules.sequence_dims[key]
             if dim is not None:
+                # Negative dimensions count from the end.
                 dims[key] = dim % value.dim() if -value.dim() <= dim < value.dim() else _no_such_dim(key, dim, value)
         elif isinstance(batch, Mapping) and key in SEQUENCE_KEYS:
             dims[key] = _usual_dim(key, value)
+    # A pair (x, y) of equal shapes (B, S), or one tensor of tokens (B, S).
     if not isinstance(batch, Mapping) and not rules.sequence_dims:
         tensors = list(entries.values())
         if all(isinstance(t, Tensor) and t.dim() == 2 and t.shape == tensors[0].shape for t in tensors) and (
@@ -119,9 +125,9 @@ def find_dims(batch: Any, entries: dict[str, Any], rules: BatchRules) -> dict[st
 
 
 def find_whole(batch: Any, entries: dict[str, Any], rules: BatchRules, sp_size: int) -> dict[str, int]:
-    """The sequence dimensions of a batch of which nothing is cut, as far as they are certain.
+    """The sequence dimensions of a batch that is not cut, as far as they are certain.
 
-    They only serve to shift and to count labels, so that any batch will do: without labels, samples are counted.
+    They are only used to shift and count labels, so no batch is refused. Without labels, samples are counted.
     """
     tensors = {key: value for key, value in entries.items() if isinstance(value, Tensor) and key not in WHOLE_KEYS}
     named = {key: dim for key, dim in rules.sequence_dims.items() if key in tensors and dim is not None}
@@ -131,8 +137,10 @@ def find_whole(batch: Any, entries: dict[str, Any], rules: BatchRules, sp_size: 
         dims = {key: 1 for key, value in tensors.items() if key in SEQUENCE_KEYS and value.dim() == 2}
     else:
         alike = {tuple(value.shape) for value in tensors.values() if value.dim() == 2}
+        # A pair (x, y), or one tensor.
         dims = dict.fromkeys(tensors, 1) if len(alike) == 1 and len(tensors) == len(entries) <= 2 else {}
         dims = {key: 1 for key in dims if tensors[key].dim() == 2}
+    # The labels set the length S. Tensors of another length are no part of the sequence.
     first = next((key for key in (*LABEL_KEYS, *dims) if key in dims), None)
     length = tensors[first].shape[dims[first]] if first is not None else 0
     return {key: dim for key, dim in dims.items() if tensors[key].shape[dim] == length >= sp_size}
@@ -147,10 +155,10 @@ def _no_such_dim(key: str, dim: int, tensor: Tensor) -> int:
 
 
 def check_lengths(entries: dict[str, Any], dims: dict[str, int], rules: BatchRules) -> int:
-    """S, once it is certain that the tensors in ``dims`` share it and that no other tensor has it.
+    """S, after checking that all tensors in ``dims`` have this length and no other tensor has.
 
     Raises:
-        UlyssesError: If lengths differ, or another tensor could be a sequence as well.
+        UlyssesError: If lengths differ, or another tensor could carry the sequence as well.
     """
     lengths = {key: entries[key].shape[dim] for key, dim in dims.items()}
     seq_len = next(iter(lengths.values()))
@@ -161,6 +169,7 @@ def check_lengths(entries: dict[str, Any], dims: dict[str, int], rules: BatchRul
             "pad or cut them to one length in the collate function, or leave one out with sequence_dims={key: None}",
         )
     for key, value in entries.items():
+        # A setting or a known key says for certain that the tensor carries no sequence.
         settled = key in dims or key in WHOLE_KEYS or key in rules.sequence_dims or key in rules.whole
         if not settled and isinstance(value, Tensor) and seq_len in value.shape:
             raise UlyssesError(
@@ -174,7 +183,7 @@ def check_lengths(entries: dict[str, Any], dims: dict[str, int], rules: BatchRul
 
 
 def check_whole(entries: Mapping[str, Any], rules: BatchRules) -> None:
-    """Raises `UlyssesError` if a plan keeps something whole that the batch does not have."""
+    """Raises `UlyssesError` if the batch has none of the keys that the plan keeps whole."""
     if rules.whole and not rules.whole & set(entries):
         raise UlyssesError(
             f"a batch {_describe(entries)} without any of {sorted(rules.whole)}",
@@ -184,8 +193,8 @@ def check_whole(entries: Mapping[str, Any], rules: BatchRules) -> None:
 
 
 def count_rows(tensors: Mapping[str, Tensor], dims: Mapping[str, int]) -> int:
-    """B, from tensors (B, S, ...) where there are any: dimension 0 of others, such as (3, B, S), may be another one."""
+    """B. Tensors (B, S, ...) tell it for certain; dimension 0 of others, such as (3, B, S), may be something else."""
     found = [tensor.shape[0] for key, tensor in tensors.items() if dims.get(key) == 1]
     found = found or [tensor.shape[0] if dims[key] else 1 for key, tensor in tensors.items() if key in dims]
-    # Nothing is known to be a sequence, and samples are counted.
+    # If nothing carries a sequence, the batch consists of samples (B, ...).
     return max(found or [tensor.shape[0] for tensor in tensors.values() if tensor.dim()], default=1)

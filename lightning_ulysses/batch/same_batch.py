@@ -1,4 +1,4 @@
-"""Compares a batch over the ranks that share it."""
+"""Checks that all ranks of a group hold the same batch."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from lightning_ulysses.exchange.mesh import SequenceMesh
 
 
 def check_same_batch(whole: WholeBatch, mesh: SequenceMesh, device: torch.device, everywhere: bool) -> None:
-    """Compares the batch over the ranks of a sequence-parallel group, by length and fingerprint.
+    """Compares the batch over the ranks of a group, by length and fingerprint; a collective.
 
     Args:
         whole: This rank's batch.
         mesh: Sizes and groups.
-        device: Where collectives take place.
-        everywhere: Lets every rank of the world hear of a group that differs, so that none waits for it; only where
-            all data-parallel ranks have equally many batches.
+        device: The device for collectives.
+        everywhere: Whether the exchange spans the world. Then all ranks raise together, and no group waits for one that
+            stopped. This requires equally many batches on all data-parallel ranks.
 
     Raises:
-        UlyssesError: On every rank of the group (of the world with ``everywhere``), if they hold different batches.
+        UlyssesError: On every rank of the group, or of the world with ``everywhere``, if a group holds different
+            batches.
     """
     if mesh.sp_group is None:
         return
+    # The length is for the message; the fingerprint compares all values.
     mine = torch.tensor([whole.layout.seq_len, fingerprint(whole.tensors.values())], dtype=torch.int64, device=device)
     received = from_all(mine, None if everywhere else mesh.sp_group)
     for group in received.split(mesh.sp_size):

@@ -1,4 +1,4 @@
-"""A batch's sequences shifted, padded and cut: once, on the host."""
+"""Reads a whole batch on the host: shifts labels, pads, counts targets, and cuts slices."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from lightning_ulysses.geometry.layout import SequenceLayout
 
 @dataclass(frozen=True)
 class WholeBatch:
-    """A batch that has been understood but not cut.
+    """A batch that has been read but not cut.
 
     Attributes:
-        template: The batch as it came, for its type and for what is no sequence.
-        tensors: Every sequence tensor, padded, with the derived ``shift_labels`` among them.
-        dims: The dimension of each that carries the sequence.
-        hidden: Keys in ``tensors`` that the module does not get to see.
+        template: The original batch. It gives the type and the entries that carry no sequence.
+        tensors: Every sequence tensor, padded. Includes derived ones such as ``shift_labels``.
+        dims: For each of these the dimension that carries the sequence.
+        hidden: Keys in ``tensors`` that the module does not get.
         layout: The geometry of the cut.
-        counts: For each tensor that may hold the targets, the valid ones that each rank sees. ``"tokens"`` counts every
-            token.
+        counts: For each tensor that may hold the targets, the number of targets that each rank sees. ``"tokens"``
+            counts all tokens.
         rows: B.
         whole: Keys in ``tensors`` that every rank gets whole.
-        keeps_all: Whether that is all of them, and every rank sees all targets.
+        keeps_all: Whether every rank gets all tensors whole and sees all targets.
     """
 
     template: Any
@@ -52,11 +52,12 @@ class WholeBatch:
     keeps_all: bool = False
 
     def counts_of_group(self) -> dict[str, float]:
-        """Valid targets of the whole batch, for each tensor that may hold them."""
+        """The number of targets of the whole batch, for each tensor that may hold them."""
         return {name: values[0] if self.keeps_all else sum(values) for name, values in self.counts.items()}
 
     def counts_of_rank(self, rank: int) -> dict[str, float]:
-        """One rank's part of them, also where every rank sees them all."""
+        """One rank's part of these numbers. They add up to `counts_of_group`."""
+        # If each of P ranks computes the loss of all n targets, each counts for n / P of them, see `loss.token_mean`.
         copies = self.layout.sp_size if self.keeps_all else 1
         return {name: values[rank] / copies for name, values in self.counts.items()}
 
@@ -65,11 +66,11 @@ class WholeBatch:
 
         Args:
             rank: Rank in the sequence-parallel group.
-            stand_in: Gives a slice without a single valid target one that does not count, so that a mean over the
-                slice's targets is finite: a loss of 0/0 would send NaN backward even when multiplied by zero.
+            stand_in: Whether a slice without a target gets a stand-in target, which does not count. The mean over no
+                targets is 0/0, and its backward gives NaN even after a multiplication by 0.
 
         Returns:
-            The batch in its own type, the slices by key, and the valid targets as the module sees them.
+            The batch in its original type, the slices by key, and the number of targets that the module sees.
         """
         span = self.layout.spans[rank]
         shards = {
@@ -80,10 +81,12 @@ class WholeBatch:
         }
         seen = {name: counts[rank] for name, counts in self.counts.items()}
         if stand_in:
+            # The weight of this slice's loss is 0 (see `token_weight`), so the stand-in has no effect on gradients.
             for name in (name for name, count in seen.items() if count == 0 and name in shards):
                 shards[name] = shards[name].clone()
-                # A module that shifts whole labels by itself drops the first of them.
+                # Not the first label, if the module itself shifts whole labels: it would drop that one.
                 place = int(self.keeps_all and f"shift_{name}" in self.tensors)
+                # 1 in a mask keeps the token. 0 in labels is some class.
                 shards[name].view(-1)[place] = 1 if name in MASK_KEYS else 0
                 seen[name] = 1.0
         return _rebuild(self.template, {k: v for k, v in shards.items() if k not in self.hidden}), shards, seen
@@ -94,6 +97,7 @@ def _rebuild(template: Any, new: dict[str, Tensor]) -> Any:
         return new["batch"]
     if isinstance(template, dict) and type(template) is dict:
         return {**template, **new}
+    # Such as a BatchEncoding of transformers: a copy keeps the class.
     if isinstance(template, MutableMapping):
         result = copy.copy(template)
         result.update(new)
@@ -101,11 +105,12 @@ def _rebuild(template: Any, new: dict[str, Tensor]) -> Any:
     if isinstance(template, Mapping):
         return {**template, **new}
     values = [new.get(str(index), value) for index, value in enumerate(template)]
+    # A namedtuple takes its values one by one.
     return type(template)(*values) if hasattr(template, "_fields") else type(template)(values)
 
 
 def _shift(tensor: Tensor, layout: SequenceLayout, fill: float) -> Tensor:
-    """(B, S) -> (B, S): what the next token of the same document holds, ``fill`` at the end of each document."""
+    """(B, S) -> (B, S): the entry of the next token of the same document; ``fill`` at the end of each document."""
     shifted = torch.nn.functional.pad(tensor[:, 1:], (0, 1), value=fill)
     for row, documents in enumerate(layout.documents or ()):
         shifted[row, torch.tensor([end - 1 for _, end in documents])] = fill
@@ -114,6 +119,7 @@ def _shift(tensor: Tensor, layout: SequenceLayout, fill: float) -> Tensor:
 
 def _pad(tensor: Tensor, key: str, dim: int, amount: int, rules: BatchRules, is_target: bool) -> Tensor:
     if key == "position_ids":
+        # Positions go on counting: a restart would mark a new document.
         last = tensor.narrow(dim, tensor.shape[dim] - 1, 1)
         return torch.cat([tensor, last + torch.arange(1, amount + 1, dtype=tensor.dtype)], dim=dim)
     if is_target and tensor.is_floating_point():
@@ -129,6 +135,7 @@ def _pad(tensor: Tensor, key: str, dim: int, amount: int, rules: BatchRules, is_
 
 def _count(tensor: Tensor, dim: int, layout: SequenceLayout, ignore_index: int, is_mask: bool) -> tuple[float, ...]:
     valid = tensor.double() if is_mask else (tensor != ignore_index).double()
+    # (..., S, ...) -> (S, ...) -> (S, elements) -> (S,)
     per_position = valid.movedim(dim, 0).flatten(1).sum(dim=1) if valid.dim() > 1 else valid
     return tuple(float(per_position[layout.spans[rank]].sum()) for rank in range(layout.sp_size))
 
@@ -136,7 +143,7 @@ def _count(tensor: Tensor, dim: int, layout: SequenceLayout, ignore_index: int, 
 def _count_samples(
     tensors: Mapping[str, Tensor], dims: Mapping[str, int], rows: int, rules: BatchRules
 ) -> dict[str, float]:
-    """Targets of a loss over samples: a class for each, (B,), and the samples where nothing is a sequence."""
+    """Counts of targets for a loss over samples: classes (B,), and the samples if nothing carries a sequence."""
     found = {} if dims else {"tokens": float(rows)}
     for key, tensor in tensors.items():
         if tensor.shape == (rows,) and not tensor.is_floating_point() and tensor.dtype != torch.bool:
@@ -145,22 +152,23 @@ def _count_samples(
 
 
 def read_batch(batch: Any, rules: BatchRules, sp_size: int) -> WholeBatch:
-    """Understands a batch on the host.
+    """Reads a whole batch on the host.
 
     Args:
-        batch: A mapping, a tuple or list, or a tensor, whole.
-        rules: How to read it.
+        batch: A mapping, a tuple or list, or a tensor.
+        rules: The rules for reading it.
         sp_size: P.
 
     Returns:
         The sequence tensors with ``shift_labels`` added, the layout, and the counts of targets.
 
     Raises:
-        UlyssesError: If the batch is not understood for certain; with the shapes and the setting to add.
+        UlyssesError: If the batch cannot be read for certain. The error shows the shapes and the setting to add.
     """
     entries = entries_of(batch)
     if rules.keeps_all:
         dims = find_whole(batch, entries, rules, sp_size)
+        # A batch without a sequence gets S = P, the smallest length that a layout allows.
         seq_len = max((entries[key].shape[dim] for key, dim in dims.items()), default=sp_size)
     else:
         check_whole(entries, rules)
@@ -169,9 +177,10 @@ def read_batch(batch: Any, rules: BatchRules, sp_size: int) -> WholeBatch:
     tensors = {key: entries[key] for key in dims}
     is_mapping = isinstance(batch, Mapping)
     candidates = [key for key in _candidates(tensors, is_mapping) if key not in rules.whole]
-    # Attention that is not split would see the padding, and predictions would come back with it.
+    # Not on one rank: there attention is plain and would see the padding, and `predict` would return it.
     amount = -seq_len % (rules.pad_to_multiple_of or 1) if sp_size > 1 else 0
     if amount:
+        # A pair (x, y) with floats as y, in which padding cannot be marked. `_pad` refuses it.
         float_target = not is_mapping and len(tensors) > 1 and not candidates
         tensors = {
             key: _pad(t, key, dims[key], amount, rules, (key in candidates and key not in MASK_KEYS) or float_target)
@@ -192,8 +201,10 @@ def read_batch(batch: Any, rules: BatchRules, sp_size: int) -> WholeBatch:
     if is_mapping or rules.keeps_all:
         _add_shifted(tensors, dims, candidates, hidden, layout, rules)
     counts = {key: _count(tensors[key], dims[key], layout, rules.ignore_index, key in MASK_KEYS) for key in candidates}
+    # With padding, "all tokens" is no candidate: the module's mean would include the padding.
     if not amount:
         counts["tokens"] = tuple(float(rows * share) for share in layout.shares)
+    # Every rank sees all targets, and the module gets all tensors.
     if rules.keeps_all:
         counts = {key: (sum(values),) * sp_size for key, values in counts.items()}
         counts |= {key: (count,) * sp_size for key, count in _count_samples(everything, dims, rows, rules).items()}
@@ -203,7 +214,8 @@ def read_batch(batch: Any, rules: BatchRules, sp_size: int) -> WholeBatch:
 
 
 def _candidates(tensors: Mapping[str, Tensor], is_mapping: bool) -> list[str]:
-    """Keys of what may hold the targets."""
+    """Keys of the tensors that may hold the targets."""
+    # In a tuple, the last one of several.
     if not is_mapping:
         last = list(tensors)[-1:]
         return last if len(tensors) > 1 and not tensors[last[0]].is_floating_point() else []
@@ -221,15 +233,17 @@ def _add_shifted(
     layout: SequenceLayout,
     rules: BatchRules,
 ) -> None:
-    """Adds what the model would compute wrongly from a slice, since a slice ends before its last label."""
+    """Adds shifted labels. A model cannot shift a slice itself: the label of its last token lies on the next rank."""
     sources = [("labels", "shift_labels", rules.ignore_index), ("loss_mask", "shift_loss_mask", 0)]
     if not any(key in tensors for key in LABEL_KEYS):
+        # Without labels, the step may pass input_ids as labels to a transformers model.
         sources.append(("input_ids", "shift_input_ids", rules.ignore_index))
         hidden.add("shift_input_ids")
     if list(tensors) == ["batch"] and not tensors["batch"].is_floating_point():
-        # Tokens that the module itself takes apart into inputs and targets.
+        # A single tensor of tokens, from which the module makes inputs and targets itself.
         sources = [("batch", "shift_batch", rules.ignore_index)]
         hidden.add("shift_batch")
+    # The user has shifted already.
     if "shift_labels" in tensors:
         sources = sources[2:]
     for source, target, fill in sources:

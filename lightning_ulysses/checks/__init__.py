@@ -1,1 +1,1 @@
-"""What is refused before the first step and in it."""
+"""Checks that refuse a run before its first step or during it."""

@@ -1,4 +1,4 @@
-"""Checks of what a step has done."""
+"""Checks after a step: whether attention was intercepted, and whether a plan took effect."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from lightning_ulysses.regions.notes import RegionTally
 
 
 def check_intercepted(context: SequenceContext, step: str, module: str, suspensions: int) -> bool:
-    """Refuses a model none of whose attention was seen in a first step, since it would attend within slices only.
+    """Refuses a model if none of its attention calls was intercepted: they would attend within slices only.
 
     Args:
-        context: Where the step stands, at the end of the step.
-        step: The step that ran.
-        module: The user's class.
-        suspensions: `SequenceContext.suspensions` before the step; one that only generates is unsharded on purpose.
+        context: The context at the end of the step.
+        step: The name of the step that ran.
+        module: The name of the user's class.
+        suspensions: `SequenceContext.suspensions` before the step. A step that only generates is unsharded on purpose.
 
     Returns:
-        Whether later steps need no look: attention was intercepted, and no plan has to take place in each of them.
+        Whether later steps need no check. With a plan, every step is checked.
 
     Raises:
-        UlyssesError: If no attention call of any step so far was intercepted, or a plan did not take place.
+        UlyssesError: If no attention call of any step so far was intercepted, or the plan did not split or join.
     """
     was_hidden = context.suspensions != suspensions
     if context.plan is not None and not context.notes.of(RegionTally).begun and not was_hidden:
@@ -30,12 +30,14 @@ def check_intercepted(context: SequenceContext, step: str, module: str, suspensi
             "a step that calls at least one of them",
             "name a submodule under split that the step calls (its forward by way of the module itself, not .forward)",
         )
+    # A region that is still open at the end of the step was never joined.
     if context.is_joined and context.place.region is not None:
         raise UlyssesError(
             f"a {step} of {module} that ended before it reached a submodule that the plan joins",
             "a call of one behind each split",
             "name a submodule under join that the step calls, or drop join and name the model's inputs under whole",
         )
+    # Counted over all steps so far, and over attention to a memory as well.
     if context.mesh.sp_size > 1 and not context.notes.of(AttentionTally).calls and not was_hidden:
         raise UlyssesError(
             f"a {step} of {module} without a single attention call intercepted",

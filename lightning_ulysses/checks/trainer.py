@@ -1,4 +1,4 @@
-"""Checks before the first step."""
+"""Checks of the Trainer's and the module's settings before the first step."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ if TYPE_CHECKING:
 
 
 def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Refuses what the Trainer or the module asks for and DeepSpeed or a split sequence cannot do.
+    """Refuses settings that DeepSpeed or a split sequence does not support.
 
     Raises:
-        UlyssesError: Naming the setting.
+        UlyssesError: With the name of the setting.
     """
+    # An enum or a string, depending on how the Trainer was given it.
     if str(getattr(trainer.gradient_clip_algorithm, "value", trainer.gradient_clip_algorithm)) == "value":
         raise UlyssesError(
             "gradient_clip_algorithm='value'",
@@ -57,6 +58,7 @@ def _check_activation_checkpointing(config: dict[str, Any]) -> None:
         )
     from deepspeed.runtime.activation_checkpointing import checkpointing
 
+    # mp_size != 1 means that an mpu was configured: DeepSpeed would partition activations over its ranks.
     if settings.get("partition_activations") and checkpointing.mp_size != 1:
         raise UlyssesError(
             f"partition_activations over {checkpointing.mp_size} model-parallel ranks",
@@ -68,6 +70,7 @@ def _check_activation_checkpointing(config: dict[str, Any]) -> None:
 def _check_precision(trainer: pl.Trainer) -> None:
     from deepspeed.accelerator import get_accelerator
 
+    # DeepSpeed's view of the device counts, which may differ from torch's: it denies most CPUs float16.
     device = get_accelerator()
     supported = {"16": bool(device.is_fp16_supported()), "bf16": bool(device.is_bf16_supported())}
     if not supported.get(str(trainer.precision).split("-")[0], True):
@@ -80,7 +83,7 @@ def _check_precision(trainer: pl.Trainer) -> None:
 
 
 def no_output(module: pl.LightningModule) -> UlyssesError:
-    """For a training step that skips its batch, whose targets the optimizer step has already counted."""
+    """The error for a training step that returns None: the targets of its batch have been counted already."""
     return UlyssesError(
         f"None from {type(module).__name__}.training_step",
         "a loss for every batch, since a step's targets are counted ahead over all micro-batches and ranks",

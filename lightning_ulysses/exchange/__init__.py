@@ -1,1 +1,1 @@
-"""A group of processes and its collectives, each with its adjoint."""
+"""The process groups of a run and their collectives. Those with gradients come with their adjoint."""

@@ -1,4 +1,4 @@
-"""Whether the ranks of a group hold the same: one exchange of a few numbers, for every check of that kind."""
+"""Checks whether the ranks of a group hold the same values, by exchanging a few numbers."""
 
 from __future__ import annotations
 
@@ -9,52 +9,55 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# Keeps hashes non-negative and within int64.
 _MASK = 2**62 - 1
 
 
 def from_all(mine: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """(...) -> (ranks, ...): the same tensor of every rank of a group, of the world if None; a collective."""
+    """(...) -> (ranks, ...): all-gathers a tensor over a group, or over the world if it is None; a collective."""
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(everyone, mine, group=group)
     return torch.stack(everyone)
 
 
 def same_on_all(mine: Tensor, group: dist.ProcessGroup | None, tolerance: float = 0.0) -> Tensor:
-    """Compares rows of numbers over the ranks of a group, of the world if None; a collective.
+    """Compares rows of numbers over the ranks of a group; a collective.
 
     Args:
         mine: (N, K) numbers of this rank.
-        group: The ranks.
-        tolerance: The largest difference that is none, relative to the last number of the row.
+        group: The ranks to compare. None stands for the world.
+        tolerance: The largest difference that still counts as equal, relative to the last number of the row.
 
     Returns:
-        (N,) of bool, the same on every rank.
+        (N,) bool, the same on every rank.
     """
     everyone = from_all(mine, group)
     # (ranks, N, K) -> (N,)
     distance = (everyone - everyone[0]).abs().amax(dim=(0, 2))
-    # Non-finite values are no sign of another tensor: a comparison with NaN is false.
+    # `not greater` instead of `less`: comparisons with NaN are false, so rows with NaN count as equal.
     return ~(distance > tolerance * everyone[0][:, -1].clamp_min(1e-12) if tolerance else distance > 0)
 
 
 def digest(*parts: object) -> int:
-    """A number that two different values hardly ever share, by their ``repr``."""
+    """A hash of the ``repr`` of some values, the same in every process (unlike ``hash``)."""
     return int.from_bytes(hashlib.blake2s(repr(parts).encode(), digest_size=8).digest(), "little") & _MASK
 
 
 def _fingerprint(tensor: Tensor) -> int:
+    # (...) -> (elements,); complex numbers count as two elements.
     values = tensor.detach().flatten()
     if values.is_floating_point() or values.is_complex():
         values = torch.view_as_real(values).flatten() if values.is_complex() else values
+        # The bits of a float64 as an integer, so that floats are compared exactly. Other floats convert without loss.
         values = values.double().view(torch.int64)
-    # An order-sensitive sum that wraps around.
+    # Odd weights depend on the index, so swapped entries change the sum. Overflow wraps around, which is fine here.
     index = torch.arange(1, values.numel() + 1, dtype=torch.int64, device=values.device)
     values = values.to(torch.int64)
     return int(((values ^ (values >> 17)) * (index * 2654435761 | 1)).sum()) if values.numel() else 0
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> int:
-    """A number that two different sequences of tensors hardly ever share: exact values, in order."""
+    """A hash of the exact values of some tensors, in order. Different values hardly ever share it."""
     number = 0
     for tensor in tensors:
         number = (number * 31 + _fingerprint(tensor)) & _MASK
@@ -62,8 +65,13 @@ def fingerprint(tensors: Iterable[Tensor]) -> int:
 
 
 def summary(tensor: Tensor) -> Tensor:
-    """(2,) float64, a sum and the norm: different tensors hardly ever share them, and rounding hardly changes them."""
+    """(2,) float64, a weighted sum and the norm, to compare tensors up to rounding.
+
+    Different tensors hardly ever share both numbers, and rounding errors hardly change them.
+    """
     values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    # (...) -> (elements,)
     values = values.detach().double().flatten()
+    # Uneven weights: a plain sum would not notice permuted entries.
     weights = torch.cos(torch.arange(values.numel(), device=values.device, dtype=torch.float64))
     return torch.stack([(values * weights).sum(), values.norm()])

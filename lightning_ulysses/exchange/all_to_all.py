@@ -1,11 +1,11 @@
 """The Ulysses exchange: slices of the sequence with all heads <-> the whole sequence for a share of the heads.
 
-Each direction is one collective, forward and backward, on gloo and NCCL alike; only large gradients of q, k and v go
-one by one. On the wire every chunk is sequence-major, ``(S_i, B, heads, D)``: chunks of the ranks laid one behind
-another are then the whole sequence, so that the receiving side of `seq_to_heads` and the sending side of
+Each direction is one all-to-all, forward and backward, on gloo and NCCL. Only large gradients of q, k and v are sent
+one by one. In the buffers that are sent, every chunk is sequence-major: ``(S_i, B, heads, D)``. The chunks of all ranks
+one after another are then the whole sequence. So the receiving side of `seq_to_heads` and the sending side of
 `heads_to_seq` copy nothing.
 
-Source: DeepSpeed-Ulysses (arXiv 2309.14509); fusing q, k and v and uneven splits are ours.
+Source: DeepSpeed-Ulysses (arXiv 2309.14509). Fusing q, k and v and uneven splits are ours.
 """
 
 from __future__ import annotations
@@ -20,20 +20,21 @@ from torch.autograd.function import once_differentiable
 
 from lightning_ulysses.geometry.heads import HeadLayout
 
+# For each rank its heads of one tensor, as (first, last + 1).
 Ranges = tuple[tuple[int, int], ...]
 
-# Bytes per rank from which the gradients of q, k and v go back one by one, as they lie in memory. On gloo, fusing them
-# first is 1.2 times as fast at 3 MiB, as fast at 6, and 1.2 times as slow at 12.
+# From this many bytes per rank on, the gradients of q, k and v are sent one by one, without a copy into one buffer. On
+# gloo, one fused all-to-all is 1.2 times as fast at 3 MiB, as fast at 6, and 1.2 times as slow at 12.
 _BULKY = 8 * 2**20
 
 
 def _widths(ranges: tuple[Ranges, ...], rank: int) -> list[int]:
-    """Heads of each tensor that ``rank`` gets."""
+    """For each tensor the number of heads that ``rank`` gets."""
     return [ends[rank][1] - ends[rank][0] for ends in ranges]
 
 
 def _row_sizes(ranges: tuple[Ranges, ...], sizes: list[int]) -> list[int]:
-    """By rank, the elements of one token of all tensors together; ``sizes`` are the head sizes."""
+    """For each rank the elements of one token in all tensors together. ``sizes`` are the head sizes."""
     return [
         sum(width * size for width, size in zip(_widths(ranges, rank), sizes, strict=True))
         for rank in range(len(ranges[0]))
@@ -41,7 +42,7 @@ def _row_sizes(ranges: tuple[Ranges, ...], sizes: list[int]) -> list[int]:
 
 
 def _is_uniform(ranges: Ranges) -> bool:
-    """Whether the ranges tile the heads in equal steps, so that one strided copy moves all of them."""
+    """Whether all ranges have the same length and follow each other, so that one strided copy moves all heads."""
     width = ranges[0][1]
     return ranges == tuple((rank * width, (rank + 1) * width) for rank in range(len(ranges)))
 
@@ -49,13 +50,14 @@ def _is_uniform(ranges: Ranges) -> bool:
 def _on_wire(rank: int, sp_size: int) -> range:
     """The peers whose chunks pass through the collective of ``rank``.
 
-    Its own chunk is left out where the others lie in one stretch of memory without it: that saves two copies of it.
+    The rank's own chunk is left out if the chunks of the others are contiguous without it. This saves two copies of it.
     """
+    # Without its own chunk, memory is contiguous only for the first and the last rank.
     return range(int(rank == 0), sp_size - int(rank == sp_size - 1))
 
 
 def _columns(rows: Tensor, widths: list[int], sizes: list[int]) -> list[Tensor]:
-    """The tensors that lie side by side in ``rows``: (tokens, B, sum of heads * D) -> each (tokens, B, heads, D)."""
+    """Views of the tensors side by side in ``rows``: (tokens, B, sum of heads * D) -> each (tokens, B, heads, D)."""
     # (tokens, B, sum of heads * D) -> each (tokens, B, heads * D) -> (tokens, B, heads, D)
     parts = rows.split([width * size for width, size in zip(widths, sizes, strict=True)], dim=2)
     return [part.unflatten(2, (width, size)) for part, width, size in zip(parts, widths, sizes, strict=True)]
@@ -64,22 +66,23 @@ def _columns(rows: Tensor, widths: list[int], sizes: list[int]) -> list[Tensor]:
 def _exchange(
     recv: Tensor, send: Tensor, recv_sizes: list[int], send_sizes: list[int], group: dist.ProcessGroup
 ) -> None:
-    """One all-to-all between contiguous tensors; the sizes count elements, by rank."""
+    """One all-to-all between contiguous tensors. The sizes are in elements, one for each rank."""
     # (...) -> (elements,)
     dist.all_to_all_single(recv.view(-1), send.view(-1), recv_sizes, send_sizes, group=group)
 
 
 def _pack_heads(send: Tensor, tensors: tuple[Tensor, ...], ranges: tuple[Ranges, ...], peers: range) -> None:
-    """Lays the heads for each of ``peers`` one peer behind another.
+    """Copies the heads for each of ``peers`` into the send buffer, one peer after another.
 
     Args:
-        send: Flat; takes (S_r, B, sum of heads * D) for each peer.
-        tensors: Each (B, heads, S_r, D); head sizes may differ.
+        send: The flat buffer. For each peer it takes (S_r, B, sum of heads * D).
+        tensors: Each (B, heads, S_r, D). Head sizes D may differ.
         ranges: For each tensor the heads of each rank.
-        peers: The ranks to pack for.
+        peers: The ranks to send to.
     """
     batch, _, share, _ = tensors[0].shape
     sizes = [tensor.shape[3] for tensor in tensors]
+    # The common case: one copy for each tensor instead of one for each tensor and peer.
     if all(_is_uniform(ends) for ends in ranges):
         widths = _widths(ranges, 0)
         # (elements,) -> (peers * S_r, B, sum of heads * D) -> each (peers * S_r, B, heads, D)
@@ -107,20 +110,23 @@ def _scatter_heads(
     rank: int,
     group: dist.ProcessGroup,
 ) -> tuple[Tensor, ...]:
-    """(B, heads, S_r, D) of each tensor -> (B, its heads on this rank, S, D), in one collective."""
+    """Each tensor (B, heads, S_r, D) -> (B, heads of this rank, S, D), in one all-to-all."""
     batch, share = tensors[0].shape[0], shares[rank]
     sizes = [tensor.shape[3] for tensor in tensors]
     rows = _row_sizes(ranges, sizes)
     peers = _on_wire(rank, len(shares))
+    # Size 0 leaves the own chunk out of the collective, see `_on_wire`.
     send_sizes = [share * batch * row * (peer in peers) for peer, row in enumerate(rows)]
     send = tensors[0].new_empty(sum(send_sizes))
     _pack_heads(send, tensors, ranges, peers)
     whole = tensors[0].new_empty(sum(shares), batch, rows[rank])
     chunks = whole.split(shares)
+    # The part of the result that the collective fills: contiguous, since `whole` is sequence-major.
     begin = sum(shares[: peers.start])
     recv = whole[begin : begin + sum(shares[peer] for peer in peers)]
     recv_sizes = [chunk.numel() * (peer in peers) for peer, chunk in enumerate(chunks)]
     _exchange(recv, send, recv_sizes, send_sizes, group)
+    # The own chunk is copied directly into its place in the result.
     if rank not in peers:
         # (S_r, B, sum of heads * D) -> (elements,)
         _pack_heads(chunks[rank].view(-1), tensors, ranges, range(rank, rank + 1))
@@ -129,8 +135,9 @@ def _scatter_heads(
 
 
 def _join_heads(whole: Tensor, parts: list[Tensor], ends: Ranges) -> None:
-    """Fills ``whole`` (S_r, B, all heads, D) from each rank's (S_r, B, heads, D); shared heads are summed."""
+    """Fills ``whole`` (S_r, B, all heads, D) from (S_r, B, heads, D) of each rank. Shared heads are summed."""
     is_tiled = all(left[1] == right[0] for left, right in pairwise(ends))
+    # Ranges overlap where a key/value head was sent to several ranks: its gradient is the sum of theirs.
     if not is_tiled:
         whole.zero_()
     for (begin, end), part in zip(ends, parts, strict=True):
@@ -143,14 +150,14 @@ def _join_heads(whole: Tensor, parts: list[Tensor], ends: Ranges) -> None:
 def _pack_tokens(
     send: Tensor, tensors: tuple[Tensor, ...], widths: list[int], shares: tuple[int, ...], peers: list[int]
 ) -> None:
-    """Lays the tokens of each of ``peers`` one peer behind another, the tensors side by side.
+    """Copies the tokens for each of ``peers`` into the send buffer, one peer after another, tensors side by side.
 
     Args:
-        send: Flat; takes (S_i, B, sum of heads * D) for each peer i.
+        send: The flat buffer. For each peer i it takes (S_i, B, sum of heads * D).
         tensors: Each (B, heads of this rank, S, D).
         widths: Heads of each tensor.
         shares: S_r of every rank.
-        peers: The ranks to pack for.
+        peers: The ranks to send to.
     """
     sizes = [tensor.shape[3] for tensor in tensors]
     # (elements,) -> (tokens of all peers, B, sum of heads * D) -> for each peer, each (S_i, B, heads, D)
@@ -171,20 +178,21 @@ def _gather_heads(
     rank: int,
     group: dist.ProcessGroup,
 ) -> tuple[Tensor, ...]:
-    """(B, heads of this rank, S, D) of each tensor -> (B, all heads, S_r, D), in one collective.
+    """Each tensor (B, heads of this rank, S, D) -> (B, all heads, S_r, D), in one all-to-all.
 
-    Heads held by several ranks are summed.
+    Heads that several ranks hold are summed.
     """
     batch, share, sp_size = tensors[0].shape[0], shares[rank], len(shares)
     sizes = [tensor.shape[3] for tensor in tensors]
     rows, widths = _row_sizes(ranges, sizes), [_widths(ranges, peer) for peer in range(sp_size)]
-    # A single tensor is sent as it lies in memory; several have to be copied side by side in any case.
+    # A single tensor is sent from where it is, so its peers must be contiguous. Several tensors are copied side by side
+    # in any case, so the own chunk can always be left out.
     peers = list(_on_wire(rank, sp_size)) if len(tensors) == 1 else [peer for peer in range(sp_size) if peer != rank]
     send_sizes = [count * batch * rows[rank] * (peer in peers) for peer, count in enumerate(shares)]
     recv_sizes = [share * batch * row * (peer in peers) for peer, row in enumerate(rows)]
     if len(tensors) == 1:
         begin = sum(shares[: peers[0]])
-        # (B, heads, S, D) -> (S, B, heads, D) -> the tokens of the peers
+        # (B, heads, S, D) -> (S, B, heads, D) -> (tokens of the peers, B, heads, D); no copy if S is first in memory
         send = tensors[0].permute(2, 0, 1, 3)[begin : begin + sum(shares[peer] for peer in peers)].contiguous()
     else:
         send = tensors[0].new_empty(sum(send_sizes))
@@ -195,6 +203,7 @@ def _gather_heads(
         # (elements,) -> (S_r, B, sum of heads * D) -> each (S_r, B, heads, D)
         _columns(chunk.view(share, batch, row), width, sizes)
         for chunk, row, width in zip(recv.split(recv_sizes), rows, widths, strict=True)
+        # Empty for the own chunk, which is inserted below.
         if chunk.numel()
     ]
     if rank not in peers:
@@ -210,17 +219,19 @@ def _gather_heads(
 
 
 def _is_bulky(tensors: tuple[Tensor, ...], totals: tuple[int, ...], shares: tuple[int, ...]) -> bool:
-    """Whether copying the tensors side by side costs more than one collective for each; the same on every rank.
+    """Whether one all-to-all for each tensor costs less than copying the tensors into one buffer.
 
-    Measured with gloo only; on other devices they stay together.
+    Measured with gloo only. On other devices the tensors stay together.
     """
     if tensors[0].device.type != "cpu":
         return False
+    # Computed from the whole sequence and all heads: ranks must agree on the number of collectives.
     token = sum(total * tensor.shape[3] for total, tensor in zip(totals, tensors, strict=True))
     return tensors[0].shape[0] * sum(shares) * token * tensors[0].element_size() > _BULKY * len(shares)
 
 
 class _SeqToHeads(torch.autograd.Function):
+    # Scatters heads and gathers tokens. The backward is the adjoint: it gathers heads and scatters tokens.
     @staticmethod
     def forward(
         ctx: Any,
@@ -230,6 +241,7 @@ class _SeqToHeads(torch.autograd.Function):
         group: dist.ProcessGroup,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
+        # The first tensor is q, the others are k and v.
         ctx.ranges = (layout.query_ranges, *(layout.kv_ranges for _ in tensors[1:]))
         ctx.totals = tuple(tensor.shape[1] for tensor in tensors)
         ctx.shares, ctx.rank, ctx.group = shares, rank, group
@@ -248,6 +260,7 @@ class _SeqToHeads(torch.autograd.Function):
 
 
 class _HeadsToSeq(torch.autograd.Function):
+    # The opposite direction. Its ranges tile the query heads, so no head is summed.
     @staticmethod
     def forward(
         ctx: Any, layout: HeadLayout, shares: tuple[int, ...], rank: int, group: dist.ProcessGroup, out: Tensor
@@ -276,7 +289,7 @@ def seq_to_heads(
         group: The sequence-parallel group.
 
     Returns:
-        q (B, H_r, S, D), k (B, heads needed, S, D), v (B, heads needed, S, D_v), strided views of one buffer.
+        q (B, H_r, S, D), k (B, heads needed, S, D), v (B, heads needed, S, D_v). All are strided views of one buffer.
     """
     q, k, v = _SeqToHeads.apply(layout, shares, rank, group, q, k, v)
     return q, k, v
@@ -285,5 +298,5 @@ def seq_to_heads(
 def heads_to_seq(
     out: Tensor, layout: HeadLayout, shares: tuple[int, ...], rank: int, group: dist.ProcessGroup
 ) -> Tensor:
-    """The way back: (B, H_r, S, D_v) -> (B, H, S_r, D_v) by one all-to-all."""
+    """The exchange after attention, by one all-to-all: (B, H_r, S, D_v) -> (B, H, S_r, D_v)."""
     return _HeadsToSeq.apply(layout, shares, rank, group, out)

@@ -1,16 +1,16 @@
 r"""The cut and the join of a sequence inside a model, and why gradients stay exact.
 
-What all ranks together minimise is sum_w c_w * L_w, with the factors c_w of `loss.token_mean`, as a function of
-parameters of which each rank has a copy. ZeRO adds up the gradients of the copies (and divides by W, which c_w holds),
-and that is the gradient of this sum if every exchange between ranks has its adjoint for a backward:
+All ranks together minimise sum_w c_w * L_w, with the weights c_w of `loss.token_mean`. Each rank has its own copy of
+the parameters. ZeRO sums the gradients of the copies and divides by W, which c_w contains. The result is the gradient
+of this sum if the backward of every exchange between ranks is its adjoint:
 
-- The cut takes a part; its backward puts zeros around it. What comes before it runs on the whole sequence on every
-  rank, gets a part of its gradient on each, and the sum over ranks is all of it.
-- The join hands every rank all slices; its backward adds up, over the ranks, what their losses ask of one slice.
-  Without the sum a slice would get 1/P of its gradient, since behind the join every rank's loss is the whole loss L
-  with 1/P of its weight: each of the P ranks has n / P of its n targets, so that c_w = (n / P) * W / N.
+- The cut takes a slice, and its backward pads the gradient with zeros. The layers before the cut run on the whole
+  sequence on every rank. Each rank gets a part of their gradient, and the sum over ranks is all of it.
+- The join is an all-gather of slices, and its backward sums the gradients that all ranks have for a slice. After the
+  join every rank computes the whole loss L. Each of the P ranks counts n / P of its n targets, so c_w = (n / P) * W /
+  N, which is 1/P of the weight of L. Without the sum, a slice would get only 1/P of its gradient.
 
-What comes after the join runs on every rank with 1/P of the weight, and the sum is all of it again.
+The layers after the join run on every rank with 1/P of the weight. The sum over ranks is again the whole gradient.
 """
 
 from __future__ import annotations
@@ -27,17 +27,20 @@ from lightning_ulysses.geometry.layout import SequenceLayout
 
 
 def cut(tensor: Tensor, dim: int, layout: SequenceLayout, rank: int) -> Tensor:
-    """(..., S, ...) -> (..., S_r, ...); its own memory, so that the whole can go."""
+    """(..., S, ...) -> (..., S_r, ...), with gradients."""
     span = layout.spans[rank]
+    # With B > 1 this is a copy, and the whole tensor can be freed. With B = 1 it is contiguous and stays a view.
     return tensor.narrow(dim, span.start, span.stop - span.start).contiguous()
 
 
 def sum_slices(whole: Tensor, dim: int, shares: tuple[int, ...], rank: int, group: dist.ProcessGroup) -> Tensor:
-    """The sum over ranks of this rank's slice of each rank's tensor: (..., S, ...) -> (..., S_r, ...)."""
+    """A reduce-scatter with uneven slices, (..., S, ...) -> (..., S_r, ...): the sum over ranks of this slice."""
     # (..., S, ...) -> (S, ...)
     send = whole.movedim(dim, 0).contiguous()
+    # An all-to-all, since reduce_scatter wants slices of equal length.
     received = send.new_empty(len(shares), shares[rank], *send.shape[1:])
     width = send[0].numel()
+    # (P, S_r, ...) and (S, ...) -> (elements,)
     dist.all_to_all_single(
         received.view(-1),
         send.view(-1),
@@ -45,12 +48,13 @@ def sum_slices(whole: Tensor, dim: int, shares: tuple[int, ...], rank: int, grou
         [share * width for share in shares],
         group=group,
     )
-    # (P, S_r, ...) -> (S_r, ...) -> (..., S_r, ...)
+    # (P, S_r, ...) -> (S_r, ...) -> (..., S_r, ...); half precision is summed in float32
     total = received.float().sum(dim=0).to(whole.dtype) if whole.dtype.itemsize < 4 else received.sum(dim=0)
     return total.movedim(0, dim)
 
 
 class _Join(torch.autograd.Function):
+    # All-gathers slices. The backward is the adjoint, a reduce-scatter.
     @staticmethod
     def forward(
         ctx: Any, part: Tensor, dim: int, shares: tuple[int, ...], rank: int, group: dist.ProcessGroup
@@ -65,6 +69,6 @@ class _Join(torch.autograd.Function):
 
 
 def join(part: Tensor, dim: int, layout: SequenceLayout, rank: int, group: dist.ProcessGroup) -> Tensor:
-    """(..., S_r, ...) -> (..., S, ...) on every rank, with gradients; a collective forward and backward."""
+    """(..., S_r, ...) -> (..., S, ...) on every rank, with gradients; a collective in forward and backward."""
     whole: Tensor = _Join.apply(part, dim, layout.shares, rank, group)
     return whole

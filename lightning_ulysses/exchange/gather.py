@@ -1,4 +1,4 @@
-"""The whole sequence from the slices of a group."""
+"""Gathers the slices of a group into the whole sequence."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor
 
 
 def join_sequence(x: Tensor, shares: tuple[int, ...], dim: int, group: dist.ProcessGroup) -> Tensor:
-    """All-gathers slices of S_r tokens along ``dim`` into the whole sequence; not differentiable."""
-    # (..., S_r, ...) -> (S_r, ...), then padded to the largest share
+    """All-gathers slices of S_r tokens along ``dim`` into the whole sequence, without gradients."""
+    # (..., S_r, ...) -> (S_r, ...) -> (largest share, ...): all_gather wants the same shape on every rank.
     local = x.detach().movedim(dim, 0)
     padded = local.new_zeros(max(shares), *local.shape[1:])
     padded[: local.shape[0]] = local

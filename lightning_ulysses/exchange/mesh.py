@@ -1,4 +1,4 @@
-"""The processes of a run as a grid of data-parallel and sequence-parallel axes."""
+"""Arranges the processes of a run in a grid with a data-parallel and a sequence-parallel axis."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SEQUENCE_AXIS = "sequence_parallel"
 
 @dataclass(frozen=True)
 class MeshSizes:
-    """The length of each mesh axis; their product is the world size."""
+    """The length of each mesh axis. Their product is the world size."""
 
     sp_size: int
     dp_size: int
@@ -32,14 +32,15 @@ def resolve_sizes(
 
     Args:
         world_size: Processes in the run.
-        node_size: Processes on this node, the meaning of ``sp_size="auto"``.
+        node_size: Processes on this node. ``sp_size="auto"`` takes this number.
         sp_size: P.
-        dp_shard_size: Data-parallel ranks; ``None`` takes what is left of the world.
+        dp_shard_size: Data-parallel ranks. ``None`` takes the world size divided by P.
 
     Raises:
         UlyssesError: If the product is not the world size.
     """
     sp = node_size if sp_size == "auto" else sp_size
+    # For the error messages.
     fitting = [size for size in range(1, world_size + 1) if world_size % size == 0]
     if sp < 1 or world_size % sp:
         raise UlyssesError(
@@ -59,10 +60,13 @@ def resolve_sizes(
 
 @dataclass(frozen=True)
 class SequenceMesh:
-    """Sizes, this process's place, and the group of each axis.
+    """Sizes of the mesh, the rank of this process along each axis, and the process group of each axis.
 
-    Consecutive ranks form a sequence-parallel group, so that its exchanges stay inside a node where it fits in one.
-    Groups are ``None`` along an axis of length one.
+    Consecutive ranks form a sequence-parallel group, so its all-to-alls stay inside a node if the group fits in one.
+    The group of an axis of length one is ``None``.
+
+    Example:
+        World size 4 with ``sp_size=2``: ranks 0 and 1 share one sequence, ranks 2 and 3 share another.
     """
 
     rank: int
@@ -77,7 +81,7 @@ class SequenceMesh:
 
     @classmethod
     def create(cls, sizes: MeshSizes, device_type: str) -> SequenceMesh:
-        """Builds the groups over the default process group; every process must call it."""
+        """Builds the groups from the default process group. Every process must call it."""
         device_mesh = init_device_mesh(
             device_type, (sizes.dp_size, sizes.sp_size), mesh_dim_names=(DATA_AXIS, SEQUENCE_AXIS)
         )
@@ -86,6 +90,7 @@ class SequenceMesh:
             rank=rank,
             world_size=dist.get_world_size(),
             sp_size=sizes.sp_size,
+            # The sequence axis is the inner one of the mesh.
             sp_rank=rank % sizes.sp_size,
             dp_size=sizes.dp_size,
             dp_rank=rank // sizes.sp_size,
@@ -95,8 +100,9 @@ class SequenceMesh:
         )
 
     def check_heads(self, num_heads: int) -> None:
-        """Raises `UlyssesError` if a rank would be left without a query head; names the largest P that works."""
+        """Raises `UlyssesError` if some rank would get no query head. The error names the largest P that works."""
         if self.sp_size > num_heads:
+            # It must divide the world size as well.
             largest = max(size for size in range(1, num_heads + 1) if self.world_size % size == 0)
             raise UlyssesError(
                 f"sp_size={self.sp_size} for attention with {num_heads} query heads",

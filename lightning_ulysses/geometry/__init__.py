@@ -1,1 +1,1 @@
-"""Who holds what: tokens, heads, documents. Nothing here knows of processes."""
+"""Which rank holds which tokens, heads and documents: pure arithmetic, without processes."""

@@ -1,19 +1,23 @@
-"""The keys of a batch that have a meaning, and how a user changes it."""
+"""Batch keys that are recognized without settings, and the user's settings for all others."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+# `labels` are not shifted, `shift_labels` are: entry t is the label of token t + 1.
 LABEL_KEYS = ("labels", "shift_labels")
 
 
+# 1 where a token counts in the loss. The shifted mask belongs to the shifted labels.
 MASK_KEYS = ("loss_mask", "shift_loss_mask")
 
 
+# Tensors (B, S) that are cut without a setting.
 SEQUENCE_KEYS = ("input_ids", *LABEL_KEYS, "position_ids", "attention_mask", "token_type_ids", *MASK_KEYS)
 
 
+# These describe the whole row, so every rank gets them as they are.
 WHOLE_KEYS = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
@@ -22,12 +26,12 @@ class BatchRules:
     """How to read a batch.
 
     Args:
-        sequence_dims: For keys (or indices of a tuple) the dimension that carries the sequence; ``None`` for a tensor
-            that every rank gets whole.
-        pad_to_multiple_of: Pads S up to a multiple of this, where P > 1.
+        sequence_dims: For each key (or index of a tuple) the dimension that carries the sequence. ``None`` marks a
+            tensor that every rank gets whole.
+        pad_to_multiple_of: Pads S up to a multiple of this. Only used if P > 1.
         ignore_index: The label that counts as no target.
-        whole: Sequences that every rank gets whole, since a plan splits the model behind them.
-        keeps_all: Whether every rank gets the whole batch; see `find_whole`.
+        whole: Keys of sequences that every rank gets whole, because a plan splits the model after them.
+        keeps_all: Whether every rank gets the whole batch. See `find_whole`.
     """
 
     sequence_dims: Mapping[str, int | None] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Which rank computes which attention heads."""
+"""Assigns attention heads to ranks."""
 
 from __future__ import annotations
 
@@ -13,15 +13,19 @@ Ranges = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class HeadLayout:
-    """The query heads that each rank computes and the key/value heads that it needs for them.
+    """The query heads that each rank computes, and the key/value heads that they need.
 
-    Query heads are dealt out in contiguous runs whose lengths differ by at most one, so neither H nor H_kv has to be a
-    multiple of P. A key/value head that serves query heads on several ranks is sent to each of them.
+    Each rank gets a contiguous range of query heads. The lengths of the ranges differ by at most one, so neither H nor
+    H_kv has to be a multiple of P. If query heads of several ranks share a key/value head, each of these ranks gets it.
+
+    Example:
+        9 query heads and 3 key/value heads on 2 ranks: rank 0 gets query heads 0 to 4 with key/value heads 0 and 1,
+        rank 1 gets 5 to 8 with 1 and 2.
 
     Args:
-        num_heads: H, the query heads of the whole model.
-        num_kv_heads: H_kv, the key/value heads; H must be a multiple of it.
-        sp_size: P, the ranks of one sequence-parallel group; at most H.
+        num_heads: H, the query heads of the attention call.
+        num_kv_heads: H_kv, the key/value heads. H must be a multiple of it.
+        sp_size: P, the ranks of one sequence-parallel group. At most H.
 
     Raises:
         UlyssesError: If P > H or H is not a multiple of H_kv.
@@ -57,29 +61,29 @@ class HeadLayout:
 
     @cached_property
     def query_ranges(self) -> Ranges:
-        """For each rank its first and one-past-last query head."""
+        """For each rank its query heads as (first, last + 1)."""
         return tuple(
             (begin, begin + share) for begin, share in zip(starts(self.query_shares), self.query_shares, strict=True)
         )
 
     @cached_property
     def kv_ranges(self) -> Ranges:
-        """For each rank the first and one-past-last key/value head that it needs."""
+        """For each rank the key/value heads that it needs as (first, last + 1). Ranges of two ranks may overlap."""
         size = self.group_size
         return tuple((begin // size, (end - 1) // size + 1) for begin, end in self.query_ranges)
 
     def kv_index(self, rank: int) -> tuple[int, ...]:
-        """For each query head of ``rank``, its key/value head counted from the rank's first one."""
+        """For each query head of ``rank``, the index of its key/value head among those of the rank."""
         begin, end = self.query_ranges[rank]
         first = begin // self.group_size
         return tuple(head // self.group_size - first for head in range(begin, end))
 
     @cached_property
     def uneven_groups(self) -> tuple[tuple[int, ...] | None, ...]:
-        """For each rank its `kv_index` where its groups are uneven.
+        """For each rank its `kv_index` if a kernel cannot group the heads by itself, else None.
 
-        None where every key/value head of the rank serves equally many of its query heads, in order, so that a kernel
-        can group them by itself.
+        A kernel can do so (``enable_gqa``) if each key/value head of the rank belongs to equally many of its query
+        heads, in order.
         """
         return tuple(None if self._is_grouped(rank) else self.kv_index(rank) for rank in range(self.sp_size))
 

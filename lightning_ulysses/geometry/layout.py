@@ -1,4 +1,4 @@
-"""How one batch's sequences are cut over the ranks of a sequence-parallel group."""
+"""Cuts the sequences of one batch into one slice for each rank of a group."""
 
 from __future__ import annotations
 
@@ -9,20 +9,24 @@ from itertools import pairwise
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.geometry.shares import even_shares, starts
 
+# Ranges of tokens (begin, end) in one row, in order and without overlap.
 Runs = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
 class SequenceLayout:
-    """The geometry of one batch: built once on the host, never per layer and never by a collective.
+    """The geometry of one batch: slices, documents and padding.
+
+    It is built once for each batch, on the host. No layer builds it again, and no collective is needed.
 
     Args:
-        seq_len: S, tokens in the whole sequence, padding that this package added included.
+        seq_len: S, the tokens of the whole sequence. Includes padding that this package added.
         sp_size: P.
-        documents: For each of the B rows the documents packed into it as ``(begin, end)``, in order and covering the
-            row; ``None`` when every row is one document.
-        valid: For each row the runs of tokens that a 2-D attention mask keeps; ``None`` without such a mask.
-        num_padding: Tokens added behind the real ones to reach a multiple; no real token may attend to them.
+        documents: For each of the B rows the documents packed into it as ``(begin, end)``. They are in order and cover
+            the row. ``None`` if every row is one document.
+        valid: For each row the runs of tokens that a 2-D attention mask keeps. ``None`` without such a mask.
+        num_padding: Tokens that this package added at the end of each row to reach a multiple. No real token may attend
+            to them.
 
     Raises:
         UlyssesError: If S < P.
@@ -49,7 +53,7 @@ class SequenceLayout:
 
     @cached_property
     def shares(self) -> tuple[int, ...]:
-        """Tokens per rank, S_r; they differ by at most one."""
+        """Tokens per rank, S_r. They differ by at most one."""
         return even_shares(self.seq_len, self.sp_size)
 
     @cached_property
@@ -59,21 +63,25 @@ class SequenceLayout:
 
     @cached_property
     def spans(self) -> tuple[slice, ...]:
-        """For each rank its tokens as a slice of the whole sequence."""
+        """For each rank its tokens as a Python slice of the whole sequence."""
         return tuple(slice(begin, begin + share) for begin, share in zip(self.starts, self.shares, strict=True))
 
 
 def runs_from_starts(begins: list[int], seq_len: int) -> Runs:
-    """Documents from the positions where they begin; the first is taken to begin at 0."""
+    """Documents from the indices where they begin. The first document always begins at 0."""
+    # The set drops documents without a token: their edges are equal.
     edges = [*sorted({0, *begins}), seq_len]
     return tuple((begin, end) for begin, end in pairwise(edges) if begin < end)
 
 
 def cu_seqlens_to_runs(cu_seqlens: list[int], seq_len: int) -> Runs:
-    """Documents from cumulative lengths; what lies behind the last one is a document of its own.
+    """Documents from cumulative lengths. Tokens after the last document form a document of their own.
+
+    Example:
+        [0, 2, 5] in a row of 6 tokens gives the documents (0, 2), (2, 5) and (5, 6).
 
     Raises:
-        UlyssesError: If the lengths do not start at 0, do not grow, or end behind S.
+        UlyssesError: If the lengths do not start at 0, fall, or end after S.
     """
     grows = all(left <= right for left, right in pairwise(cu_seqlens))
     if not cu_seqlens or cu_seqlens[0] != 0 or not grows or cu_seqlens[-1] > seq_len:

@@ -1,4 +1,4 @@
-"""Which keys a query may see, without a mask tensor."""
+"""Describes an attention mask over the whole sequence by a few numbers instead of a tensor."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from lightning_ulysses.geometry.layout import Runs
 
 @dataclass(frozen=True)
 class MaskSpec:
-    """Which keys a query may see, without a mask tensor.
+    """The keys that each query sees. All conditions hold together.
 
     Args:
         causal: Query i sees keys up to i.
-        window: Query i sees keys after i - window only.
-        documents: Per row, the documents that must not see each other.
-        valid: Per row, the runs of keys that a padding mask keeps.
-        num_padding: Keys at the end of every row that nothing may see.
-        ahead: With ``window`` and without ``causal``, query i sees keys up to i + ahead only.
-        chunk: Queries see keys of their own chunk of so many tokens only, counted from the start of the document, or
-            behind the left padding of the row.
+        window: Sliding window. Query i sees only keys after i - window.
+        documents: For each row its documents. A query sees only keys of its own document.
+        valid: For each row the runs of keys that a padding mask keeps.
+        num_padding: Keys at the end of every row that no query sees.
+        ahead: With ``window`` and without ``causal``, query i sees only keys up to i + ahead.
+        chunk: A query sees only keys of its own chunk of so many tokens. Chunks are counted from the start of the
+            document, after the left padding of the row.
     """
 
     causal: bool
@@ -37,7 +37,7 @@ class MaskSpec:
 
     @cached_property
     def reach(self) -> tuple[int, int] | None:
-        """How many keys before and behind it a query sees; None if that is not limited."""
+        """How many keys before its own and how many after it a query sees; None if there is no window."""
         if self.window is None:
             return None
         return self.window - 1, 0 if self.causal else self.ahead or 0

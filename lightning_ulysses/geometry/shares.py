@@ -1,4 +1,4 @@
-"""How a whole is dealt out in shares that differ by at most one."""
+"""Divides tokens or heads over ranks as evenly as possible."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from functools import lru_cache
 
 @lru_cache(maxsize=1024)
 def even_shares(total: int, parts: int) -> tuple[int, ...]:
-    """Splits ``total`` into ``parts`` whole numbers that differ by at most one, the larger ones first."""
+    """Splits ``total`` into ``parts`` integers that differ by at most one, the larger ones first: 7 in 3 is 3, 2, 2."""
     base, extra = divmod(total, parts)
     return tuple(base + (part < extra) for part in range(parts))
 

@@ -1,4 +1,4 @@
-"""Where inside a model a sequence is split and joined: what a user writes, understood and checked."""
+"""Reads and checks a plan: where inside a model the sequence is split and joined."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 
 from lightning_ulysses.errors import UlyssesError
 
+# Name or index of an input -> the dimension that carries the sequence; None for the only one of the right length.
 Dims = Mapping[str, int | None]
+# Stands for an output that is one tensor and therefore has no index or key.
 ONLY_OUTPUT = ""
 
 
@@ -16,21 +18,21 @@ ONLY_OUTPUT = ""
 class SequencePlan:
     """Where a model is split along the sequence, and where it is joined.
 
-    Names of submodules are patterns: parts between dots, each of which may hold ``*`` and ``?``. They count from a
-    model that lies anywhere below the LightningModule: ``transformer.h.*`` is also ``self.gpt.transformer.h.0``. All
-    patterns of a plan count from the same model.
+    Submodules are named by patterns. A pattern consists of parts between dots, and each part may hold ``*`` and ``?``.
+    Patterns are relative to a model anywhere below the LightningModule: ``transformer.h.*`` matches
+    ``self.gpt.transformer.h.0``. All patterns of a plan are relative to the same model.
 
     Attributes:
-        split: For submodules the inputs that carry the sequence, by name of the parameter or by position, with the
-            dimension. The first of them to be called begins the region in which each rank holds its slice. ``None`` is
-            the only dimension that is as long as the sequence.
-        join: For submodules the outputs that carry it, by index or key; ``""`` for an output that is one tensor. The
-            region ends there. Without any, it ends with the step.
-        local: Submodules inside a region whose attention is plain, since its keys are whole on every rank, such as
-            cross-attention to a text.
-        whole: Keys of the batch (or indices of a tuple, as strings) that every rank gets whole. With ``join`` the
-            whole batch is.
-        is_family: Fits several models: a pattern or an input that a model does not have is passed over.
+        split: For each submodule the inputs that carry the sequence, by parameter name or position, with their
+            dimension. The first of these submodules to be called begins the region in which each rank holds its slice.
+            A dimension of ``None`` stands for the only one that is as long as the sequence.
+        join: For each submodule the outputs that carry the sequence, by index or key, with their dimension. ``""``
+            stands for an output that is one tensor. The region ends there. Without ``join``, it ends with the step.
+        local: Submodules inside a region whose attention is plain, because its keys are whole on every rank. An example
+            is cross-attention to a text.
+        whole: Keys of the batch (or indices of a tuple, as strings) that every rank gets whole. With ``join``, every
+            rank gets the whole batch.
+        is_family: Whether the plan fits several models. Patterns and inputs that a model lacks are then ignored.
     """
 
     split: Mapping[str, Dims]
@@ -42,6 +44,7 @@ class SequencePlan:
     def __post_init__(self) -> None:
         if not self.split:
             raise _error("nothing to split", "name at least one submodule and its inputs under split")
+        # With a join every rank gets the whole batch, so there is nothing to list.
         if self.join and self.whole:
             raise _error(
                 "both join and whole", "drop whole: where the sequence is joined again, every rank gets the whole batch"
@@ -54,7 +57,7 @@ class SequencePlan:
 
 
 _LITGPT: dict[str, Dims] = {"transformer.h.*": {"x": 1, "cos": -2, "sin": -2}}
-# Parameters of the blocks of many models: tokens, and positions in whatever shape they come.
+# Inputs of the blocks of many diffusers models: tokens, and position embeddings of various shapes.
 _BLOCK: Dims = {
     "hidden_states": 1,
     "rotary_emb": None,
@@ -68,6 +71,7 @@ SHIPPED: dict[str, SequencePlan] = {
     "diffusers": SequencePlan(
         {"transformer_blocks.*": _BLOCK, "blocks.*": _BLOCK},
         {"proj_out": {ONLY_OUTPUT: 1}, "proj_out_2": {ONLY_OUTPUT: 1}},
+        # attn2 is the cross-attention to the text, whose keys every rank holds whole.
         local=("transformer_blocks.*.attn2", "blocks.*.attn2"),
         is_family=True,
     ),
@@ -81,14 +85,14 @@ def _error(got: str, fix: str) -> UlyssesError:
 
 
 def read_plan(plan: str | Mapping[str, Any] | SequencePlan | None) -> SequencePlan | None:
-    """The plan that a user's argument stands for.
+    """Turns the strategy's argument ``plan`` into a `SequencePlan`.
 
     Args:
-        plan: None, the name of a shipped plan, or a mapping with ``split`` and ``join``, ``local`` or ``whole``, as
-            YAML can write it.
+        plan: None, the name of a shipped plan, or a mapping with ``split`` and ``join``, ``local`` or ``whole``, such
+            as one from YAML.
 
     Raises:
-        UlyssesError: If it is none of them, or contradicts itself.
+        UlyssesError: If it is none of these, or contradicts itself.
     """
     if plan is None or isinstance(plan, SequencePlan):
         return plan
@@ -118,6 +122,7 @@ def _mapping(key: str, value: Any) -> dict[str, Any]:
 
 
 def _dims(key: str, name: str, value: Any) -> dict[str, int]:
+    # type() and not isinstance(): True is an int for isinstance.
     good = isinstance(value, Mapping) and value and all(type(dim) is int for dim in value.values())
     if not good:
         raise _error(f"{key}[{name!r}]={value!r}", "give each of them its dimension, such as {hidden_states: 1}")
@@ -131,6 +136,7 @@ def _outputs(name: str, value: Any) -> dict[str, int]:
 def _names(key: str, value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
+    # A string is a sequence too, of letters.
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise _error(f"{key}={value!r}", f"write {key} as a list")
     return tuple(map(str, value))

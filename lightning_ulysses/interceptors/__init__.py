@@ -1,1 +1,1 @@
-"""One file for each caller of attention, dropout or checkpointing that is taken over while a batch is split."""
+"""One file for each library whose functions are patched or checked while a strategy is set up."""

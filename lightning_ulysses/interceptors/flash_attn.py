@@ -1,7 +1,7 @@
-"""Intercepts flash-attn 2, 3 and 4, and torch's own ``varlen_attn``.
+"""Intercepts flash-attn 2, 3 and 4, and torch's ``varlen_attn``.
 
-No package is needed or imported: only where the user's program has imported it are its functions replaced, wherever
-they are held. While a sequence is split, our kernels compute what theirs would.
+flash-attn is neither required nor imported. If the user's program has imported it, its functions are replaced
+everywhere. While a sequence is split, our kernels compute the same attention.
 
 Sources: flash-attn ``flash_attn_interface.py``, ``hopper/flash_attn_interface.py``, ``flash_attn/cute/interface.py``;
 torch ``nn/attention/varlen.py``.
@@ -37,7 +37,7 @@ _MODULES = (
     "flash_attn_interface",
     "torch.nn.attention.varlen",
 )
-# What torch calls the arguments of flash-attn.
+# torch's names of arguments -> flash-attn's names.
 _ALIASES = {
     "query": "q",
     "key": "k",
@@ -47,7 +47,7 @@ _ALIASES = {
     "scale": "softmax_scale",
     "is_causal": "causal",
 }
-# Arguments that change the result, and stand for nothing as long as they are false.
+# Arguments that change the result. They are accepted only if they are false, empty or None.
 _UNSUPPORTED = (
     "qv",
     "attention_chunk",
@@ -79,11 +79,13 @@ def refuse(name: str, what: str, expected: str) -> UlyssesError:
 
 
 def _mask(name: str, given: Arguments) -> MaskSpec:
-    """What ``causal`` and ``window_size`` mean."""
+    """The mask that ``causal`` and ``window_size`` describe."""
     for key in _UNSUPPORTED:
+        # Tensors count as given: bool() of one fails or reads it from the device.
         value = given.get(key)
         if isinstance(value, Tensor) or (any(value) if isinstance(value, tuple) else value):
             raise refuse(name, key, "plain softmax attention")
+    # -1 or None: no limit on this side.
     left, right = (-1 if side is None else side for side in given.get("window_size") or (-1, -1))
     causal = _is_causal(given)
     if not causal and (left >= 0) != (right >= 0):
@@ -93,6 +95,7 @@ def _mask(name: str, given: Arguments) -> MaskSpec:
 
 
 def _is_causal(given: Arguments) -> bool:
+    # A window with no keys after the query is causal as well.
     return bool(given.get("causal")) or (given.get("window_size") or (-1, -1))[1] == 0
 
 
@@ -110,6 +113,7 @@ def _tensors(given: Arguments) -> tuple[Tensor, Tensor, Tensor]:
         # (..., S_r, 3, H, D) -> 3 times (..., S_r, H, D)
         q, k, v = given["qkv"].unbind(-3)
     elif "kv" in given:
+        # (..., S_r, 2, H_kv, D) -> 2 times (..., S_r, H_kv, D)
         q, (k, v) = given["q"], given["kv"].unbind(-3)
     else:
         q, k, v = given["q"], given["k"], given["v"]
@@ -117,14 +121,14 @@ def _tensors(given: Arguments) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _documents(name: str, given: Arguments, tokens: int, layout: SequenceLayout, share: int) -> tuple[Runs, ...]:
-    """The documents of the whole row that so many packed ``tokens`` are a slice of."""
+    """The documents of the whole row, of which the call has ``tokens`` tokens as its slice."""
     edges: Any = given.get("cu_seqlens", given.get("cu_seqlens_q"))
     others: Any = given.get("cu_seqlens_k")
     others = edges if others is None else others
     length = layout.seq_len
     runs = document_runs(edges, length) if tokens == share else None
     same = others is edges or (runs is not None and document_runs(others, length) == runs)
-    # One document more than it names: it ends before the row does, and only padding may lie there.
+    # `runs` has a document more than `edges` names if `edges` ends before the row. Only padding may be there.
     is_short = runs is not None and len(runs) >= edges.numel() and not layout.num_padding
     if runs is None or not same or is_short:
         raise UlyssesError(
@@ -138,7 +142,7 @@ def _documents(name: str, given: Arguments, tokens: int, layout: SequenceLayout,
 def _wrap(context: SequenceContext, original: Callable[..., Any]) -> Callable[..., Any]:
     signature, name = inspect.signature(original), original.__name__
     packed = "varlen" in name
-    # Where it cannot be asked for the log-sum-exp under this name, flash-attn returns a pair in any case.
+    # Versions of flash-attn without this argument always return (output, log-sum-exp).
     pair = name != "varlen_attn" and "return_attn_probs" not in signature.parameters
 
     def write(out: Tensor) -> Any:
@@ -148,6 +152,7 @@ def _wrap(context: SequenceContext, original: Callable[..., Any]) -> Callable[..
         return (out, None) if pair else out
 
     def read(*args: Any, **kwargs: Any) -> AttentionCall:
+        # Bound by name, since a caller may pass any argument by position.
         call = signature.bind(*args, **kwargs)
         call.apply_defaults()
         given = {_ALIASES.get(key, key): value for key, value in call.arguments.items()}
@@ -177,13 +182,13 @@ def replace_imported(
     is_wanted: Callable[[str], bool],
     wrap: Callable[[SequenceContext, Callable[..., Any]], Callable[..., Any]],
 ) -> Handle:
-    """Replaces functions of modules that have been imported, wherever they are held; only where P > 1.
+    """Replaces functions of imported modules wherever they are held. Does nothing if P = 1.
 
     Args:
-        context: Where the step stands.
-        root: The user's LightningModule, in which references to the functions are looked for.
+        context: Tells what is split at this moment.
+        root: The user's LightningModule. References to the functions are replaced in it as well.
         modules: Names of modules that may hold the functions.
-        is_wanted: Tells by the name whether a function is to be replaced.
+        is_wanted: Decides by its name whether a function is replaced.
         wrap: Makes the replacement of a function.
 
     Returns:
@@ -196,8 +201,10 @@ def replace_imported(
     for module in (sys.modules[name] for name in modules if name in sys.modules):
         for name, function in list(vars(module).items()):
             if is_wanted(name) and inspect.isfunction(function):
+                # One replacement for each function, however many modules hold it.
                 found.setdefault(function, wrap(context, function))
     for original, replacement in found.items():
+        # `rebind` leaves torch's own modules alone.
         if original.__module__ == "torch.nn.attention.varlen":
             handle.patch(sys.modules[original.__module__], original.__name__, replacement)
         rebind(handle, root, original, replacement)
@@ -205,16 +212,17 @@ def replace_imported(
 
 
 def _is_attention(name: str) -> bool:
+    # Functions with a key/value cache are for generation, which runs unsharded.
     is_flash = name.startswith("flash_attn_") and name.endswith("_func") and "kvcache" not in name
     return is_flash or name == "varlen_attn"
 
 
 def install(context: SequenceContext, root: nn.Module) -> Handle:
-    """Replaces what has been imported, where P > 1.
+    """Replaces the functions that have been imported. Does nothing if P = 1.
 
     Args:
-        context: Where the step stands.
-        root: The user's LightningModule, in which references to the functions are looked for.
+        context: Tells what is split at this moment.
+        root: The user's LightningModule. References to the functions are replaced in it as well.
 
     Returns:
         A handle whose ``remove()`` restores everything.

@@ -1,4 +1,4 @@
-"""All interceptors, installed and removed together."""
+"""Installs and removes all interceptors together."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ from lightning_ulysses.upstream.deepspeed import keep_checkpoint_inputs
 
 
 def install_interceptors(context: SequenceContext, module: nn.Module, zero_stage_3: bool) -> Handle:
-    """Patches everything that a step may call.
+    """Patches all functions that a step may call.
 
     Args:
-        context: Where the step stands.
+        context: Tells what is split at this moment.
         module: The user's LightningModule.
         zero_stage_3: Whether every forward gathers parameters from all ranks.
 
     Returns:
-        One handle; ``remove()`` restores everything.
+        A handle whose ``remove()`` restores everything.
 
     Raises:
-        UlyssesError: For a model that cannot be made exact; only where P > 1.
+        UlyssesError: For a model that cannot be made exact, if P > 1.
     """
     handle = Handle()
     try:
@@ -49,7 +49,7 @@ def install_interceptors(context: SequenceContext, module: nn.Module, zero_stage
 def _install(handle: Handle, context: SequenceContext, module: nn.Module, zero_stage_3: bool) -> None:
     if context.mesh.sp_size > 1:
         check_adapters(module)
-    # What has been compiled so far holds the functions that are replaced here, and what will be, their replacements.
+    # Compiled graphs hold the original functions, and later ones will hold the patches. So both are dropped.
     torch.compiler.reset()
     handle.add(torch.compiler.reset)
     handle.add(keep_checkpoint_inputs().remove)
@@ -62,7 +62,7 @@ def _install(handle: Handle, context: SequenceContext, module: nn.Module, zero_s
     handle.add(torch_flex.install(context, module).remove)
     if context.plan is not None:
         handle.add(regions.install(context, module, context.plan).remove)
-    # A module that holds a transformers model has imported it; nobody else pays for the import.
+    # If the module contains a transformers model, the package has been imported. Otherwise it is not needed.
     if "transformers.modeling_utils" in sys.modules:
         from lightning_ulysses.interceptors.transformers import attention
 

@@ -1,4 +1,4 @@
-"""Refuses adapters of peft that put tokens of their own in front of the sequence."""
+"""Refuses adapters of peft that add tokens of their own before the sequence."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from lightning_ulysses.errors import UlyssesError
 
 
 def check_adapters(root: nn.Module) -> None:
-    """Looks at every peft model below ``root``.
+    """Checks every peft model below ``root``.
 
     Raises:
-        UlyssesError: For prompt and prefix tuning, whose virtual tokens every rank would put in front of its own slice.
+        UlyssesError: For prompt and prefix tuning. Every rank would add the virtual tokens before its own slice.
     """
+    # A module with a peft model has imported peft.
     peft = sys.modules.get("peft")
     if peft is None:
         return

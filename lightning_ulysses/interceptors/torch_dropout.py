@@ -1,4 +1,4 @@
-"""Dropout of tokens that each rank draws for its own slice, see `attention.draws`."""
+"""Makes dropout of activations differ between the ranks of a group, see `attention.draws`."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from lightning_ulysses.patching.handle import Handle
 
 
 def _carries_tokens(x: Tensor, batch: LocalBatch, share: int) -> bool:
-    """Whether one of the dimensions is as long as this rank's slice, or as its slices of all rows."""
+    """Whether some dimension is S_r or B * S_r long."""
     return share in x.shape or batch.rows * share in x.shape
 
 
 def install(context: SequenceContext) -> Handle:
-    """Has dropout draw for this rank's tokens alone, where P > 1; in what is compiled it stays as it is.
+    """Patches dropout so that each rank draws for its own tokens. Does nothing if P = 1.
 
-    Dropout of a tensor without tokens, such as a condition for the whole sample, is the same on all ranks of a group.
-    So is dropout of whole channels.
+    A tensor without tokens, such as a condition of the whole sample, gets the same dropout on all ranks of a group. So
+    does dropout of whole channels. Inside compiled graphs dropout is not changed.
 
     Returns:
         A handle whose ``remove()`` restores everything.
@@ -32,6 +32,7 @@ def install(context: SequenceContext) -> Handle:
     def wrap(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @functools.wraps(original)
         def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+            # `own_draws` seeds a generator, which a compiled graph cannot do.
             if torch.compiler.is_compiling() or not training or not p:
                 return original(input, p, training, inplace)
             batch = context.split
@@ -45,6 +46,7 @@ def install(context: SequenceContext) -> Handle:
     handle = Handle()
     functional: Any = torch.nn.functional
     if context.mesh.sp_size > 1:
+        # dropout1d to dropout3d drop whole channels and are left alone.
         for name in ("dropout", "alpha_dropout"):
             handle.patch(functional, name, wrap(getattr(functional, name)))
     return handle

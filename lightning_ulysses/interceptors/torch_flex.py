@@ -1,7 +1,8 @@
-"""Intercepts ``torch.nn.attention.flex_attention.flex_attention``, compiled copies of it among them.
+"""Intercepts ``torch.nn.attention.flex_attention.flex_attention``, including compiled copies of it.
 
-Its functions of a score and a mask count heads and positions: on a whole sequence positions are right, and heads are
-counted on from this rank's first one. A `BlockMask` has to be that of the whole sequence.
+Its score and mask functions get indices of heads and positions. After the exchange each rank has the whole sequence, so
+positions are right. Head indices are shifted by the first head of this rank. A `BlockMask` must cover the whole
+sequence.
 
 Source: torch ``nn/attention/flex_attention.py``.
 """
@@ -33,10 +34,11 @@ Mod = Callable[..., Tensor]
 
 
 def _check_block_mask(block_mask: BlockMask | None, num_heads: int, layout: SequenceLayout) -> None:
-    """Raises `UlyssesError` unless it is one of the whole sequence."""
+    """Raises `UlyssesError` unless the mask covers the whole sequence."""
     if block_mask is None:
         return
     real = layout.real_len
+    # A mask has no padding of this package, so its length is the real one.
     lengths, heads = tuple(block_mask.seq_lengths), block_mask.kv_num_blocks.shape[1]
     if lengths != (real, real) or heads not in (1, num_heads):
         raise UlyssesError(
@@ -48,7 +50,7 @@ def _check_block_mask(block_mask: BlockMask | None, num_heads: int, layout: Sequ
 
 
 def _shifted(mod: Mod, first: int, heads_at: int) -> Mod:
-    """``mod`` with its argument number ``heads_at`` counted from this rank's first head."""
+    """``mod`` with ``first`` added to its argument number ``heads_at``, the index of the head."""
 
     def shifted(*args: Tensor) -> Tensor:
         return mod(*args[:heads_at], args[heads_at] + first, *args[heads_at + 1 :])
@@ -57,9 +59,10 @@ def _shifted(mod: Mod, first: int, heads_at: int) -> Mod:
 
 
 def _of_heads(block_mask: BlockMask, heads: slice) -> BlockMask:
-    """The part of a mask that belongs to some of the query heads."""
+    """The part of a mask for some of the query heads."""
     from torch.nn.attention.flex_attention import BlockMask
 
+    # A mask with one head is for all heads.
     def cut(tensor: Tensor | None) -> Any:
         return tensor if tensor is None or tensor.shape[1] == 1 else tensor[:, heads]
 
@@ -77,12 +80,12 @@ def _of_heads(block_mask: BlockMask, heads: slice) -> BlockMask:
 
 @dataclass(frozen=True)
 class Flex:
-    """What a call of ``flex_attention`` computes over the whole sequence.
+    """The computation of a ``flex_attention`` call over the whole sequence.
 
     Args:
         original: The function, or a compiled copy of it.
-        score_mod: Changes scores.
-        block_mask: Which keys each query sees.
+        score_mod: The function that changes scores.
+        block_mask: The keys that each query sees.
         layout: The geometry of the batch.
         settings: Further arguments of the call.
     """
@@ -97,17 +100,20 @@ class Flex:
         self, q: Tensor, k: Tensor, v: Tensor, heads: slice, kv_index: tuple[int, ...] | None, mesh: SequenceMesh
     ) -> Tensor:
         """See `attention.call.Meaning`."""
+        # Without the padding that this package added, which the mask does not cover.
         q, k, v = (t[:, :, : self.layout.real_len] for t in (q, k, v))
-        # Fused kernels want equal groups, of a size that is a power of two.
+        # Fused kernels need groups of equal size, and the size must be a power of two. Otherwise heads are copied.
         if kv_index is None and (ratio := q.shape[1] // k.shape[1]) & (ratio - 1):
             kv_index = tuple(head // ratio for head in range(q.shape[1]))
         if kv_index is not None:
             index = torch.tensor(kv_index, device=k.device)
             k, v = k.index_select(1, index), v.index_select(1, index)
+        # A score function gets (score, batch, head, ...), a mask function (batch, head, ...).
         score = None if self.score_mod is None else _shifted(self.score_mod, heads.start, 2)
         mask = None if self.block_mask is None else _of_heads(self.block_mask, heads)
         is_grouped = q.shape[1] != k.shape[1]
         out: Tensor = self.original(q, k, v, score, mask, enable_gqa=is_grouped, **self.settings)
+        # (B, H_r, S without padding, D_v) -> (B, H_r, S, D_v)
         return nn.functional.pad(out, (0, 0, 0, self.layout.num_padding))
 
 
@@ -125,6 +131,7 @@ def _wrap(context: SequenceContext, original: Callable[..., Any]) -> Callable[..
         **kwargs: Any,
     ) -> AttentionCall:
         def meaning(batch: LocalBatch, known: MaskSpec | None) -> Flex:
+            # The log-sum-exp would have to be exchanged like the output.
             if return_lse or any(kwargs.get("return_aux") or ()):
                 raise UlyssesError(
                     "flex_attention that returns the log-sum-exp or the largest scores",
@@ -137,7 +144,7 @@ def _wrap(context: SequenceContext, original: Callable[..., Any]) -> Callable[..
 
         return AttentionCall(query, key, value, meaning)
 
-    # Not kept out of compiled graphs: a compiled copy has to stay compiled inside.
+    # Without `takes_over`, which would run the function eagerly: a compiled copy must stay compiled inside.
     @functools.wraps(original)
     def flex_attention(*args: Any, **kwargs: Any) -> Any:
         batch = context.described
@@ -149,11 +156,11 @@ def _wrap(context: SequenceContext, original: Callable[..., Any]) -> Callable[..
 
 
 def install(context: SequenceContext, root: nn.Module) -> Handle:
-    """Replaces the function and every compiled copy of it, where P > 1.
+    """Replaces the function and every compiled copy of it. Does nothing if P = 1.
 
     Args:
-        context: Where the step stands.
-        root: The user's LightningModule, in which references to the function are looked for.
+        context: Tells what is split at this moment.
+        root: The user's LightningModule. References to the function are replaced in it as well.
 
     Returns:
         A handle whose ``remove()`` restores everything.
@@ -163,6 +170,7 @@ def install(context: SequenceContext, root: nn.Module) -> Handle:
         import torch.nn.attention.flex_attention as package
 
         original = package.flex_attention
+        # Each compiled copy keeps its own replacement, which calls that copy.
         for function in compiled_copies(root, original):
             rebind(handle, root, function, _wrap(context, function))
         replacement = _wrap(context, original)

@@ -1,8 +1,8 @@
-"""Keeps ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` on the path that is intercepted.
+"""Makes ``nn.MultiheadAttention`` and ``nn.TransformerEncoderLayer`` call ``scaled_dot_product_attention``.
 
-Both reach ``scaled_dot_product_attention`` except in two cases: PyTorch's fused inference path, which is switched off
-while a strategy is set up, and attention weights (``need_weights=True``, the default). Nobody gets those: None comes
-back in their place, and the output is the same.
+They do so except in two cases. PyTorch has a fused inference path, which is switched off while a strategy is set up.
+And ``need_weights=True``, the default, asks for attention weights. While a sequence is split, None is returned in place
+of the weights, and the output is the same.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from lightning_ulysses.patching.handle import Handle
 
 
 def install(context: SequenceContext) -> Handle:
-    """Guards ``torch.nn.functional.multi_head_attention_forward``.
+    """Patches ``torch.nn.functional.multi_head_attention_forward``.
 
     Args:
-        context: Where the step stands.
+        context: Tells what is split at this moment.
 
     Returns:
         A handle whose ``remove()`` restores the function and the fused path.
@@ -31,6 +31,7 @@ def install(context: SequenceContext) -> Handle:
 
     @context.takes_over(original)
     def multi_head_attention_forward(*args: Any, **kwargs: Any) -> Any:
+        # Packed documents on one rank: nothing is exchanged here, and the weights stay available.
         if context.split is None and not context.place.is_tried:
             return original(*args, **kwargs)
         call = signature.bind(*args, **kwargs)

@@ -32,9 +32,11 @@ def _read(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> AttentionCall:
+    # Documents of the batch do not count here: the caller decides by its mask what tokens see.
     def meaning(batch: LocalBatch, known: MaskSpec | None) -> Softmax:
         spec = MaskSpec(is_causal, num_padding=batch.layout.num_padding)
         spec, bias = read_mask(batch, known, attn_mask, spec)
+        # More dimensions usually mean attention along another one than the sequence.
         if query.dim() not in (3, 4):
             raise UlyssesError(
                 f"scaled_dot_product_attention on a query of shape {tuple(query.shape)}",
@@ -51,11 +53,11 @@ def _read(
 
 
 def install(context: SequenceContext, root: nn.Module | None = None) -> Handle:
-    """Routes the function's calls while a strategy is set up.
+    """Patches the function while a strategy is set up.
 
     Args:
-        context: Where the step stands.
-        root: The user's LightningModule, in which references to the function are looked for.
+        context: Tells what is split at this moment.
+        root: The user's LightningModule. References to the function are replaced in it as well.
 
     Returns:
         A handle whose ``remove()`` restores the original function.

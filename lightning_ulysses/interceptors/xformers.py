@@ -1,7 +1,7 @@
 """Intercepts xformers' ``memory_efficient_attention``.
 
-No package is needed or imported: only where the user's program has imported it is its function replaced, wherever it is
-held. While a sequence is split, our kernels compute what its own would.
+xformers is neither required nor imported. If the user's program has imported it, the function is replaced everywhere.
+While a sequence is split, our kernels compute the same attention.
 
 Source: xformers ``ops/fmha/__init__.py``.
 """
@@ -34,6 +34,7 @@ def _read(
     **kwargs: Any,
 ) -> AttentionCall:
     mask = attn_bias if isinstance(attn_bias, Tensor) else None
+    # By name, since xformers is not imported here.
     causal = type(attn_bias).__name__ == "LowerTriangularMask"
 
     def meaning(batch: LocalBatch, known: MaskSpec | None) -> Softmax:
@@ -59,11 +60,11 @@ def _wrap(context: SequenceContext, original: Callable[..., Any]) -> Callable[..
 
 
 def install(context: SequenceContext, root: nn.Module) -> Handle:
-    """Replaces the function where it has been imported and P > 1.
+    """Replaces the function if it has been imported. Does nothing if P = 1.
 
     Args:
-        context: Where the step stands.
-        root: The user's LightningModule, in which references to the function are looked for.
+        context: Tells what is split at this moment.
+        root: The user's LightningModule. References to the function are replaced in it as well.
 
     Returns:
         A handle whose ``remove()`` restores everything.

@@ -1,1 +1,1 @@
-"""The exact loss of a step that is spread over micro-batches and ranks."""
+"""The exact loss of an optimizer step over all its micro-batches and ranks."""

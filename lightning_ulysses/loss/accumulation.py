@@ -1,4 +1,4 @@
-"""The micro-batches of one optimizer step, counted before its first backward."""
+"""The targets of an accumulation window, counted before its first backward."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class AccumulationWindow:
-    """What is known about an optimizer step before its first backward.
+    """The micro-batches of one optimizer step, on one data-parallel rank.
 
     Args:
-        size: Micro-batches in it; fewer than ``accumulate_grad_batches`` at the end of an epoch.
-        totals: For each tensor that may hold the targets, those of this data-parallel rank's micro-batches.
-        counts: The same per micro-batch, to notice a batch that changes after it was counted.
+        size: Number of micro-batches. At the end of an epoch it may be less than ``accumulate_grad_batches``.
+        totals: The number of targets in all micro-batches, for each tensor that may hold them.
+        counts: The same for each micro-batch, to notice a batch that changes after it was counted.
     """
 
     size: int

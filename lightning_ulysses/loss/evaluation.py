@@ -1,4 +1,4 @@
-"""The exact loss of an evaluation, also while it is open which tensor holds the targets."""
+"""The exact loss of an evaluation, even if it is not known yet which tensor holds the targets."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lightning_ulysses.geometry.layout import SequenceLayout
 from lightning_ulysses.loss.targets import choose_names, counts_agree, score_names
 from lightning_ulysses.loss.token_mean import TokenMean
 
-# Batches whose cross entropies are looked at; more would wait for the device each time.
+# Batches whose cross entropies are compared with the targets. Each comparison waits for the device.
 _LOOKED_AT = 3
 
 
 @dataclass
 class _Word:
-    """What a rank tells the others of one dataloader: scores of the names that all its batches had."""
+    """A rank's message about one dataloader: a score for each tensor that all its batches had."""
 
     scores: dict[str, int] | None
     all_equal: bool
@@ -30,13 +30,13 @@ class _Word:
 class EvaluationLoss:
     """The mean over the targets of one evaluation dataloader.
 
-    Ranks may get different numbers of batches, so nothing is exchanged before the end. Until then there is one mean for
+    Ranks may get different numbers of batches, so nothing is exchanged before the end. Until then, one mean is kept for
     each tensor that may hold the targets.
 
     Args:
-        name: The tensor with the targets, where training has settled it.
-        by_targets: Whether batches weigh by their targets; otherwise all weigh the same.
-        device: Of the losses.
+        name: The tensor with the targets, if training has settled it.
+        by_targets: Whether batches are weighted by their number of targets. Otherwise all have the same weight.
+        device: The device of the losses.
     """
 
     def __init__(self, name: str | None, by_targets: bool, device: torch.device) -> None:
@@ -50,24 +50,27 @@ class EvaluationLoss:
         self._batches = 0
 
     def add(self, loss: Tensor, live: LocalBatch) -> None:
-        """Adds the mean over a rank's targets of one batch."""
+        """Adds the loss of one batch: the mean over the targets of this rank."""
+        # Without weighting by targets, each batch counts as one target under an empty name.
         counts = live.counts if self._by_targets else {"": 1.0}
         if self._name is not None and self._name in counts:
             counts = {self._name: counts[self._name]}
         if self._means is None:
             self._means = {name: TokenMean().to(self._device) for name in counts}
             self._first = live
+        # A tensor that one batch lacks cannot hold the targets of all.
         self._means = {name: mean for name, mean in self._means.items() if name in counts}
         for name, mean in self._means.items():
             mean.update(loss, counts[name])
         if self._name is None and self._by_targets and self._batches < _LOOKED_AT:
             for name, score in score_names(live, counts).items():
+                # A name must explain every batch, so its worst score counts.
                 self._scores[name] = min(score, self._scores.get(name, score))
             self._all_equal &= counts_agree(live)
         self._batches += 1
 
     def word(self) -> _Word:
-        """For the other ranks."""
+        """This rank's message to the other ranks."""
         if self._means is None:
             return _Word(None, True)
         return _Word({name: self._scores.get(name, 0) for name in self._means}, self._all_equal)
@@ -76,7 +79,7 @@ class EvaluationLoss:
         """The mean over all ranks; a collective.
 
         Args:
-            words: Of all ranks.
+            words: The messages of all ranks.
 
         Returns:
             () float32, or None if no rank has added anything.
@@ -91,14 +94,15 @@ class EvaluationLoss:
         scores = {name: min(each[name] for each in known) for name in names}
         wanted = self._name if self._by_targets else ""
         if wanted is None or wanted not in names:
-            # A rank without a batch says the same in fewer words.
+            # `live` is only used for an error message. A rank without a batch passes an empty one.
             live = self._first or LocalBatch(SequenceLayout(1, 1))
             wanted = choose_names(scores, all(word.all_equal for word in words), live)[0][0]
+        # `compute` is a collective of torchmetrics: a rank without a batch takes part with an empty mean.
         return (self._means or {}).get(wanted, TokenMean().to(self._device)).compute()
 
 
 def compute_all(losses: Sequence[EvaluationLoss]) -> list[Tensor | None]:
-    """`EvaluationLoss.compute` for every dataloader; one exchange of what ranks know."""
+    """`EvaluationLoss.compute` for every dataloader, after one exchange of all messages."""
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, [loss.word() for loss in losses])
     return [loss.compute([words[index] for words in everyone]) for index, loss in enumerate(losses)]

@@ -1,4 +1,4 @@
-"""What a step's losses show of its targets, noted while it is open which tensor holds them."""
+"""Evidence of which tensor holds the targets: the cross entropies that a step computes."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 @dataclass
 class TargetEvidence:
-    """What a cross entropy of the step was computed on, and its result.
+    """One loss that a step computes: its targets and result, or only the name of its targets.
 
     Attributes:
-        target: The targets.
-        ignore_index: The one that counts as none.
-        is_mean: Whether it is a mean over them; else ``value`` is their sum, or has one entry for each.
-        name: Of the tensor with the targets, where that is known for certain.
+        target: The argument ``target``.
+        ignore_index: The label that counts as no target.
+        is_mean: Whether ``value`` is a mean over the targets. Otherwise it is a sum, or has one entry for each target.
+        name: The name of the tensor with the targets, if it is known for certain.
         value: The result.
     """
 
@@ -28,11 +28,12 @@ class TargetEvidence:
 
 @dataclass
 class LossEvidence:
-    """A note about a batch.
+    """A note on a batch.
 
     Attributes:
-        found: The losses computed so far, as far as they are noted.
-        has_whole_part: Whether a part of the loss is that of the whole batch on every rank, such as a router's.
+        found: The losses recorded so far. Cross entropies are recorded only while `LossWatch.is_open`.
+        has_whole_part: Whether some part of the loss is computed over the whole batch on every rank, such as the
+            auxiliary loss of a router.
     """
 
     found: list[TargetEvidence] = field(default_factory=list)
@@ -41,10 +42,10 @@ class LossEvidence:
 
 @dataclass
 class LossWatch:
-    """A note about a run.
+    """A note on a run.
 
     Attributes:
-        is_open: Whether it is open which tensor holds the targets, so that cross entropies are noted.
+        is_open: Whether cross entropies are recorded, since the tensor with the targets is not settled yet.
     """
 
     is_open: bool = False

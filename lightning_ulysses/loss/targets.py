@@ -1,7 +1,7 @@
-"""Which tensor of a batch the module's loss is a mean over, learnt from the losses that it computes.
+"""Finds out which tensor of a batch holds the targets of the loss, from the cross entropies that the step computes.
 
-A batch often offers more than one: ``labels`` and ``shift_labels`` differ by one target per row and rank. A weight from
-the wrong one would train almost, but not quite, right.
+Batches often have several candidates: ``labels`` and ``shift_labels`` differ by one target for each row and rank.
+Weights from the wrong tensor would give slightly wrong gradients.
 """
 
 from __future__ import annotations
@@ -20,17 +20,20 @@ from lightning_ulysses.loss.evidence import LossEvidence, LossWatch, TargetEvide
 from lightning_ulysses.patching.handle import Handle
 from lightning_ulysses.patching.outside_graphs import eager
 
+# Scores: the candidate contradicts the loss, may fit, has the right number of targets, has the same targets.
 _NO, _UNKNOWN, _COUNT, _CONTENT = range(4)
+# A candidate that is only the best one, and not certain, is settled after so many steps.
 _SETTLE_AFTER = 3
-# What a module shifts by itself.
+# Derived targets that the module does not get: it shifts its own tokens.
 _HIDDEN = ("shift_input_ids", "shift_batch")
-# Such a mean divides by the weights of its targets, not by their number.
+# With class weights a mean divides by the sum of the weights, not by the number of targets. No candidate fits.
 _CLASS_WEIGHTS = "class weights"
+# The labels that each mask belongs to.
 _LABELS_OF = {"loss_mask": ("labels", "shift_labels"), "shift_loss_mask": ("shift_labels",)}
 
 
 def install(context: SequenceContext) -> Handle:
-    """Notes the targets of cross entropies computed in a step, while it is open which tensor holds them."""
+    """Patches torch's cross entropies to record their targets, while the tensor with the targets is not settled."""
     handle = Handle()
     functional: Any = torch.nn.functional
     losses = context.notes.of(LossWatch)
@@ -39,8 +42,9 @@ def install(context: SequenceContext) -> Handle:
         @functools.wraps(original)
         def loss_of(input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             result = original(input, target, *args, **kwargs)
-            # Where a plan joins the sequence, the loss comes behind the region in which the batch is live.
+            # Not `context.region`: with a plan that joins, the loss is computed after the region.
             place = context.place
+            # Floating-point targets are class probabilities, which have no ignore_index.
             wanted = losses.is_open and not place.is_tried and not target.is_floating_point()
             if wanted and place.batch is not None:
                 _note(place.batch, result, target, *args, **kwargs)
@@ -55,11 +59,11 @@ def install(context: SequenceContext) -> Handle:
 
 @eager
 def _note(batch: LocalBatch, result: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> None:
-    """Keeps what a cross entropy was computed on; the further arguments are those of ``cross_entropy``."""
+    """Records a cross entropy. The further arguments are those of ``cross_entropy`` after ``target``."""
     if type(target).__module__.startswith("torch._subclasses"):
-        # A compiler that traces a graph calls by name what is in it.
+        # A FakeTensor: the compiler calls the function while it traces a graph.
         return
-    # Positional order behind the target: weight, size_average, ignore_index, reduce, reduction
+    # Positional arguments after the target: weight, size_average, ignore_index, reduce, reduction
     ignore_index = kwargs.get("ignore_index", args[2] if len(args) > 2 else -100)
     reduction = kwargs.get("reduction", args[4] if len(args) > 4 else "mean")
     weight = kwargs.get("weight", args[0] if args else None)
@@ -69,56 +73,59 @@ def _note(batch: LocalBatch, result: Tensor, target: Tensor, *args: Any, **kwarg
 
 
 def _explains(name: str, evidence: TargetEvidence, live: LocalBatch) -> int:
-    """How well the tensor ``name`` explains a mean over the targets of ``evidence``."""
+    """The score of tensor ``name`` for a mean over the targets of ``evidence``."""
     assert evidence.target is not None
     if float((evidence.target != evidence.ignore_index).sum()) != live.seen[name]:
         return _NO
     shard = live.shards.get(name)
     if shard is None or shard.numel() != evidence.target.numel():
         return _COUNT
+    # (B, S_r) -> (B * S_r,)
     aligned = shard.reshape(-1).to(evidence.target.device)
     return _CONTENT if torch.equal(aligned, evidence.target.reshape(-1).to(aligned.dtype)) else _COUNT
 
 
 def _score(name: str, evidence: TargetEvidence, live: LocalBatch) -> int:
-    """How well one candidate explains one loss."""
+    """The score of one candidate for one cross entropy."""
     if evidence.name is not None:
         return _CONTENT if evidence.name == name else _NO
     if evidence.is_mean:
         return _explains(name, evidence, live)
-    # The module takes the mean itself; which labels it used tells which mask belongs to them.
+    # The module takes the mean itself, with a mask that is not seen here. The labels tell which mask belongs to them.
     if name in _LABELS_OF:
         labels = next((label for label in _LABELS_OF[name] if label in live.seen), None)
         return _UNKNOWN if labels is None else max(_UNKNOWN, _explains(labels, evidence, live))
+    # If the batch has a mask, the module's mean goes by it.
     if name in _HIDDEN or any(mask in live.counts for mask in _LABELS_OF):
         return _NO
     if name == "tokens":
-        # Where the module masks its targets by hand, the cross entropy itself may well be over all tokens.
+        # No better score: a module that masks by hand computes the cross entropy over all tokens as well.
         return min(_UNKNOWN, _explains(name, evidence, live))
     return max(_UNKNOWN, _explains(name, evidence, live))
 
 
 def score_names(live: LocalBatch, names: Iterable[str]) -> dict[str, int]:
-    """How well each candidate explains all losses computed on a batch."""
+    """The score of each candidate for all cross entropies of a batch: its lowest one."""
     found = live.notes.of(LossEvidence).found
     return {
+        # Without any cross entropy, shifted tokens are no likely targets; everything else may be.
         name: min((_score(name, e, live) for e in found), default=_NO if name in _HIDDEN else _UNKNOWN)
         for name in names
     }
 
 
 def counts_agree(live: LocalBatch) -> bool:
-    """Whether it makes no difference which of the candidates holds the targets."""
+    """Whether all candidates have the same number of targets, so that any of them gives the same weights."""
     return len({count for name, count in live.counts.items() if name != "tokens"}) <= 1
 
 
 def choose_names(scores: Mapping[str, int], all_equal: bool, live: LocalBatch) -> tuple[list[str], bool]:
-    """The best candidates, any of which will do, and whether a single one is beyond doubt.
+    """The best candidates, of which any may be used, and whether a single one is certain.
 
     Args:
-        scores: Of each candidate, over all ranks.
+        scores: For each candidate its lowest score over all ranks.
         all_equal: Whether `counts_agree` on all ranks.
-        live: A batch, for the message.
+        live: A batch, for the error message.
 
     Raises:
         UlyssesError: If no candidate or no single one explains the loss.
@@ -130,6 +137,7 @@ def choose_names(scores: Mapping[str, int], all_equal: bool, live: LocalBatch) -
     if best == _NO:
         raise _unexplained(live)
     if best == _UNKNOWN:
+        # Without evidence, labels are more likely the targets than all tokens.
         chosen = [name for name in chosen if name != "tokens"] or chosen
     if len(chosen) > 1 and not all_equal:
         raise _ambiguous(chosen, live)
@@ -137,14 +145,14 @@ def choose_names(scores: Mapping[str, int], all_equal: bool, live: LocalBatch) -
 
 
 class TargetResolver:
-    """Settles, on all ranks alike, the name of the tensor that the loss is a mean over.
+    """Settles the name of the tensor that holds the targets, with the same result on all ranks.
 
     Args:
-        explicit: The user's answer, if any.
+        explicit: The strategy's argument ``targets``, if given.
         agree: Reduces a small int64 tensor to its minimum over all ranks.
 
     Attributes:
-        settled: The name, once it is certain.
+        settled: The name, as soon as it is certain.
     """
 
     def __init__(self, explicit: str | None, agree: Callable[[Tensor], Tensor]) -> None:
@@ -154,10 +162,10 @@ class TargetResolver:
         self._attempts = 0
 
     def resolve(self, live: LocalBatch, names: Iterable[str]) -> str:
-        """The name to weight by; a collective until it is settled.
+        """The name of the tensor with the targets; a collective until it is settled.
 
         Args:
-            live: The batch of the step, with the evidence collected.
+            live: The batch of the running step, with its evidence.
             names: The candidates that every rank has.
 
         Raises:
@@ -167,6 +175,7 @@ class TargetResolver:
             self.check(live.counts)
             return self.settled
         scores = score_names(live, sorted(set(names)))
+        # The minimum over ranks: a candidate must explain the loss on every rank.
         *lowest, all_equal = self._agree(
             torch.tensor([*scores.values(), counts_agree(live)], dtype=torch.int64)
         ).tolist()
@@ -178,6 +187,7 @@ class TargetResolver:
 
     def check(self, counts: Mapping[str, float]) -> None:
         """Raises `UlyssesError` if a batch lacks the tensor with the targets."""
+        # NaN marks a name that another rank lacks, see `StepWeights`.
         if self.settled is None or not math.isnan(counts.get(self.settled, math.nan)):
             return
         explicit = self._explicit is not None

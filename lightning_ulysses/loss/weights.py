@@ -1,4 +1,4 @@
-"""The weight of each micro-batch's loss, and the exact loss of the step that comes of it."""
+"""The weight of each micro-batch's loss, and the exact loss of the optimizer step."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from lightning_ulysses.loss.targets import TargetResolver
 
 @dataclass
 class LossWindow:
-    """One optimizer step under way.
+    """The accumulation window of the current optimizer step.
 
     Attributes:
-        size: Micro-batches in it.
+        size: Number of micro-batches.
         totals: N for each tensor that may hold the targets, over all micro-batches and data-parallel ranks.
-        index: The current micro-batch.
+        index: Index of the current micro-batch.
         loss: This rank's part of the exact loss so far.
     """
 
@@ -50,21 +50,22 @@ class LossWindow:
 
 
 def token_weight(count: float, total: float, world_size: int) -> float:
-    """The factor on a rank's mean: n_w * W / N, and 0 for a step without a single target."""
+    """The weight of a rank's mean: n_w * W / N, or 0 for a step without any target."""
     return count * world_size / total if total else 0.0
 
 
 class StepWeights:
-    """Follows the accumulation window and weights each loss so that ranks and micro-batches add up to the token mean.
+    """Weights each loss so that all ranks and micro-batches of a step add up to the mean over its targets.
 
     Args:
         config: The strategy's settings.
         mesh: Sizes and groups.
-        device: Where collectives take place.
+        device: The device for collectives.
 
     Attributes:
-        steps: Optimizer steps taken so far.
-        target_name: The tensor that the last loss is a mean over; None before the first, or where that is not asked.
+        steps: Number of optimizer steps taken.
+        target_name: The tensor with the targets of the last loss. None before the first loss, and with
+            ``loss_weighting="none"``.
     """
 
     def __init__(self, config: UlyssesConfig, mesh: SequenceMesh, device: torch.device) -> None:
@@ -73,18 +74,21 @@ class StepWeights:
         self._device = device
         self._resolver = TargetResolver(config.targets, self._agree)
         self._window: LossWindow | None = None
+        # The counts that the dataloader took ahead for this window.
         self._plan: AccumulationWindow | None = None
+        # This rank's part of the loss of the last finished step, and the loss over all ranks once it is known.
         self._finished: Tensor | None = None
         self._global: Tensor | None = None
         self.steps = 0
         self.target_name: str | None = None
+        # Backwards on the current batch, and since the last optimizer step.
         self._backwards = 0
         self._unstepped = 0
         self._warned = False
 
     @property
     def needs_evidence(self) -> bool:
-        """Whether it is still open which tensor holds the targets."""
+        """Whether the tensor with the targets is not settled yet."""
         return self._config.loss_weighting == "tokens" and self._resolver.settled is None
 
     def _agree(self, scores: Tensor) -> Tensor:
@@ -93,10 +97,11 @@ class StepWeights:
         return shared.cpu()
 
     def _over_replicas(self, totals: Mapping[str, float]) -> dict[str, float]:
-        """Sums over data-parallel ranks, of the names that all of them have."""
+        """Sums over data-parallel ranks, for the names that all of them have."""
         if self._mesh.dp_group is None:
             return dict(totals)
         names = [self._resolver.settled] if self._resolver.settled is not None else self._shared_names(totals)
+        # NaN for a missing name makes the sum NaN on all ranks, so that all of them raise in `check`.
         shared = torch.tensor([totals.get(name, math.nan) for name in names], dtype=torch.float64, device=self._device)
         dist.all_reduce(shared, group=self._mesh.dp_group)
         return dict(zip(names, shared.tolist(), strict=True))
@@ -107,23 +112,25 @@ class StepWeights:
         return sorted(set.intersection(*everyone))
 
     def begin(self, counts: Mapping[str, float], plans: deque[AccumulationWindow] | None) -> None:
-        """Takes note of a micro-batch that is about to be trained on.
+        """Begins a micro-batch, and a new window after the last one of the former window.
 
         Args:
-            counts: Its targets on this data-parallel rank, for each tensor that may hold them.
-            plans: The accumulation windows that the dataloader has looked ahead over.
+            counts: The targets of the batch of this group, for each tensor that may hold them.
+            plans: The accumulation windows that the dataloader has loaded ahead.
 
         Raises:
-            UlyssesError: If the batch is not the one that was counted.
+            UlyssesError: If the targets have changed since the batch was counted.
         """
         self._backwards = 0
         if self._config.loss_weighting == "none":
             return
         if self._window is None or self._window.is_last:
             self._plan = plans.popleft() if plans else AccumulationWindow(1, counts)
+            # A window of one micro-batch was not counted ahead.
             totals = self._plan.totals if self._plan.counts else counts
             self._window = LossWindow(self._plan.size, self._over_replicas(totals))
             settled = self._resolver.settled
+            # The batches of some data-parallel rank lack the tensor. The sum is NaN on all of them.
             if settled is not None and math.isnan(self._window.totals.get(settled, math.nan)):
                 self._resolver.check(self._window.totals)
         else:
@@ -138,7 +145,7 @@ class StepWeights:
             )
 
     def check_boundary(self, last: bool) -> None:
-        """Raises if Lightning and the window disagree on where the optimizer steps."""
+        """Raises `UlyssesError` if the window does not end where Lightning steps the optimizer."""
         if self._config.loss_weighting == "tokens" and self._window is not None and self._window.is_last != last:
             raise UlyssesError(
                 f"an optimizer step {'after' if last else 'not after'} micro-batch {self._window.index + 1} of "
@@ -152,17 +159,18 @@ class StepWeights:
 
         Args:
             loss: The mean that the module returned.
-            live: The batch it was computed on.
+            live: The batch of the running step.
             micro_batches: ``accumulate_grad_batches``.
-            automatic: Whether Lightning optimises, or the module by hand.
+            automatic: Whether Lightning steps the optimizer. False for manual optimization.
 
         Raises:
-            UlyssesError: If the loss cannot be told to be a mean over known targets, or a module that optimises by hand
-                calls backward more than once per step.
+            UlyssesError: If the loss is not certain to be a mean over known targets. Also if backward is called more
+                than once for a batch or, in manual optimization, for a step.
         """
         self._backwards += 1
         self._unstepped += 1
         backwards = self._backwards if automatic else self._unstepped
+        # A second loss of the same batch would get the weight of all its targets again.
         if backwards > 1:
             raise UlyssesError(
                 f"{backwards} backward passes without an optimizer step between them",
@@ -171,26 +179,30 @@ class StepWeights:
                 + ("" if automatic else ", or use automatic optimization to accumulate"),
             )
         if self._config.loss_weighting == "none":
+            # Ranks and micro-batches have equal weights: a plain mean, as DeepSpeed and Lightning take it.
             self._window = self._window or LossWindow(micro_batches, {})
             self._window.add(loss.detach().float() / (self._mesh.world_size * micro_batches))
             return loss / micro_batches
         assert self._window is not None
         name = self.target_name = self._target(loss, live, self._window.totals)
         weight = token_weight(live.counts[name], self._window.totals[name], self._mesh.world_size)
+        # In a step without any target the weight is 0, but 0 * NaN would still be NaN.
         if not self._window.totals[name]:
             loss = torch.nan_to_num(loss)
+        # In half precision, the weighted loss would lose digits.
         weighted = loss.float() * weight
         self._window.add(weighted.detach() / self._mesh.world_size)
         return weighted
 
     def _target(self, loss: Tensor, live: LocalBatch, totals: Mapping[str, float]) -> str:
-        """The tensor that the loss is a mean over; while it is open, the loss is looked at as well."""
+        """The tensor with the targets. Until it is settled, the form of the loss is checked as well."""
         settled = self._resolver.settled
         if settled is not None:
             if settled not in live.counts:
                 self._resolver.check(live.counts)
             return settled
         name = self._resolver.resolve(live, totals)
+        # Every rank takes part, so a refusal is raised on all of them.
         verdict = self._agree(torch.tensor(votes(loss_form(loss, name, live)), dtype=torch.int64))
         warning = judge(verdict.tolist(), name, totals[name])
         if warning is not None and not self._warned:
@@ -200,7 +212,7 @@ class StepWeights:
         return name
 
     def stepped(self) -> None:
-        """Closes the window; called after the optimizer has stepped."""
+        """Ends the window. Called after the optimizer step."""
         self._backwards = self._unstepped = 0
         if self._window is not None and self._window.loss is not None:
             self._finished, self._window = self._window.loss, None
@@ -209,7 +221,7 @@ class StepWeights:
 
     @property
     def own_loss(self) -> Tensor:
-        """This rank's part of the exact loss of the last optimizer step, () float32; the parts add up to it.
+        """This rank's part of the exact loss of the last optimizer step, () float32. The parts of all ranks add up.
 
         Raises:
             RuntimeError: Before the first step; see `steps`.
@@ -219,11 +231,11 @@ class StepWeights:
         return self._finished
 
     def settle(self, loss: Tensor) -> None:
-        """Takes note of the sum of `own_loss` over all ranks, where another collective has carried it."""
+        """Stores the sum of `own_loss` over all ranks, if another collective has computed it already."""
         self._global = loss
 
     def global_loss(self) -> Tensor:
-        """The exact loss of the last optimizer step, the same on every rank; a collective the first time it is asked.
+        """The exact loss of the last optimizer step, the same on every rank; its first call is a collective.
 
         Raises:
             RuntimeError: Before the first step; see `steps`.
@@ -234,6 +246,6 @@ class StepWeights:
         return self._global
 
     def evaluation(self) -> EvaluationLoss:
-        """For the loss of one evaluation dataloader, from now on."""
+        """A new accumulator for the loss of one evaluation dataloader."""
         by_targets = self._config.loss_weighting == "tokens"
         return EvaluationLoss(self._resolver.settled if by_targets else None, by_targets, self._device)

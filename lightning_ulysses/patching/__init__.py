@@ -1,1 +1,1 @@
-"""How a function is replaced, found where it was bound early, kept out of graphs, and put back."""
+"""Replaces functions and restores them, finds copies that were bound early, and keeps functions out of graphs."""

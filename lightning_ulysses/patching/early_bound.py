@@ -1,7 +1,7 @@
 """Finds attention functions that were bound before the strategy existed.
 
 ``from torch.nn.functional import scaled_dot_product_attention`` and ``self.attend = F.scaled_dot_product_attention``
-keep the function itself, which a patch of ``torch.nn.functional`` does not reach.
+hold the function itself. A patch of ``torch.nn.functional`` does not reach them.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from torch import nn
 
 from lightning_ulysses.patching.handle import Handle
 
+# Our own modules call the originals and must keep them. torch's modules are patched by name.
 _LEAVE_ALONE = ("torch", "lightning_ulysses")
 
 
-# What may hold a function without being it.
+# Types of objects that may hold the function inside.
 _WRAPPERS = {staticmethod, functools.partial}
 
 
 def _replaced(value: Any, original: Callable[..., Any], replacement: Callable[..., Any]) -> Any:
-    """What stands for ``value``; ``value`` itself where it is another function."""
+    """``value`` with ``replacement`` in place of ``original``; ``value`` itself if it holds another function."""
     if value is original:
         return replacement
     if isinstance(value, staticmethod) and value.__func__ is original:
@@ -35,7 +36,8 @@ def _replaced(value: Any, original: Callable[..., Any], replacement: Callable[..
 
 
 def _owners(root: nn.Module) -> list[Any]:
-    """Every imported module but torch's and ours, every submodule of ``root`` and their classes."""
+    """Every imported module except torch's and ours, every submodule of ``root``, and the classes of these."""
+    # list(): the dict may change while it is read.
     owners: list[Any] = [
         module
         for name, module in list(sys.modules.items())
@@ -48,25 +50,27 @@ def _owners(root: nn.Module) -> list[Any]:
 
 
 def compiled_copies(root: nn.Module, original: Callable[..., Any]) -> list[Callable[..., Any]]:
-    """What ``torch.compile`` has made of ``original`` and `rebind` would come across."""
+    """Functions that ``torch.compile`` made of ``original``, among those that `rebind` can reach."""
     values = (value for owner in _owners(root) for value in list(vars(owner).values()))
     functions = [value for value in values if type(value) is FunctionType]
+    # By id, since one function may be held in several places.
     copies = {id(f): f for f in functions if getattr(f, "_torchdynamo_orig_callable", None) is original}
     return list(copies.values())
 
 
 def rebind(handle: Handle, root: nn.Module, original: Callable[..., Any], replacement: Callable[..., Any]) -> None:
-    """Puts ``replacement`` wherever ``original`` is held, and has ``handle`` undo it.
+    """Puts ``replacement`` wherever ``original`` is held, and registers the undo with ``handle``.
 
-    Looks at the globals of every imported module but torch's, and at the attributes of every submodule of ``root`` and
-    of its class, partial applications among them. Closures and default arguments are out of reach.
+    Searches the globals of every imported module except torch's. Also searches the attributes of every submodule of
+    ``root`` and of its classes. A ``functools.partial`` or ``staticmethod`` of the function counts too. Closures and
+    default arguments are out of reach.
     """
     for owner in _owners(root):
         values = list(vars(owner).values())
-        # There are a hundred thousand values, and this asks about all of them without a loop in Python.
+        # There are about a hundred thousand values. This check compares them in C instead of in a Python loop.
         if id(original) not in map(id, values) and _WRAPPERS.isdisjoint(map(type, values)):
             continue
-        # Asking other values for their class may have lazy ones do what they put off.
+        # type() and not isinstance(), which reads __class__: that may make a lazy object load itself.
         found = [(n, v) for n, v in list(vars(owner).items()) if v is original or type(v) in _WRAPPERS]
         for name, value in found:
             new = _replaced(value, original, replacement)
@@ -78,6 +82,7 @@ def _put(handle: Handle, owner: Any, name: str, old: Any, new: Any) -> None:
     setattr(owner, name, new)
 
     def undo() -> None:
+        # Somebody else may have set the attribute since.
         if vars(owner).get(name) is new:
             setattr(owner, name, old)
 

@@ -1,4 +1,4 @@
-"""What every interceptor's ``install`` returns."""
+"""The object that every interceptor's ``install`` returns, to undo it."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 
 
 class Handle:
-    """Undoes what an interceptor installed, last thing first; removing twice does nothing."""
+    """Undoes patches, the last one first. Removing twice does nothing."""
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], None]] = []
 
     def add(self, undo: Callable[[], None]) -> None:
-        """Registers one thing to undo."""
+        """Registers a function that undoes one thing."""
         self._undo.append(undo)
 
     def patch(self, owner: Any, name: str, replacement: Any) -> None:
-        """Sets ``owner.name`` until `remove`; a patch that somebody put on top of it meanwhile is left alone."""
+        """Sets ``owner.name`` until `remove`. If somebody has patched it again since, that patch stays."""
         original = getattr(owner, name)
         setattr(owner, name, replacement)
 

@@ -1,8 +1,9 @@
 """Keeps collectives out of the graphs of ``torch.compile``.
 
-Ranks compile by themselves and hold slices of different lengths; a compiled backward may run its collectives in an
-order of its own, and then ranks wait for each other forever. A function that is kept out ends one graph, runs as it is,
-and the next graph begins behind it; autograd calls its backward between those of the graphs.
+Each rank compiles by itself, for a slice of its own length. A compiled backward may run its collectives in a different
+order on each rank, and then the ranks deadlock. A function that is kept out breaks the graph: one graph ends, the
+function runs eagerly, and the next graph begins after it. Autograd calls its backward between the backwards of the two
+graphs.
 """
 
 from __future__ import annotations
@@ -16,6 +17,6 @@ F = TypeVar("F", bound=Callable[..., object])
 
 
 def eager(function: F) -> F:
-    """Has ``torch.compile`` leave ``function``, and all that it calls, as it is; ``fullgraph=True`` fails on it."""
+    """Makes ``torch.compile`` run ``function`` and everything it calls eagerly; ``fullgraph=True`` fails on it."""
     disabled: F = torch.compiler.disable(function, reason="lightning_ulysses exchanges slices between processes here")
     return disabled

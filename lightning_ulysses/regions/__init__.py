@@ -1,4 +1,4 @@
-"""Splits a model at its first block and joins it at its last, as a plan says, instead of cutting the batch."""
+"""Splits the sequence inside the model and joins it again, as a plan says, instead of cutting the batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Splits the inputs of submodules and joins their outputs, and so begins and ends the regions of a step."""
+"""Hooks that split the inputs of submodules and join their outputs: they begin and end the regions of a step."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from lightning_ulysses.regions.matching import Inputs, Matcher
 from lightning_ulysses.regions.notes import Beside, RegionSizes, RegionTally
 from lightning_ulysses.regions.same_inputs import check_same_inputs
 
+# Regions of a run whose inputs are compared over the group; each comparison is a collective.
 _CHECKED_REGIONS = 3
 
 
@@ -30,12 +31,12 @@ def _describe(leaves: Mapping[str, list[Tensor]]) -> str:
 
 
 class Splitter:
-    """Cuts the inputs of one submodule, and begins a region where none is open.
+    """Cuts the inputs of one submodule. Begins a region if none has begun.
 
     Args:
-        context: Where the step stands.
-        name: Of the submodule.
-        inputs: What to cut.
+        context: Tells what is split at this moment.
+        name: Name of the submodule.
+        inputs: The inputs to cut.
     """
 
     def __init__(self, context: SequenceContext, name: str, inputs: Inputs) -> None:
@@ -44,16 +45,18 @@ class Splitter:
         self._inputs = inputs
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A forward pre-hook."""
+        """The forward pre-hook."""
         context = self._context
         given = self._inputs.get(args, kwargs)
         leaves = {key: self._tensors(key, value) for key, value in given.items()}
         region = context.region
         if region is None:
             region = self._begin(leaves)
+            # All other tensors of this call are whole; the trial must not take them for slices of the same length.
             others = self._inputs.put(args, kwargs, dict.fromkeys(given))
             beside = known(leaf for leaf in tree_flatten(others)[0] if isinstance(leaf, Tensor))
             region.notes.of(Beside).tensors = beside
+        # Inside a region, inputs that are slices already pass unchanged.
         new = {key: self._cut(key, value, leaves, region.layout) for key, value in given.items()}
         context.enter(region)
         return self._inputs.put(args, kwargs, new)
@@ -73,6 +76,7 @@ class Splitter:
         for key, tensors in leaves.items():
             dim = self._inputs.dims[key]
             for tensor in tensors:
+                # Found in `_only_dim` once the length is known.
                 if dim is None:
                     continue
                 if not -tensor.dim() <= dim < tensor.dim():
@@ -89,11 +93,12 @@ class Splitter:
         )
 
     def _begin(self, leaves: Mapping[str, list[Tensor]]) -> LocalBatch:
-        """A region as long as the inputs, which are whole, since nothing is split yet."""
+        """A new region, as long as the inputs. These are whole, since nothing is split yet."""
         context, mesh = self._context, self._context.mesh
         running, sizes = context.place.batch, self._sizes(leaves)
         assert running is not None
         length = running.layout.seq_len
+        # Without a join the labels are cut like the batch, so the model must be split into the same slices.
         if not context.is_joined:
             if length not in sizes:
                 raise self._refusal(leaves, f"at least one that is as long as the batch, {length}")
@@ -104,9 +109,10 @@ class Splitter:
                     leaves, f"one length S of at least {mesh.sp_size} along the dimensions {self._inputs.dims}"
                 )
             seq_len = sizes.pop()
-            # Documents and padding are those of the batch, where that is what is split.
+            # Inputs as long as the batch have its documents and padding. Patches of an image, for example, do not.
             layout = running.layout if seq_len == length else SequenceLayout(seq_len, mesh.sp_size)
             region = LocalBatch(layout, rows=running.rows)
+            # `predict` joins by this layout if the batch itself has no sequence.
             running.notes.of(RegionSizes).layout = layout
         tally = context.notes.of(RegionTally)
         if tally.begun < _CHECKED_REGIONS:
@@ -121,6 +127,7 @@ class Splitter:
         for index, tensor in enumerate(flat):
             if tensor is None:
                 continue
+            # A dimension of None: positions come in several shapes, and only one dimension has the length.
             dim = wanted if wanted is not None else self._only_dim(key, tensor, leaves, layout.seq_len, share)
             if not -tensor.dim() <= dim < tensor.dim() or tensor.shape[dim] not in (share, layout.seq_len):
                 raise self._refusal(
@@ -131,6 +138,7 @@ class Splitter:
         return tree_unflatten(flat, spec)
 
     def _only_dim(self, key: str, tensor: Tensor, leaves: Mapping[str, list[Tensor]], seq_len: int, share: int) -> int:
+        # The whole length first: a tensor that has it is not cut yet.
         for length in (seq_len, share):
             dims = [dim for dim, size in enumerate(tensor.shape) if size == length]
             if dims:
@@ -141,12 +149,12 @@ class Splitter:
 
 
 class Joiner:
-    """Joins outputs of one submodule, and ends the region.
+    """Joins outputs of one submodule and ends the region.
 
     Args:
-        context: Where the step stands.
-        name: Of the submodule.
-        dims: What to join.
+        context: Tells what is split at this moment.
+        name: Name of the submodule.
+        dims: The outputs to join, with the dimension of the sequence in each.
     """
 
     def __init__(self, context: SequenceContext, name: str, dims: Mapping[str, int]) -> None:
@@ -155,11 +163,13 @@ class Joiner:
         self._dims = dims
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        """A forward hook."""
+        """The forward hook."""
         region = self._context.region
         if region is None:
+            # Outside of a region the output is whole, unless the region ended too early.
             self._check_whole(output)
             return None
+        # All outputs are checked before the first collective.
         parts = {key: self._part(key, output) for key in self._dims}
         joined = {key: self._join(key, part, region.layout) for key, part in parts.items()}
         self._context.leave(region.layout)
@@ -167,6 +177,7 @@ class Joiner:
 
     def _part(self, key: str, output: Any) -> Tensor:
         try:
+            # Indices are strings in a plan.
             part = output if key == ONLY_OUTPUT else output[int(key) if key.isdigit() else key]
         except (LookupError, TypeError, ValueError):
             part = None
@@ -194,12 +205,13 @@ class Joiner:
         return join(part, dim, layout, mesh.sp_rank, mesh.sp_group)
 
     def _check_whole(self, output: Any) -> None:
-        """Refuses a slice of a region that has ended: nobody would join it."""
+        """Refuses an output that is a slice although the region has ended: it would never be joined."""
         last = self._context.place.last
         if last is None:
             return
         for key, dim in self._dims.items():
             part = self._part(key, output)
+            # The output is still as long as this rank's slice of the last region.
             if -part.dim() <= dim < part.dim() and part.shape[dim] == last.shares[self._context.mesh.sp_rank]:
                 raise self._refusal(
                     part, "one join behind each split; this one comes when the sequence is joined already"
@@ -212,33 +224,34 @@ class Joiner:
         if isinstance(output, tuple):
             parts = [joined.get(str(index), part) for index, part in enumerate(output)]
             return type(output)(*parts) if hasattr(output, "_fields") else type(output)(parts)
-        # A list, a dict, or an output of transformers or diffusers; its type stays.
+        # A list, a dict, or an output class of transformers or diffusers: changed in place, so its type stays.
         for key, part in joined.items():
             output[int(key) if key.isdigit() else key] = part
         return output
 
 
 class Local:
-    """Leaves attention inside one submodule plain."""
+    """Makes attention inside one submodule plain."""
 
     def __init__(self, context: SequenceContext) -> None:
         self._context = context
+        # A stack, since calls of one submodule may nest.
         self._open: list[ExitStack] = []
 
     def enter(self, module: nn.Module, args: Any) -> None:
-        """A forward pre-hook."""
+        """The forward pre-hook."""
         stack = ExitStack()
         stack.enter_context(self._context.plain())
         self._open.append(stack)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        """A forward hook that also runs behind an exception."""
+        """The forward hook. It also runs after an exception."""
         if self._open:
             self._open.pop().close()
 
 
 def _in_steps(context: SequenceContext, hook: Callable[..., Any]) -> Callable[..., Any]:
-    """``hook`` where there is something to split or to join, and out of compiled graphs."""
+    """``hook``, run only in steps and not in a trial, and kept out of compiled graphs."""
     outside = eager(hook)
 
     def choose(*args: Any) -> Any:
@@ -248,24 +261,25 @@ def _in_steps(context: SequenceContext, hook: Callable[..., Any]) -> Callable[..
 
 
 def install(context: SequenceContext, root: nn.Module, plan: SequencePlan) -> Handle:
-    """Has a plan decide where in a step the sequence is split.
+    """Registers the hooks of a plan.
 
     Args:
-        context: Where the step stands; P > 1.
+        context: Tells what is split at this moment. P > 1.
         root: The user's LightningModule.
         plan: The plan.
 
     Returns:
-        A handle whose ``remove()`` takes all hooks off.
+        A handle whose ``remove()`` removes all hooks.
 
     Raises:
-        UlyssesError: If the plan names a submodule or an input that is not there.
+        UlyssesError: If the plan names a submodule or an input that does not exist.
     """
     matcher = Matcher(root, plan)
     handle = Handle()
     inputs: dict[str, tuple[nn.Module, dict[str, int | None]]] = {}
     for pattern, dims in plan.split.items():
         for name, module in matcher.find("split", pattern):
+            # Several patterns may match one submodule. Their inputs are cut by one hook.
             inputs.setdefault(name, (module, {}))[1].update(dims)
     splitters = [
         (module, Splitter(context, name, Inputs(name, module, dims, plan.is_family)))
@@ -276,6 +290,7 @@ def install(context: SequenceContext, root: nn.Module, plan: SequencePlan) -> Ha
         for pattern, dims in plan.join.items()
         for name, module in matcher.find("join", pattern)
     ]
+    # In a plan for several models some names may be missing, but not all.
     if plan.join and not joiners:
         raise matcher.nothing("join", list(plan.join))
     local = [module for pattern in plan.local for _, module in matcher.find("local", pattern)]
@@ -286,6 +301,7 @@ def install(context: SequenceContext, root: nn.Module, plan: SequencePlan) -> Ha
     for module in local:
         hooks = Local(context)
         handle.add(module.register_forward_pre_hook(eager(hooks.enter)).remove)
+        # `always_call`: attention must not stay plain after an exception.
         handle.add(module.register_forward_hook(eager(hooks.leave), always_call=True).remove)
     recompute.install(context, root, handle)
     return handle

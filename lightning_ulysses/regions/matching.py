@@ -1,4 +1,4 @@
-"""Which submodules of a model the patterns of a plan mean, and which of their inputs."""
+"""Finds the submodules and inputs that the patterns of a plan name."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from torch import nn
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.geometry.split_plan import Dims, SequencePlan
 
-# What wrappers for compiling and checkpointing put into the names of what they wrap.
+# Name parts that wrappers for compiling, checkpointing and sharding insert. A plan does not write them.
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 Parts = tuple[str, ...]
 
 
 def _submodules(root: nn.Module) -> dict[Parts, nn.Module]:
-    """Every submodule by the parts of its name; of a wrapper and what it wraps, the latter, which has the inputs."""
+    """Every submodule by the parts of its name. A wrapped module takes the place of its wrapper."""
     found: dict[Parts, nn.Module] = {}
     for name, module in root.named_modules():
+        # The wrapped module has the same parts and comes later, so it overwrites the wrapper: it declares the inputs.
         found[tuple(part for part in name.split(".") if part and part not in _WRAPPERS)] = module
     return found
 
@@ -32,20 +33,21 @@ def _fits(parts: Parts, pattern: Parts) -> bool:
 
 
 class Matcher:
-    """Resolves a plan's patterns, which all count from the same models.
+    """Resolves the patterns of a plan. All of them are relative to the same models.
 
     Args:
         root: The user's LightningModule.
         plan: The plan.
 
     Raises:
-        UlyssesError: If a pattern of ``split`` means no submodule.
+        UlyssesError: If a pattern of ``split`` matches no submodule.
     """
 
     def __init__(self, root: nn.Module, plan: SequencePlan) -> None:
         self._root = root
         self._plan = plan
         self._submodules = _submodules(root)
+        # The first pattern finds the model. In a plan for several models, any pattern may.
         first = list(plan.split) if plan.is_family else list(plan.split)[:1]
         self._prefixes = self._find_prefixes(first)
         if not self._prefixes:
@@ -55,19 +57,21 @@ class Matcher:
         prefixes = set()
         for pattern in (tuple(pattern.split(".")) for pattern in patterns):
             for parts in self._submodules:
+                # The pattern matches the end of the name. The part of the name before it is the model.
                 if len(parts) >= len(pattern) and _fits(parts[-len(pattern) :], pattern):
                     prefixes.add(parts[: -len(pattern)])
-        # A model inside a block that is split would be split twice.
+        # Drops models inside a block of another model, which would be split twice.
         return {each for each in prefixes if not any(each != other and self._inside(each, other) for other in prefixes)}
 
     def _inside(self, inner: Parts, outer: Parts) -> bool:
         """Whether a model lies inside a submodule that is split as part of another model."""
         rest = inner[len(outer) :]
+        # A block's name, or the beginning of a name inside the block.
         patterns = [tuple(pattern.split(".")) for pattern in self._plan.split]
         return inner[: len(outer)] == outer and any(_fits(rest[: len(pattern)], pattern) for pattern in patterns)
 
     def find(self, key: str, pattern: str) -> list[tuple[str, nn.Module]]:
-        """The submodules that a pattern means, by name.
+        """The submodules that a pattern matches, with their names.
 
         Raises:
             UlyssesError: If there are none.
@@ -84,10 +88,11 @@ class Matcher:
         return found
 
     def nothing(self, key: str, patterns: list[str]) -> UlyssesError:
-        """For patterns that mean no submodule; with names that are near."""
+        """The error for patterns that match no submodule. It suggests similar names."""
         names = {".".join(parts) for parts in self._submodules if parts}
         near: list[str] = []
         for pattern in patterns:
+            # Similar names, then names with the same last part, else the top-level submodules.
             near += difflib.get_close_matches(pattern, sorted(names), n=5, cutoff=0.4)
         last = patterns[0].split(".")[-1]
         near += [name for name in sorted(names) if last != "*" and name.split(".")[-1] == last]
@@ -100,13 +105,13 @@ class Matcher:
 
 
 class Inputs:
-    """Finds the inputs that a plan names in a call of a submodule.
+    """Gets and replaces the inputs of a submodule that a plan names.
 
     Args:
-        name: Of the submodule.
+        name: Name of the submodule.
         module: The submodule.
-        dims: The inputs and the dimension of each.
-        is_family: Whether an input that the submodule does not have is passed over.
+        dims: The inputs, by parameter name or position, with the dimension of each.
+        is_family: Whether inputs that the submodule lacks are ignored.
 
     Raises:
         UlyssesError: If it has no such input.
@@ -114,6 +119,7 @@ class Inputs:
 
     def __init__(self, name: str, module: nn.Module, dims: Dims, is_family: bool) -> None:
         parameters = inspect.signature(module.forward).parameters.values()
+        # With **kwargs any name may be an input, with *args any position.
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self._positional = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         names = [*self._positional, *(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)]
@@ -122,6 +128,7 @@ class Inputs:
         for key, dim in dims.items():
             known = (int(key) < len(self._positional) or many) if key.isdigit() else key in names or takes_any
             if known:
+                # Positions become names where possible, since a caller may pass the input either way.
                 by_name = key.isdigit() and int(key) < len(self._positional)
                 self.dims[self._positional[int(key)] if by_name else key] = dim
             elif not is_family:
@@ -132,7 +139,7 @@ class Inputs:
                 )
 
     def get(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """The inputs of a call that are there and not None."""
+        """The inputs that are present in a call and not None."""
         found = {}
         for key in self.dims:
             index = self._index(key)
@@ -144,7 +151,7 @@ class Inputs:
     def put(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], new: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The call with other inputs."""
+        """The arguments of a call with some inputs replaced."""
         changed, keywords = list(args), dict(kwargs)
         for key, value in new.items():
             index = self._index(key)

@@ -1,4 +1,4 @@
-"""What regions remember."""
+"""The notes of regions on a run and on a batch."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ from lightning_ulysses.notes import StorageTable
 
 @dataclass
 class RegionTally:
-    """A note about a run: regions begun so far."""
+    """A note on a run: the number of regions begun so far."""
 
     begun: int = 0
 
 
 @dataclass
 class RegionSizes:
-    """A note about a batch: the geometry of the last region that was split in its step."""
+    """A note on a batch: the layout of the last region in its step."""
 
     layout: SequenceLayout | None = None
 
 
 @dataclass
 class Beside:
-    """A note about a region: tensors that its first submodule got beside those that were split, such as a text."""
+    """A note on a region: the inputs of its first submodule that were not split, such as a text."""
 
     tensors: StorageTable[Any] = field(default_factory=StorageTable)
 
 
 def split_layout(batch: LocalBatch) -> SequenceLayout:
-    """The geometry of what was split, where the batch itself says nothing of it."""
+    """The layout of the sequence that was split in the step of ``batch``."""
     measured = batch.notes.of(RegionSizes).layout
+    # A batch in which no sequence was found has S = P, see `read_batch`. Then the region tells.
     is_unknown = batch.layout.seq_len == batch.layout.sp_size
     return measured if measured is not None and is_unknown else batch.layout

@@ -1,6 +1,7 @@
-"""Has activation checkpointing repeat a forward in the place of the step where it was first run.
+"""Makes activation checkpointing recompute a forward at the same place of the step as at first.
 
-The backward pass does not say whether what it repeats came before a split, behind it, or behind the join.
+The backward pass does not tell whether the recomputed layers come before the split, inside the region, or after the
+join.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from lightning_ulysses.upstream.deepspeed import checkpointing
 
 
 class _Placed:
-    """A function that is run once, and then again as if at the same place."""
+    """A checkpointed function that remembers the place of its first call and restores it for later calls."""
 
     def __init__(self, context: SequenceContext, function: Callable[..., Any]) -> None:
         self._context = context
@@ -28,24 +29,25 @@ class _Placed:
         self._place = context.place
         self._is_first = True
 
+    # The first call is the forward, every further one a recomputation in the backward.
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._is_first:
-            # What a split or a join inside it begins or ends holds behind it as well.
+            # Not inside `context.at`: a region that begins or ends in the function must stay so after it.
             self._is_first = False
             return self._function(*args, **kwargs)
         context = self._context
-        # What was computed without a compiler saved other tensors than it would with one.
+        # A first forward without the compiler saved other tensors than a compiled one would.
         with context.at(self._place), context.uncompiled() if self._place.is_uncompiled else nullcontext():
             return self._function(*args, **kwargs)
 
 
 def install(context: SequenceContext, root: nn.Module, handle: Handle) -> None:
-    """Guards the checkpoints of torch and of DeepSpeed, also where they were bound early.
+    """Replaces the checkpoint functions of torch and DeepSpeed, also where they were bound early.
 
     Args:
-        context: Where the step stands.
+        context: Tells what is split at this moment.
         root: The user's LightningModule.
-        handle: Undoes it.
+        handle: Takes the undo.
     """
 
     def guarded(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -55,6 +57,7 @@ def install(context: SequenceContext, root: nn.Module, handle: Handle) -> None:
 
         return checkpoint
 
+    # Models often hold these functions under names bound early, such as a partial in transformers.
     owners: list[tuple[Any, str]] = [(torch.utils.checkpoint, "checkpoint")]
     of_deepspeed = checkpointing()
     if of_deepspeed is not None:

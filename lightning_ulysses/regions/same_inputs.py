@@ -1,4 +1,4 @@
-"""Shows that the ranks of a group hold the same numbers where they all compute the whole sequence."""
+"""Checks that the ranks of a group computed the same tensors before the split."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from lightning_ulysses.exchange.mesh import SequenceMesh
 
 
 def check_same_inputs(mesh: SequenceMesh, name: str, leaves: Mapping[str, list[Tensor]]) -> None:
-    """Compares what is about to be cut over the ranks of a group; a collective.
+    """Compares the tensors that are about to be cut over the ranks of a group; a collective.
 
     Raises:
-        UlyssesError: On every rank, if they differ by more than rounding.
+        UlyssesError: On every rank, if they differ by more than rounding errors.
     """
     keys = [key for key, tensors in leaves.items() for _ in tensors]
     # (tensors, 2)

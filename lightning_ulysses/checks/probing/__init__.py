@@ -1,4 +1,4 @@
-"""Finds out, by running a model on a few tokens, whether it can be split along the sequence."""
+"""Runs a model on a few tokens (the trial) to find out whether it can be split along the sequence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Puts back what a forward leaves in attributes of modules: losses collected in a list, counters, cached sizes."""
+"""Restores the attributes of modules that a forward changes: losses collected in a list, counters, cached sizes."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from typing import Any
 
 from torch import nn
 
-# torch's own, such as the hooks and submodules of a module.
+# Attributes of every nn.Module, such as its hooks and submodules.
 _INTERNAL = frozenset(vars(nn.Module()))
 
 
 def _content(value: Any) -> Any:
-    """A copy of a list, dict or set; None for anything else."""
+    """A shallow copy of a list, dict or set; None for anything else."""
     return value.copy() if isinstance(value, (list, dict, set)) else None
 
 
 def _refill(value: Any, content: Any) -> None:
+    # In place, since other objects may hold the same list or dict.
     if isinstance(value, list):
         value[:] = content
     else:
@@ -27,7 +28,7 @@ def _refill(value: Any, content: Any) -> None:
 
 @contextmanager
 def attributes_kept(root: nn.Module) -> Iterator[None]:
-    """Leaves the attributes of ``root`` and its submodules as they were, and what their lists, dicts and sets hold."""
+    """Restores the attributes of ``root`` and its submodules, and the contents of their lists, dicts and sets."""
     before = [
         (module, {name: (value, _content(value)) for name, value in vars(module).items() if name not in _INTERNAL})
         for module in root.modules()
@@ -36,6 +37,7 @@ def attributes_kept(root: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, saved in before:
+            # Not setattr: it would register parameters and submodules again.
             now = vars(module)
             for name in [name for name in now if name not in saved and name not in _INTERNAL]:
                 del now[name]

@@ -1,4 +1,4 @@
-"""Where compiled parts of a module begin: calls can be looked at there, but not inside."""
+"""Finds the compiled parts of a module. Calls can be observed at their boundary, but not inside."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch._dynamo import OptimizedModule
 
 from lightning_ulysses.patching.handle import Handle
 
+# The methods that Lightning compiles if the whole module is compiled.
 _STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 
 
@@ -19,7 +20,7 @@ def is_compiled_in_place(module: nn.Module) -> bool:
 
 
 def outermost_compiled(root: nn.Module) -> Iterator[nn.Module]:
-    """``root`` and all submodules but those inside of compiled ones, where a hook would end the graph.
+    """``root`` and all its submodules except those inside compiled ones, in which a hook would break the graph.
 
     ``root`` itself counts as not compiled, see `uncompile_steps`.
     """
@@ -30,6 +31,7 @@ def outermost_compiled(root: nn.Module) -> Iterator[nn.Module]:
             return
         seen.add(module)
         yield module
+        # Does not descend into a compiled module.
         if module is root or not (isinstance(module, OptimizedModule) or is_compiled_in_place(module)):
             for child in module.children():
                 yield from walk(child)
@@ -38,15 +40,16 @@ def outermost_compiled(root: nn.Module) -> Iterator[nn.Module]:
 
 
 def uncompile_steps(root: nn.Module) -> Handle:
-    """Has ``root`` itself run as it was written: its call, and the methods that Lightning compiles one by one.
+    """Makes ``root`` itself run uncompiled: its call, and the methods that Lightning compiles one by one.
 
     Returns:
-        A handle that puts the compiled ones back.
+        A handle that restores the compiled ones.
     """
     handle = Handle()
     if is_compiled_in_place(root):
         handle.patch(root, "_compiled_call_impl", None)
     for name in _STEPS:
+        # Lightning stores a compiled method as an attribute of the instance. Dynamo keeps the original in it.
         original = getattr(vars(root).get(name), "_torchdynamo_orig_callable", None)
         if original is not None:
             handle.patch(root, name, original)
@@ -56,7 +59,8 @@ def uncompile_steps(root: nn.Module) -> Handle:
 def call_around(
     module: nn.Module, enter: Callable[[nn.Module, Any, Any], None], leave: Callable[[nn.Module, Any, Any], None]
 ) -> Handle:
-    """Calls ``enter`` and ``leave`` around each call of a module compiled in place, outside of what is compiled."""
+    """Calls ``enter`` and ``leave`` around each call of a module compiled in place, outside of its graph."""
+    # Hooks of such a module are part of its graph, so its compiled call is wrapped instead.
     compiled: Any = module._compiled_call_impl
 
     def around(*args: Any, **kwargs: Any) -> Any:

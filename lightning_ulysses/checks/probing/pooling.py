@@ -1,9 +1,9 @@
-"""Refuses a pooling along the sequence whose result reaches the loss: it has seen one rank's slice only.
+"""Refuses a model that pools tokens on the way to the loss: the pooling would see one rank's slice only.
 
-A mean over tokens, the first or the last of them, leaves no dimension in which tokens could be compared. Its result has
-the same shape for all tokens as for a part of them, and other values; of tokens that a router or a mask picks one by
-one, there are fewer in a part. Only what gets a gradient is refused: an encoder often has a pooled output that nothing
-uses.
+A pooled tensor (a mean over tokens, or the first or last token) has no sequence dimension in which tokens could be
+compared. But it is recognized from two runs, on all tokens and on a part of them: its shape is the same and its values
+differ. Tokens that a router or a mask selects are no pooling, since there are fewer of them in a part. Only tensors
+that get a gradient are refused, because encoders often have a pooled output that nothing uses.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.exchange.mesh import SequenceMesh
 from lightning_ulysses.patching.handle import Handle
 
-# For each name, number of the call and of the tensor: whether a part of the tokens gave other values.
+# (name of the submodule, number of its call, number of the tensor in its output) -> whether the values differ.
 Suspects = dict[tuple[str, int, int], bool]
 
-# What cuts tokens into runs, such as the chunks of a loss, and what may follow.
+# Names of autograd nodes that cut tokens into chunks (as a chunked loss does), and of views.
 _CUTS = ("Slice", "Split", "UnsafeSplit")
 _VIEWS = (*_CUTS, "View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "Clone", "Transpose", "Permute", "T")
 
 
 def shapes_that_stay(whole: Recording, part: Recording, tokens: int, rows: int, tolerance: float) -> Suspects:
-    """Outputs without tokens, no scalars, of one shape in both runs, and whether their values differ.
+    """Outputs without a sequence dimension that have the same shape in both runs, and whether their values differ.
 
     Args:
         whole: A run on all tokens.
-        part: A run on some of them, with their true positions.
-        tokens: Tokens in the first run.
+        part: A run on some of these tokens, with their true positions.
+        tokens: Number of tokens in the first run.
         rows: B.
-        tolerance: Largest difference that is none, relative to the largest entry.
+        tolerance: The largest difference that counts as equal, relative to the largest entry.
     """
     by_name: defaultdict[str, list[list[Tensor]]] = defaultdict(list)
     for name, _, tensors in part.outputs:
@@ -49,6 +49,7 @@ def shapes_that_stay(whole: Recording, part: Recording, tokens: int, rows: int, 
     suspects: Suspects = {}
     for name, _, tensors in whole.outputs:
         number, seen[name] = seen[name], seen[name] + 1
+        # A submodule that runs a different number of times cannot be compared call by call, such as an expert.
         if calls[name] != len(by_name[name]):
             continue
         for index, (one, other) in enumerate(zip(tensors, by_name[name][number], strict=False)):
@@ -59,14 +60,14 @@ def shapes_that_stay(whole: Recording, part: Recording, tokens: int, rows: int, 
 
 @dataclass
 class Candidate:
-    """A tensor that is pooled, and whether a gradient has reached it.
+    """A pooled tensor, and whether a gradient has reached it.
 
     Args:
-        name: Of the submodule that returned it, or that it was given to.
-        kind: That submodule's class.
-        shape: Its shape.
-        given: Whether the submodule was given it.
-        reached: Whether it contributes to the loss.
+        name: Name of the submodule that returned the tensor or got it as input.
+        kind: Class of that submodule.
+        shape: Shape of the tensor.
+        given: Whether the tensor is an input of the submodule.
+        reached: Whether the tensor contributes to the loss.
     """
 
     name: str
@@ -77,12 +78,12 @@ class Candidate:
 
     @property
     def key(self) -> tuple[str, str, tuple[int, ...], bool]:
-        """What has to be equal on all ranks that share a sequence."""
+        """The part that must be equal on all ranks of a group."""
         return self.name, self.kind, self.shape, self.given
 
 
 class PoolingWatch:
-    """Follows pooled tensors of the first training step to the loss.
+    """Watches pooled tensors of the first training step, until its backward shows which of them reach the loss.
 
     Args:
         mesh: Sizes and groups.
@@ -92,16 +93,18 @@ class PoolingWatch:
     def __init__(self, mesh: SequenceMesh, root: nn.Module) -> None:
         self._mesh = mesh
         self._names = {id(module): name for name, module in root.named_modules()}
-        # A hook on others would end a compiled graph.
+        # A hook on any other submodule would break a compiled graph.
         self._reachable = {module for module in outermost_compiled(root) if not is_compiled_in_place(module)}
         self._handle = Handle()
         self._candidates: list[Candidate] = []
+        # Autograd nodes of tensors (B, S_r, ...) that submodules returned.
         self._of_tokens: set[Node] = set()
+        # The module whose output `note_outputs` has to look at, if that module itself pools.
         self._outer: nn.Module | None = None
         self.is_open = False
 
     def begin(self) -> None:
-        """Starts with a training step; every rank has to."""
+        """Starts watching a training step. Every rank must do so."""
         self._close()
         self.is_open = True
 
@@ -110,11 +113,11 @@ class PoolingWatch:
         self._handle, self._candidates, self._of_tokens, self.is_open = Handle(), [], set(), False
 
     def follow_outputs(self, module: nn.Module, suspects: Sequence[Suspects], sizes: tuple[int, int]) -> None:
-        """Has the outputs of submodules that pool watched in the call of ``module`` that follows.
+        """Registers hooks on the submodules that pool, for the following call of ``module``.
 
         Args:
-            module: What is about to be called.
-            suspects: From `shapes_that_stay`, of all ranks.
+            module: The module that is about to be called.
+            suspects: The results of `shapes_that_stay` on all ranks.
             sizes: B and S_r.
         """
         if not self.is_open:
@@ -122,11 +125,12 @@ class PoolingWatch:
         names: dict[str, None] = {}
         for first in range(0, len(suspects), self._mesh.sp_size):
             group = suspects[first : first + self._mesh.sp_size]
+            # All ranks of a group have the pooled output. One of them may see no difference: it has the first token.
             shared = [key for key in group[0] if all(key in other for other in group)]
             names |= {key[0]: None for key in shared if any(other[key] for other in group)}
         for part in (module.get_submodule(name) for name in names):
             if part is module:
-                # Looked at in `note_outputs`, since a module compiled in place can have no hook.
+                # Without a hook, since a module compiled in place can have none: `note_outputs` handles it.
                 self._outer = module
                 continue
             if part not in self._reachable:
@@ -138,7 +142,7 @@ class PoolingWatch:
             self._handle.add(part.register_forward_hook(watch).remove)
 
     def follow_inputs(self, module: nn.Module, inputs: Any, sizes: tuple[int, int]) -> None:
-        """Has inputs watched that are one vector for each row, made in the step from what submodules returned."""
+        """Watches inputs of one vector for each row that the step itself made from outputs of submodules."""
         if not self.is_open:
             return
         for tensor in tensors_in(inputs):
@@ -146,7 +150,7 @@ class PoolingWatch:
                 self._follow(tensor, module, given=True)
 
     def note_outputs(self, output: Any, sizes: tuple[int, int]) -> None:
-        """Takes note of what a submodule returned to the step."""
+        """Remembers the outputs that a submodule returned to the step."""
         if not self.is_open:
             return
         if self._outer is not None:
@@ -161,6 +165,7 @@ class PoolingWatch:
                 self._follow(tensor, module, given=False)
 
     def _follow(self, tensor: Tensor, module: nn.Module, given: bool) -> None:
+        # Without a gradient it cannot reach the loss.
         if not tensor.requires_grad:
             return
         name = self._names.get(id(module), "")
@@ -173,10 +178,12 @@ class PoolingWatch:
         self._handle.add(tensor.register_hook(arrived).remove)
 
     def _comes_from_tokens(self, tensor: Tensor) -> bool:
+        # A returned tensor itself, or a chunk of one, is not pooled.
         if tensor.grad_fn is None or tensor.grad_fn in self._of_tokens:
             return False
         if _is_run(tensor.grad_fn, self._of_tokens):
             return False
+        # Searches the autograd graph backwards for an output with tokens.
         nodes, seen = [tensor.grad_fn], {tensor.grad_fn}
         while nodes:
             node = nodes.pop()
@@ -188,7 +195,7 @@ class PoolingWatch:
         return False
 
     def settle(self) -> None:
-        """Refuses, behind the first backward, what has been pooled and reached the loss; a collective once.
+        """Refuses pooled tensors that the first backward has reached; a collective, but only once.
 
         Raises:
             UlyssesError: On every rank.
@@ -202,12 +209,13 @@ class PoolingWatch:
         for first in range(0, len(everyone), self._mesh.sp_size):
             group = everyone[first : first + self._mesh.sp_size]
             for key in group[0]:
+                # Refused only if every rank of the group pooled the tensor and got a gradient for it.
                 if all(key in other for other in group):
                     raise _pools(*key)
 
 
 def _is_number(tensor: Tensor) -> bool:
-    """Whether it is () or (1,), as a loss is."""
+    """Whether the shape is () or (1,), as of a loss."""
     return tensor.dim() == 0 or tensor.shape == (1,)
 
 
@@ -216,21 +224,22 @@ def _has_tokens(tensor: Tensor, rows: int, share: int) -> bool:
 
 
 def _leads_with_tokens(tensor: Tensor, rows: int, share: int) -> bool:
-    """Whether it is (B, S_r, ...), (B * S_r, ...) or (S_r, ...)."""
+    """Whether the shape is (B, S_r, ...), (B * S_r, ...) or (S_r, ...)."""
     return tensor.shape[:2] == (rows, share) or (tensor.dim() > 0 and tensor.shape[0] in (share, rows * share))
 
 
 def _one_per_row(tensor: Tensor, rows: int, share: int) -> bool:
-    """Whether it is (B, W), or (B, 1, W)."""
+    """Whether the shape is (B, width) or (B, 1, width)."""
     if tensor.dim() < 2 or _has_tokens(tensor, rows, share):
         return False
     return tensor.shape[0] == rows and tensor.numel() == rows * tensor.shape[-1]
 
 
 def _is_run(node: Node, of_tokens: set[Node]) -> bool:
-    """Whether nothing but cuts and views lies between tokens and ``node``."""
+    """Whether only cuts and views lie between an output with tokens and ``node``, with at least one cut."""
     cut = False
     while node not in of_tokens:
+        # Autograd names its nodes after the operation, such as "SliceBackward0".
         name = node.name().removesuffix("Backward0").removesuffix("Backward1")
         following = [other for other, _ in node.next_functions if other is not None]
         if name.removesuffix("WithSizes") not in _VIEWS or len(following) != 1:
@@ -241,6 +250,7 @@ def _is_run(node: Node, of_tokens: set[Node]) -> bool:
 
 
 def _pools(name: str, kind: str, shape: tuple[int, ...], given: bool) -> UlyssesError:
+    # "_orig_mod" is the name that torch.compile gives to the module inside its wrapper.
     clean = ".".join(part for part in name.split(".") if part not in ("", "_orig_mod"))
     module = f"{clean!r} ({kind})" if clean else kind
     what = f"a tensor of shape {shape} without a dimension of tokens"

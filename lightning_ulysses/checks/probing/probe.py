@@ -1,8 +1,9 @@
-"""Refuses a model by what it does: a token may reach another one only through an attention call that is intercepted.
+"""The trial: runs a model on a few tokens and refuses it if tokens mix outside of intercepted attention.
 
-In the first step, the model runs on a few tokens with every intercepted attention replaced by a stand-in that keeps
-tokens apart. One token is changed, and nothing may move in another one. Then tokens with their true positions alone
-must come out as they do among the others. What has no tokens any more is followed to the loss, see `pooling`.
+In the first step, the model runs on a few tokens. Every intercepted attention call is replaced by a stand-in that keeps
+tokens apart. Two tests follow. If one token is changed, the outputs of all other tokens must stay the same. If only
+some of the tokens run, with their true positions, their outputs must be the same as among all tokens. Outputs without a
+sequence dimension need another check, see `pooling`.
 """
 
 from __future__ import annotations
@@ -34,18 +35,19 @@ from lightning_ulysses.geometry.layout import SequenceLayout
 from lightning_ulysses.notes import known
 from lightning_ulysses.regions.notes import Beside
 
+# Module calls of a step that are tried; a step may call its model many times.
 _MOST_CALLS = 64
 
 
 class ModelProbe:
-    """Looks at the outermost module calls of the first step of each kind.
+    """Tries the outermost module calls of the first training step and of the first evaluation step.
 
     Args:
-        context: Where the step stands.
+        context: Tells what is split at this moment.
         root: The user's LightningModule.
-        device: Where the model is.
-        forget: Called after each try, for whoever keeps count of the module calls of a step.
-        enabled: False looks at nothing.
+        device: The device of the model.
+        forget: Called after each trial. ZeRO-3 records the order of module calls, and must forget those of the trial.
+        enabled: Whether anything is tried.
     """
 
     def __init__(
@@ -61,9 +63,9 @@ class ModelProbe:
         self._context = context
         self._root = root
         self._names = {id(module): name for name, module in root.named_modules()}
-        #: Modes, training or not, whose steps need no look any more.
+        #: Modes (`Module.training`) that need no trial any more.
         self.done: set[bool] = set() if enabled and context.mesh.sp_size > 1 else {False, True}
-        # For each module that runs, whether it was called with something split.
+        # The stack of running module calls: for each, whether something was split when it began.
         self._open: list[bool] = []
         self._calls = 0
         self._suspects: Suspects = {}
@@ -71,20 +73,20 @@ class ModelProbe:
 
     @contextmanager
     def watch(self) -> Iterator[None]:
-        """Probes the calls made in a step; once for each mode, training or evaluation."""
+        """Tries the calls of the step that runs inside; once for each mode, training or evaluation."""
         training = self._root.training
         self.done.add(training)
         self._open, self._calls, self._root_calls = [], 0, 0
         if training:
             self.pooling.begin()
         with ExitStack() as stack:
-            # A step that is compiled as a whole runs as it was written, once: no call inside could be looked at.
+            # A step compiled as a whole runs uncompiled this once: its inner calls could not be observed otherwise.
             stack.callback(uncompile_steps(self._root).remove)
-            # The strategy calls a step by way of the root's own forward.
+            # The strategy calls a step through the forward of the root, so the root's first call is the step itself.
             hook = self._root.register_forward_pre_hook(self._enter_root, with_kwargs=True)
             stack.callback(hook.remove)
             if self._context.plan is not None:
-                # What is split may begin inside of what is compiled.
+                # With a plan, a region may begin inside a compiled part.
                 stack.enter_context(self._context.uncompiled())
             self._hook_submodules(stack)
             stack.callback(self._root.register_forward_hook(self._leave_root, always_call=True).remove)
@@ -98,13 +100,14 @@ class ModelProbe:
             if is_compiled_in_place(module) and not planned:
                 stack.callback(call_around(module, self._enter, self._leave).remove)
                 continue
-            # With a plan, behind the hook that splits.
+            # With a plan, after the hook that splits the inputs. Otherwise before all hooks of the user.
             hook = module.register_forward_pre_hook(self._enter, with_kwargs=True, prepend=not planned)
             stack.callback(hook.remove)
             stack.callback(module.register_forward_hook(self._leave, always_call=True).remove)
 
     def _enter_root(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self._root_calls += 1
+        # A later call is one of `self(x)` inside the step.
         if self._root_calls > 1:
             self._enter(module, args, kwargs)
 
@@ -113,7 +116,7 @@ class ModelProbe:
             self._open.pop()
 
     def _enter(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        # A module that is held twice, compiled and not, has its hooks in the graph as well.
+        # A module may be held both compiled and plain. Then its hooks run in the graph as well.
         if torch.compiler.is_compiling():
             return
         batch = self._context.split
@@ -121,10 +124,10 @@ class ModelProbe:
         self._open.append(batch is not None)
         if is_inside or batch is None:
             return
-        # Ranks may call a part of the model unequally often on less than their slices, and none must wait for another.
+        # A trial is a collective. On parts of a slice, ranks may call a module unequally often (experts): a deadlock.
         if self._calls < _MOST_CALLS and has_dim((args, kwargs), {*batch.layout.shares}):
             self._calls += 1
-            # Calls made by the probe itself go deeper and are not looked at.
+            # Calls inside the trial are not outermost (`is_inside`), so they are not tried again.
             self._probe(module, args, kwargs)
         self.pooling.follow_inputs(module, (args, kwargs), self._sizes())
 
@@ -149,10 +152,12 @@ class ModelProbe:
         opened = list(self._open)
         self._suspects = {}
         try:
+            # Errors are collected from all ranks below, so that all of them raise together.
             error = self._verdict(call, batch)
         except UlyssesError as refusal:
             error = refusal
         except Exception as failure:
+            # A trial that failed has not shown that keys of another length are a memory.
             self._context.notes.of(AttentionTally).attends_memory = False
             if mesh.rank == 0:
                 warnings.warn(
@@ -171,13 +176,15 @@ class ModelProbe:
         self.pooling.follow_outputs(module, [suspects for _, suspects in answers], (batch.rows, call.share))
 
     def _verdict(self, call: Call, batch: LocalBatch) -> UlyssesError | None:
-        """What is wrong with the call's module, if anything."""
+        """The error for the module of ``call``, or None if it can be split."""
         mesh, name = self._context.mesh, self._names.get(id(call.module), "")
         if not call.has_tokens:
             return None
+        # On rank 0 positions that begin at 0 are right.
         if mesh.sp_rank and call.counts_from_zero(known(batch.shards.values())):
             return _restarts(name, ("", type(call.module).__name__))
         rows = call.rows
+        # Bounded by the smallest share, so that all ranks choose the same length.
         tokens = choose_length(call.module, min(batch.layout.shares), mesh.sp_size, rows, call.other_sizes)
         if tokens is None:
             return None
@@ -185,6 +192,7 @@ class ModelProbe:
         changed = small.with_token(tokens // 2)
         if changed is None:
             return None
+        # Runs of different lengths round differently, so the comparisons of `whole` and `part` allow ten times as much.
         tolerance = 1e-4 if _precise(call.module) else 2e-2
         with _unchanged(call.module), attributes_kept(self._root), torch.no_grad():
             before, after = self._record(small, None), self._record(changed, None)
@@ -195,6 +203,7 @@ class ModelProbe:
             span = layout.spans[mesh.sp_rank]
             training = {module: module.training for module in call.module.modules()}
             try:
+                # Without dropout, whose masks would differ between the two runs.
                 call.module.eval()
                 whole, part = self._record(small, None), self._record(small.cut(span), layout)
             finally:
@@ -205,17 +214,18 @@ class ModelProbe:
         return _restarts(name, found) if found is not None else None
 
     def _record(self, call: Call, layout: SequenceLayout | None) -> Recording:
-        """One run; with ``layout`` as this rank's share of it, else whole."""
+        """One run of the trial. With ``layout``, ``call`` is this rank's slice of it, else it is whole."""
         batch = LocalBatch(layout) if layout is not None else None
         uncompiled = torch.compiler.set_stance("force_eager")
         with uncompiled, kept_streams(self._device), self._context.tried(batch), record(call.module) as recording:
+            # The same random numbers in every run, so that only the changed tokens differ.
             torch.manual_seed(0)
             call.run()
         return recording
 
 
 def _precise(module: nn.Module) -> bool:
-    """Whether it computes in float32 or better."""
+    """Whether the module computes in float32 or float64."""
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         return False
     return all(p.dtype in (torch.float32, torch.float64) for p in module.parameters() if p.is_floating_point())
@@ -223,8 +233,9 @@ def _precise(module: nn.Module) -> bool:
 
 @contextmanager
 def _unchanged(module: nn.Module) -> Iterator[None]:
-    """Puts buffers back, such as the statistics of a batch norm, and lets no cast weight be kept for the real step."""
+    """Restores buffers, such as the statistics of a batch norm, and keeps autocast from caching weights."""
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    # Weights that autocast casts under no_grad and keeps would have no gradient in the real step.
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:

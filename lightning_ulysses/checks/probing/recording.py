@@ -1,4 +1,4 @@
-"""What every submodule returned on a few tokens, and where two such runs first disagree."""
+"""Records the outputs of all submodules in a run, and finds the first submodule in which two runs differ."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import Tensor, nn
 
 @dataclass
 class Recording:
-    """Outputs in the order in which submodules finished, inner ones before outer ones.
+    """The outputs of one run, in the order in which submodules finished: inner ones before outer ones.
 
     Attributes:
-        outputs: (name, class, tensors) of each call.
+        outputs: (name, class, tensors) for each call of a submodule.
     """
 
     outputs: list[tuple[str, str, list[Tensor]]] = field(default_factory=list)
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """All floating-point tensors in nested tuples, lists and mappings."""
+    """All floating-point tensors in nested tuples, lists and mappings, in order."""
     if isinstance(value, Tensor):
         return [value] if value.is_floating_point() else []
     if isinstance(value, Mapping):
@@ -35,12 +35,13 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 @contextmanager
 def record(root: nn.Module) -> Iterator[Recording]:
-    """Records every submodule of ``root``, ``root`` included."""
+    """Records the outputs of ``root`` and of all its submodules."""
     recording = Recording()
     handles = []
     for name, module in root.named_modules():
 
         def hook(module: nn.Module, args: Any, output: Any, name: str = name) -> None:
+            # A clone, since a later operation may change the output in place.
             tensors = [tensor.detach().float().clone() for tensor in tensors_in(output)]
             recording.outputs.append((name, type(module).__name__, tensors))
 
@@ -53,10 +54,10 @@ def record(root: nn.Module) -> Iterator[Recording]:
 
 
 def token_dim(tensor: Tensor, tokens: int, rows: int) -> int | None:
-    """The dimension of ``tensor`` that carries ``tokens``; None if there is not exactly one.
+    """The dimension of ``tensor`` that carries ``tokens``. None if there is not exactly one.
 
-    (rows * tokens, ...) counts as (rows, tokens, ...), see `by_token`; (tokens, ...) without rows, where there are more
-    than one, may as well be so many tokens that a router picked.
+    A shape (rows * tokens, ...) counts as (rows, tokens, ...), see `by_token`. With several rows, a shape (tokens, ...)
+    without rows is not accepted: a router may have selected as many tokens.
     """
     dims = [dim for dim, size in enumerate(tensor.shape) if size == tokens]
     if not dims and tensor.dim() and rows > 1 and tensor.shape[0] == rows * tokens:
@@ -67,10 +68,11 @@ def token_dim(tensor: Tensor, tokens: int, rows: int) -> int | None:
 
 
 def by_token(tensor: Tensor, tokens: int, rows: int) -> Tensor | None:
-    """(tokens, ...) with the dimension that carries them first; None if there is none."""
+    """``tensor`` with the dimension of tokens first, (tokens, ...); None if it has no such dimension."""
     dim = token_dim(tensor, tokens, rows)
     if dim is None:
         return None
+    # `token_dim` counts rows and tokens in one dimension as two.
     if tensor.shape[dim : dim + 1] != (tokens,):
         # (rows * tokens, ...) -> (rows, tokens, ...)
         tensor = tensor.unflatten(0, (rows, tokens))
@@ -89,18 +91,18 @@ def differs(left: Tensor, right: Tensor, tolerance: float) -> bool:
 def first_to_move(
     before: Recording, after: Recording, changed: int, tokens: int, rows: int, tolerance: float
 ) -> tuple[str, str] | None:
-    """The first submodule in which another token than the changed one came out differently.
+    """The first submodule whose output differs for some token other than the changed one.
 
     Args:
         before: A run.
-        after: The same after token number ``changed`` was changed.
-        changed: The token.
-        tokens: Tokens in both runs.
+        after: The same run with token ``changed`` replaced.
+        changed: Index of the token.
+        tokens: Number of tokens in both runs.
         rows: B.
-        tolerance: Largest difference that is none, relative to the largest entry.
+        tolerance: The largest difference that counts as equal, relative to the largest entry.
 
     Returns:
-        Its name and class.
+        The name and class of the submodule, or None.
     """
     others = [token for token in range(tokens) if token != changed]
     for (name, kind, left), (_, _, right) in zip(before.outputs, after.outputs, strict=False):
@@ -114,18 +116,18 @@ def first_to_move(
 def first_to_depend_on_place(
     whole: Recording, part: Recording, span: slice, tokens: int, rows: int, tolerance: float
 ) -> tuple[str, str] | None:
-    """The first submodule that gives other values for tokens ``span`` alone than for them inside of all tokens.
+    """The first submodule whose output for the tokens ``span`` is different if only these tokens run.
 
     Args:
         whole: A run on all tokens.
-        part: A run on some of them, with their true positions.
-        span: Which.
-        tokens: Tokens in the first run.
+        part: A run on the tokens ``span`` alone, with their true positions.
+        span: The range of these tokens.
+        tokens: Number of tokens in the first run.
         rows: B.
-        tolerance: Largest difference that is none, relative to the largest entry.
+        tolerance: The largest difference that counts as equal, relative to the largest entry.
 
     Returns:
-        Its name and class.
+        The name and class of the submodule, or None.
     """
     for (name, kind, left), (_, _, right) in zip(whole.outputs, part.outputs, strict=False):
         for one, other in zip(left, right, strict=False):
@@ -133,6 +135,7 @@ def first_to_depend_on_place(
             if a is None or dim is None:
                 continue
             count, flat = span.stop - span.start, one.shape[dim : dim + 1] != (tokens,)
+            # Outputs whose shapes do not correspond are not compared.
             if other.dim() != one.dim() or other.shape[0 if flat else dim] != (rows * count if flat else count):
                 continue
             # (rows * S_r, ...) -> (S_r, rows, ...), as `by_token` does

@@ -1,1 +1,1 @@
-"""Everything that is specific to Hugging Face transformers."""
+"""Interceptors for Hugging Face transformers: attention, masks, positions, labels, router losses, generation."""

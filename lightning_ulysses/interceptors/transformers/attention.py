@@ -1,7 +1,7 @@
-"""Intercepts Hugging Face transformers.
+"""Intercepts the attention functions of Hugging Face transformers.
 
-Models branch on the *name* of the attention implementation, so the functions registered under its names are replaced
-while a strategy is set up, and put back afterwards.
+Models branch on the *name* of their attention implementation. So the names stay the same, and the functions registered
+under them are replaced while a strategy is set up.
 
 Sources: transformers ``integrations/sdpa_attention.py``, ``integrations/flash_attention.py``.
 """
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
-# Their windows are part of the mask; the others are told.
+# These get a sliding window as part of their mask. The others get it as an argument.
 _MASKED = ("sdpa", "flex_attention", "eager")
 _UNSUPPORTED_FEATURES = ("position_bias", "cache")
 
 
 def _names(root: nn.Module) -> list[str]:
-    """Attention functions to replace: transformers' own, and kernels of the hub that it calls as flash-attn."""
+    """Names of the functions to replace: transformers' own, and kernels of the hub that run as flash-attn."""
     from transformers import PreTrainedModel
     from transformers.integrations.flash_attention import flash_attention_forward
     from transformers.modeling_utils import AttentionInterface
@@ -60,6 +60,7 @@ def _call_spec(
         return known
     if attention_mask is None:
         return MaskSpec(is_causal, window, layout.documents, num_padding=layout.num_padding)
+    # flash-attn takes the 2-D padding mask itself; then it is the slice of the batch's mask.
     shard = batch.shards.get("attention_mask")
     if shard is not None and attention_mask.dim() == 2 and attention_mask.shape == shard.shape:
         return MaskSpec(is_causal, window, layout.documents, layout.valid, layout.num_padding)
@@ -96,13 +97,13 @@ def _wrap(
     name: str,
     original: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """The replacement of one function.
+    """The replacement of one attention function.
 
     Args:
-        context: Where the step stands.
-        ours: Submodules of the LightningModule.
-        tried: Collects eager functions whose formula has been checked, by the class that calls them.
-        name: Of the implementation.
+        context: Tells what is split at this moment.
+        ours: The submodules of the LightningModule.
+        tried: Collects eager functions whose formula has been checked, with the class that calls them.
+        name: Name of the implementation.
         original: The function.
     """
 
@@ -121,11 +122,13 @@ def _wrap(
             if context.mesh.sp_size > 1 and module not in ours:
                 raise _stranger(module)
             _check_features(module, kwargs)
+            # The same default as in transformers' `sdpa_attention_forward`.
             causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
             window = kwargs.get("sliding_window") if name not in _MASKED and causal else None
             softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
             extras = None if softcap is None and sinks is None else Extras(softcap, sinks)
             spec = _call_spec(batch, known, attention_mask, causal, window)
+            # Only the first call of each class: the check runs the model's own function.
             if name == "eager" and (type(module), original) not in tried:
                 check_formula(original, module, query, key, value, scaling, extras, **kwargs)
                 tried.add((type(module), original))
@@ -147,15 +150,17 @@ def _install_attention(context: SequenceContext, handle: Handle, root: nn.Module
 
 
 def _install_eager(handle: Handle, wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> None:
-    """Has ``wrap`` take over what models fall back on under ``attn_implementation="eager"``.
+    """Replaces the functions that models use under ``attn_implementation="eager"``.
 
     Args:
-        handle: Undoes it.
-        wrap: Makes the replacement of a model's function, given ``"eager"`` and the function.
+        handle: Takes the undo.
+        wrap: Makes the replacement of a function, given ``"eager"`` and the function.
     """
+    # These functions are not registered: each model passes its own as the default of `get_interface`.
     from transformers.modeling_utils import AttentionInterface
 
     original = AttentionInterface.get_interface
+    # One replacement for each function, and not a new one for each call.
     wrapped = functools.lru_cache(maxsize=None)(functools.partial(wrap, "eager"))
 
     @functools.wraps(original)
@@ -167,16 +172,16 @@ def _install_eager(handle: Handle, wrap: Callable[[str, Callable[..., Any]], Cal
 
 
 def check_model(model: PreTrainedModel, mesh: SequenceMesh, names: list[str]) -> None:
-    """Refuses, before the first step, what cannot be made exact.
+    """Refuses models that cannot be made exact, before the first step.
 
     Raises:
-        UlyssesError: Naming the model, the reason and the change.
+        UlyssesError: With the model, the reason and the change.
     """
     name, config = type(model).__name__, model.config
     if isinstance(num_heads := getattr(config, "num_attention_heads", None), int):
         mesh.check_heads(num_heads)
     implementation = getattr(config, "_attn_implementation", None)
-    # Some models have no other implementation; what theirs computes is tried in the first step.
+    # Some models have only eager attention. Its formula is checked in the first step, see `check_formula`.
     only_eager = implementation == "eager" and not getattr(model, "_supports_sdpa", True)
     if implementation not in names and not only_eager:
         raise UlyssesError(
@@ -194,18 +199,18 @@ def check_model(model: PreTrainedModel, mesh: SequenceMesh, names: list[str]) ->
 
 
 def install(context: SequenceContext, root: nn.Module, *, sync_steps: bool = False) -> Handle:
-    """Installs the interceptors for every transformers model below ``root``.
+    """Installs the interceptors for all transformers models below ``root``.
 
     Args:
-        context: Where the step stands.
+        context: Tells what is split at this moment.
         root: The user's LightningModule.
-        sync_steps: Whether ranks must call forward equally often (ZeRO-3), for ``generate``.
+        sync_steps: Whether all ranks must call forward equally often in ``generate`` (ZeRO-3).
 
     Returns:
         A handle whose ``remove()`` restores everything.
 
     Raises:
-        UlyssesError: For a model that cannot be made exact; only where P > 1.
+        UlyssesError: For a model that cannot be made exact, if P > 1.
     """
     from transformers import PreTrainedModel
 
@@ -222,6 +227,7 @@ def install(context: SequenceContext, root: nn.Module, *, sync_steps: bool = Fal
                 check_model(model, context.mesh, names)
             hook = model.register_forward_pre_hook(supply_inputs(context, model, numbering), with_kwargs=True)
             handle.add(hook.remove)
+        # After the hooks above, since these hooks may replace the positions that those supply.
         numbering.install(root, handle)
         install_router(context, handle, models)
     except BaseException:

@@ -1,7 +1,7 @@
-"""transformers' eager attention: a function of each model's own, taken over where it is plain softmax attention.
+"""Checks the eager attention of transformers models, which every model defines itself.
 
-Some models have nothing else: softcap (Gemma 2) and sinks (GPT-OSS) are out of reach of
-``scaled_dot_product_attention``. What such a function computes is not believed but tried, on the first few tokens.
+Some models have no other attention, since ``scaled_dot_product_attention`` lacks softcap (Gemma 2) and sinks (GPT-OSS).
+Their function is replaced only if it computes softmax attention. This is tested on the first few tokens.
 
 Source: transformers ``AttentionInterface.get_interface`` and ``eager_attention_forward`` of ``models/*/modeling_*.py``.
 """
@@ -19,6 +19,7 @@ from lightning_ulysses.attention.explicit import Extras
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.geometry.mask_spec import MaskSpec
 
+# Tokens of the comparison.
 _TOKENS = 4
 Forward = Callable[..., tuple[Tensor, Tensor | None]]
 
@@ -33,26 +34,28 @@ def check_formula(
     extras: Extras | None,
     **kwargs: Any,
 ) -> None:
-    """Runs a model's own function on a few tokens beside `attend`.
+    """Compares a model's own function with `attend` on a few tokens.
 
     Args:
         original: The model's function.
-        module: The attention block it is called for.
+        module: The attention block that calls it.
         q: (B, H, S_r, D).
         k: (B, H_kv, S_r, D).
         v: (B, H_kv, S_r, D_v).
-        scale: Of the scores.
-        extras: Softcap and sinks that it is called with.
+        scale: Scale of the scores.
+        extras: Softcap and sinks of the call.
         **kwargs: Further arguments of the call.
 
     Raises:
-        UlyssesError: If they differ.
+        UlyssesError: If the results differ.
     """
     # (B, heads, S_r, D) -> (1, heads, tokens, D)
     q, k, v = (t[:1, :, :_TOKENS].detach() for t in (q, k, v))
     length = q.shape[2]
+    # Eager functions are given a mask that is added to the scores. This one is causal.
     hidden = torch.full((length, length), torch.finfo(q.dtype).min, dtype=q.dtype, device=q.device).triu(1)
     with torch.no_grad():
+        # The mask (tokens, tokens) -> (1, 1, tokens, tokens)
         theirs = original(module, q, k, v, hidden[None, None], dropout=0.0, scaling=scale, **kwargs)[0]
         # (1, H, tokens, D_v) -> (1, tokens, H, D_v)
         ours = attend(q, k, v, MaskSpec(True), scale=scale, extras=extras).transpose(1, 2)

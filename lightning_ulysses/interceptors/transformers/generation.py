@@ -1,4 +1,4 @@
-"""Lets ``generate`` run unsharded inside a step, on whole prompts."""
+"""Makes ``generate`` run unsharded inside a step, on whole prompts."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def install_generate(context: SequenceContext, handle: Handle, sync_steps: bool)
     """Wraps ``GenerationMixin.generate``.
 
     Args:
-        context: Where the step stands.
-        handle: Undoes it.
+        context: Tells what is split at this moment.
+        handle: Takes the undo.
         sync_steps: Whether all ranks must call forward equally often (ZeRO-3).
     """
     from transformers import GenerationMixin
@@ -31,13 +31,14 @@ def install_generate(context: SequenceContext, handle: Handle, sync_steps: bool)
     def generate(self: Any, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         batch, group = context.split, context.mesh.sp_group
         if sync_steps:
-            # Under ZeRO-3 every forward gathers parameters, so all ranks must take equally many steps.
+            # Under ZeRO-3 every forward gathers parameters, so all ranks must generate equally many tokens.
             kwargs.setdefault("synced_gpus", True)
         if batch is None or group is None:
-            # Outside of a region of a plan, prompts are whole; its hooks must not take them for a batch.
+            # Prompts are whole outside of a region. The plan's hooks must not split them.
             with context.suspended() if context.plan is not None else nullcontext():
                 return original(self, inputs, *args, **kwargs)
         named = {key: kwargs.get(key) for key in ("input_ids", "attention_mask", "position_ids", "inputs_embeds")}
+        # Slices of the batch are recognized by their storage, also as views.
         shards: StorageTable[Tensor] = StorageTable()
         for each in batch.shards.values():
             shards[each] = each
@@ -46,6 +47,7 @@ def install_generate(context: SequenceContext, handle: Handle, sync_steps: bool)
             shard = shards.get(tensor) if isinstance(tensor, Tensor) else None
             if shard is None:
                 return tensor
+            # A view with another shape, such as the first tokens of the slice.
             if tensor.shape[:2] != shard.shape[:2]:
                 raise UlyssesError(
                     f"generate() on {name} of shape {tuple(tensor.shape)}, a part of this rank's slice",

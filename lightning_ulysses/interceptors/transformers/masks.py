@@ -1,7 +1,8 @@
 """Describes the attention masks of transformers models instead of building them.
 
-A model passes a one-element tensor around that stands for a `MaskSpec` of the whole sequence, see `MaskTable`; its own
-function would build a mask of this rank's slice, with positions counted from the slice's start.
+transformers' functions would build a mask of this rank's slice, with positions counted from the start of the slice.
+Here the model gets a tensor with one element in its place. The tensor is a known mask: `MaskTable` holds its `MaskSpec`
+of the whole sequence.
 
 Source: transformers ``masking_utils.py``.
 """
@@ -20,6 +21,7 @@ from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.geometry.mask_spec import MaskSpec
 from lightning_ulysses.patching.handle import Handle
 
+# Functions that combine other mask functions, which they close over.
 _COMPOSED = {"and_masks", "remap_positions_for_packed_sequence"}
 _KNOWN_MASKS = {
     "causal_mask_function",
@@ -32,7 +34,8 @@ _KNOWN_MASKS = {
 
 
 def _mask_parts(mask_function: Callable[..., Any]) -> dict[str, Any]:
-    """The factory functions that a transformers mask function is composed of, with the values they close over."""
+    """The factory functions of which a mask function is composed, with the values that each closes over."""
+    # "sliding_window_overlay.<locals>.inner_mask" -> "sliding_window_overlay"
     name = getattr(mask_function, "__qualname__", type(mask_function).__name__).split(".")[0]
     code = getattr(mask_function, "__code__", None)
     cells = getattr(mask_function, "__closure__", None) or ()
@@ -48,11 +51,12 @@ def _mask_parts(mask_function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _spec_from_mask_function(mask_function: Callable[..., Any], batch: LocalBatch, has_padding: bool) -> MaskSpec:
-    """What a mask function means over the whole sequence; documents and padding come from the batch's layout."""
+    """The spec of a mask function over the whole sequence. Documents and padding come from the layout of the batch."""
     parts = _mask_parts(mask_function)
     unknown = set(parts) - _KNOWN_MASKS
     causal = "causal_mask_function" in parts
     if not causal and "sliding_window_overlay" in parts:
+        # It limits only the keys before the query.
         unknown.add("sliding_window_overlay")
     if unknown:
         raise UlyssesError(
@@ -64,6 +68,7 @@ def _spec_from_mask_function(mask_function: Callable[..., Any], batch: LocalBatc
     window, ahead = parts.get("sliding_window_overlay", {}).get("sliding_window"), None
     if "sliding_window_bidirectional_overlay" in parts:
         ahead = parts["sliding_window_bidirectional_overlay"]["sliding_window"]
+        # `ahead` keys on each side are a window of `ahead` + 1 with the query's own key. The narrower window counts.
         window = min(ahead + 1, window or ahead + 1)
     return MaskSpec(
         causal=causal,
@@ -83,22 +88,24 @@ def install_masks(context: SequenceContext, handle: Handle, names: tuple[str, ..
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         @context.takes_over(original)
         def describe_mask(*args: Any, **kwargs: Any) -> Any:
+            # The stand-in for attention takes no mask.
             if context.place.is_tried:
                 return None
-            # Whoever is taken over has asked whether the batch is described.
+            # `takes_over` calls this only if a batch is described.
             batch = context.place.region
             if batch is None:
                 return original(*args, **kwargs)
             call = inspect.signature(original).bind(*args, **kwargs)
             call.apply_defaults()
             values = {**call.arguments, **call.arguments.get("kwargs", {})}
+            # On one rank a mask that cannot be described is built by transformers, which has the whole sequence.
             if context.mesh.sp_size == 1 and not _KNOWN_MASKS.issuperset(_mask_parts(values["mask_function"])):
                 return original(*args, **kwargs)
             padding = values.get("attention_mask")
             spec = _spec_from_mask_function(values["mask_function"], batch, padding is not None)
             seed = torch.ones(1, dtype=torch.bool, device=values.get("device", "cpu"))
             batch.notes.of(MaskTable)[seed] = spec
-            # (1,) -> (B, 1, S_r, S_r) without memory: models may look at a mask's shape.
+            # (1,) -> (1, 1, 1, 1) -> (B, 1, S_r, S_r) in the memory of one element: models may look at the shape.
             return seed.view(1, 1, 1, 1).expand(values["batch_size"], 1, values["q_length"], values["kv_length"])
 
         return describe_mask

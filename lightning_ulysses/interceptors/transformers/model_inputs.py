@@ -1,4 +1,4 @@
-"""Supplies transformers models with what they get wrong on slices and packed rows: positions and shifted labels."""
+"""Supplies transformers models with positions and shifted labels, which they cannot derive from a slice."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 def supply_inputs(context: SequenceContext, model: PreTrainedModel, numbering: Numbering) -> Callable[..., Any]:
-    """A forward pre-hook that supplies the positions and shifted labels that the model would get wrong on a slice."""
+    """A forward pre-hook that adds the positions and shifted labels that a call of ``model`` leaves out."""
     signature = inspect.signature(model.forward)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     name = type(model).__name__
-    # transformers falls back to the causal language model's loss where a class has no loss type.
+    # transformers uses the loss of causal language models for a class without a loss type.
     shifts = (getattr(model, "loss_type", None) or "ForCausalLM").startswith("ForCausalLM")
 
     @eager
@@ -44,6 +44,7 @@ def supply_inputs(context: SequenceContext, model: PreTrainedModel, numbering: N
                     "a model that can be told the positions of its tokens",
                     "train it without sequence parallelism (sp_size=1)",
                 )
+        # A key/value cache would hold the keys of one slice only, and cost memory.
         if "use_cache" in signature.parameters and given.get("use_cache") is None:
             added["use_cache"] = False
         labels = given.get("labels")
@@ -59,7 +60,7 @@ def supply_inputs(context: SequenceContext, model: PreTrainedModel, numbering: N
 
 
 def _positions(batch: LocalBatch, tokens: Tensor, rank: int) -> Tensor:
-    """(B, S_r) where packed documents number their own tokens, else (1, S_r)."""
+    """The positions of this rank's tokens: (B, S_r) if the batch's positions mark documents, else (1, S_r)."""
     if batch.layout.documents is not None and batch.document_positions is not None:
         return batch.document_positions
     begin = batch.layout.starts[rank]
@@ -70,10 +71,10 @@ def _positions(batch: LocalBatch, tokens: Tensor, rank: int) -> Tensor:
 def shifted_labels(
     batch: LocalBatch, labels: Tensor, given: dict[str, Any], shifts: bool, takes_any: bool, name: str
 ) -> dict[str, Tensor]:
-    """The keyword argument that makes the model's loss see the label behind its slice's last token.
+    """The keyword argument ``shift_labels``, with which the last token of a slice has its label.
 
     Raises:
-        UlyssesError: If the labels are not the batch's own, or the model takes none that are shifted already.
+        UlyssesError: If the labels are not those of the batch, or the model does not accept shifted labels.
     """
     source = next((key for key in ("labels", "input_ids") if _same(labels, batch.shards.get(key))), None)
     if source is None and labels.dim() < 2:
@@ -89,6 +90,7 @@ def shifted_labels(
             "make the labels in the collate function and pass batch['labels'] to the model",
         )
     evidence = batch.notes.of(LossEvidence).found
+    # A masked language model, for example: its labels are not shifted.
     if not shifts:
         evidence.append(TargetEvidence(name=source))
         return {}

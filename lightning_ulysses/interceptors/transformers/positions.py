@@ -1,7 +1,7 @@
-"""Positions of models that number tokens in their own way: padding gets ``padding_idx``, others count up from there.
+"""Positions of RoBERTa and its relatives: padding gets ``padding_idx``, other tokens count up from there.
 
-RoBERTa and its relatives read these numbers off the token ids, which is possible for the whole sequence only. Their own
-function is called on it, and each rank takes its slice; packed documents are numbered one by one.
+These models compute positions from the token ids, for which they need the whole sequence. So their own function is
+called on the whole sequence, and each rank takes its slice. Packed documents are numbered one by one.
 
 Source: transformers ``create_position_ids_from_input_ids`` of ``models/*/modeling_*.py``.
 """
@@ -28,7 +28,8 @@ Create = Callable[[Tensor, int], Tensor]
 
 
 def _own_function(module: nn.Module) -> Create | None:
-    """How ``module`` numbers tokens if it is given no positions; None for any other module."""
+    """The function with which ``module`` computes positions from token ids; None if it has no such function."""
+    # transformers defines it as a method in some models and as a function of the file in others.
     if not isinstance(getattr(module, "padding_idx", None), int):
         return None
     if "position_ids" not in inspect.signature(module.forward).parameters:
@@ -38,29 +39,30 @@ def _own_function(module: nn.Module) -> Create | None:
 
 
 class Numbering:
-    """Replaces positions that this package supplied by those of the model's own kind.
+    """Replaces the positions that `supply_inputs` added by those that the model would compute itself.
 
     Args:
-        context: Where the step stands.
+        context: Tells what is split at this moment.
     """
 
     def __init__(self, context: SequenceContext) -> None:
         self._context = context
-        #: Whether any module numbers tokens by itself.
+        #: Whether any module computes positions from token ids.
         self.is_used = False
+        # A few of them: the outer model supplies positions, and its embeddings ask for them soon after.
         self._supplied: deque[Tensor] = deque(maxlen=4)
-        # Tokens and their numbers, of runs of a probe on all of its tokens.
+        # (token ids, positions) of the runs of a trial on all of its tokens.
         self._probed: deque[tuple[Tensor, Tensor]] = deque(maxlen=4)
 
     def supplied(self, positions: Tensor) -> Tensor:
-        """``positions`` as an object of its own, told apart from those that a user passes."""
+        """``positions`` as a new tensor object, to distinguish it from positions that a user passes."""
         # (B | 1, S_r) -> (B | 1, S_r)
         positions = positions.view_as(positions)
         self._supplied.append(positions)
         return positions
 
     def install(self, root: nn.Module, handle: Handle) -> None:
-        """Looks after every submodule of ``root`` that numbers tokens by itself."""
+        """Hooks every submodule of ``root`` that computes positions from token ids."""
         for module in root.modules():
             create = _own_function(module)
             if create is not None:
@@ -74,13 +76,14 @@ class Numbering:
         def number(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             bound = signature.bind_partial(*args, **kwargs)
             given, tokens = (bound.arguments.get(key) for key in ("position_ids", "input_ids"))
+            # Positions that the user passes reach the model unchanged.
             if given is not None and not any(given is own for own in self._supplied):
                 return None
             batch = self._context.described
             if isinstance(tokens, Tensor):
                 numbers = self._numbers(tokens, batch, create, padding)
             else:
-                # Embeddings do not tell what is padding. (B | 1, S_r) -> (B, S_r)
+                # From embeddings, padding cannot be recognized. (B | 1, S_r) -> (B, S_r)
                 rows = bound.arguments["inputs_embeds"].shape[0]
                 numbers = None if given is None else (given + padding + 1).expand(rows, -1)
             if numbers is None:
@@ -95,18 +98,19 @@ class Numbering:
         return hook
 
     def _numbers(self, tokens: Tensor, batch: LocalBatch | None, create: Create, padding: int) -> Tensor | None:
-        """(B, S_r) tokens -> (B, S_r) numbers; None for the model's own."""
+        """Token ids (B, S_r) -> positions (B, S_r). None leaves them to the model."""
         rank = self._context.mesh.sp_rank
         if self._context.place.is_tried:
             if batch is None:
                 return self._probe(tokens, create, padding)
+            # The trial on a part of the tokens: the positions that they had among all tokens.
             span = batch.layout.spans[rank]
             return next((n[:, span] for t, n in self._probed if torch.equal(t[:, span], tokens)), None)
         assert batch is not None
         layout, group = batch.layout, self._context.mesh.sp_group
         check_share(tokens.shape[1], layout, rank, "input_ids")
         whole = tokens.clone() if group is None else join_sequence(tokens, layout.shares, 1, group)
-        # What this package added might count past the last position that there is.
+        # Padding that this package added would count further, perhaps beyond the last position embedding.
         whole[:, layout.real_len :] = padding
         documents = layout.documents if batch.document_positions is not None else None
         if documents is None:
@@ -118,7 +122,10 @@ class Numbering:
         return torch.cat(rows)[:, layout.spans[rank]]
 
     def _probe(self, tokens: Tensor, create: Create, padding: int) -> Tensor:
-        """Numbers that stay where a probe changes one token, which may have been padding."""
+        """Positions during a trial. They stay the same if the trial changes one token.
+
+        The changed token may be padding, and then all later tokens would get other positions.
+        """
         for before, numbers in self._probed:
             if before.shape == tokens.shape and int((before != tokens).any(dim=0).sum()) <= 1:
                 return numbers

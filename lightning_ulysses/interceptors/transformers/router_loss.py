@@ -1,15 +1,16 @@
-r"""The auxiliary loss of a mixture of experts, which balances the load of all tokens of a batch.
+r"""The auxiliary loss of a mixture of experts, which balances the load of the experts over all tokens of a batch.
 
-With L layers, E experts and the tokens t that the attention mask keeps, it is
+With L layers, E experts and t tokens that the attention mask keeps, it is
 
-    A = E * sum_e f_e * p_e,    f_e = share of the L * t choices that fell on e,    p_e = mean probability of e,
+    A = E * sum_e f_e * p_e,    f_e = (choices of e) / (L * t),    p_e = mean probability of e.
 
-a product of means, which no rank can take from its own slice. The sums are exchanged, 2 E + 1 numbers, so A is the same
-on every rank of the group. Rank r's loss has the weight n_r * W / N of its targets (`loss.token_mean`); ZeRO averages
-over W; the gradients that all ranks send to a slice are therefore added up, and A counts n / N in the step for a batch
-of n targets: as much as the mean over tokens that it is added to. A batch here is what one group gets in one
-micro-batch, as in one process that takes the batches of a step one by one. Of all of them at once, A would be another
-number.
+A product of means cannot be computed from one slice. So the ranks of a group exchange the sums, 2 E + 1 numbers, and A
+is the same on each of them. Rank r weights its loss by n_r * W / N (`loss.token_mean`), and ZeRO averages over W. The
+backward of the exchange sums the gradients of all ranks. So A counts n / N in the step for a batch of n targets, like
+the mean over tokens to which it is added.
+
+A batch here is one micro-batch of one group. One process that takes these batches one by one has the same A. All
+batches of a step as one large batch would have another A.
 
 Source: transformers ``load_balancing_loss_func`` of ``models/*/modeling_*.py``; Switch Transformers, arXiv 2101.03961.
 """
@@ -37,11 +38,12 @@ _PARAMETERS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """The sum over ranks; backward, each rank's part gets the sum of the gradients that all ranks have for it."""
+    """An all-reduce in forward and backward: each part gets the sum of the gradients of all ranks."""
 
     @staticmethod
     def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
         ctx.group = group
+        # all_reduce writes in place and needs contiguous memory.
         total = part.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=group)
         return total
@@ -54,16 +56,16 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 def balance_sums(gate_logits: tuple[Tensor, ...], num_experts: int, top_k: int, kept: Tensor) -> Tensor:
-    """What the loss needs to know of some tokens.
+    """The sums over some tokens from which the loss is computed.
 
     Args:
         gate_logits: For each layer (tokens, E).
         num_experts: E.
-        top_k: Experts that each token goes to.
-        kept: (tokens,) float32, the weight of each token.
+        top_k: Number of experts for each token.
+        kept: (tokens,) float32, the weight of each token: 0 for padding.
 
     Returns:
-        (2 E + 1,) float32: choices of each expert, sums of its probability, number of tokens, over all layers.
+        (2 E + 1,) float32 over all layers: choices of each expert, sum of its probabilities, number of tokens.
     """
     device = gate_logits[0].device
     chosen = torch.zeros(num_experts, device=device)
@@ -72,7 +74,7 @@ def balance_sums(gate_logits: tuple[Tensor, ...], num_experts: int, top_k: int, 
     for layer in gate_logits:
         weights = torch.softmax(layer.to(device), dim=-1)
         experts = weights.topk(top_k, dim=-1).indices
-        # (tokens, top_k) -> (tokens * top_k,)
+        # (tokens, top_k) -> (tokens * top_k,), the choices of one token next to each other
         chosen = chosen.scatter_add(0, experts.reshape(-1), kept.repeat_interleave(top_k))
         likely = likely + (weights.float() * kept[:, None]).sum(dim=0)
     return torch.cat([chosen, likely, (len(gate_logits) * kept.sum())[None]])
@@ -86,10 +88,11 @@ def balance_loss(sums: Tensor) -> Tensor:
 
 
 def _same_formula(original: Callable[..., Any]) -> bool:
-    """Whether a model's own function computes A, tried on a few random tokens with and without a mask."""
+    """Whether a model's own function computes A, tested on a few random tokens with and without a mask."""
     if list(inspect.signature(original).parameters) != _PARAMETERS:
         return False
     random = torch.Generator().manual_seed(0)
+    # Two layers, six tokens, four experts; the masks leave out the third and fourth token.
     logits = tuple(torch.randn(6, 4, generator=random) for _ in range(2))
     mask = torch.tensor([[1, 1, 0], [0, 1, 1]])
     for given, kept in ((None, torch.ones(6)), (mask, mask.flatten().float())):
@@ -100,8 +103,9 @@ def _same_formula(original: Callable[..., Any]) -> bool:
 
 
 def _kept(gate_logits: tuple[Tensor, ...], attention_mask: Tensor | None, batch: LocalBatch, share: int) -> Tensor:
-    """(B * S_r,) float32: 1 for the slice's tokens that count."""
+    """(B * S_r,) float32: 1 for tokens of the slice that the attention mask keeps, else 0."""
     tokens = gate_logits[0].shape[0]
+    # Models flatten rows and tokens, and the mask must describe the same tokens.
     fits = all(layer.dim() == 2 and layer.shape[0] == tokens for layer in gate_logits) and tokens % share == 0
     if not fits or (attention_mask is not None and attention_mask.shape != (tokens // share, share)):
         raise UlyssesError(
@@ -111,10 +115,12 @@ def _kept(gate_logits: tuple[Tensor, ...], attention_mask: Tensor | None, batch:
             "set config.output_router_logits = False",
         )
     mask = torch.ones(tokens // share, share) if attention_mask is None else attention_mask
+    # (B, S_r) -> (B * S_r,)
     return mask.reshape(-1).float()
 
 
 def _wrap(context: SequenceContext, original: Callable[..., Any], owner: str) -> Callable[..., Any]:
+    # Filled by the first call: most models never compute this loss.
     tried: list[bool] = []
 
     def load_balancing_loss_func(
@@ -122,6 +128,7 @@ def _wrap(context: SequenceContext, original: Callable[..., Any], owner: str) ->
     ) -> Any:
         batch, mesh, place = context.split, context.mesh, context.place
         if place.batch is not None:
+            # The loss is then no mean over targets alone, which `loss_form` would warn of.
             place.batch.notes.of(LossEvidence).has_whole_part = True
         if place.is_tried or batch is None or mesh.sp_group is None or not isinstance(gate_logits, tuple):
             return original(gate_logits, num_experts, top_k, attention_mask)
@@ -132,7 +139,7 @@ def _wrap(context: SequenceContext, original: Callable[..., Any], owner: str) ->
         layout, share = batch.layout, batch.layout.shares[mesh.sp_rank]
         kept = _kept(gate_logits, attention_mask, batch, share)
         if layout.num_padding:
-            # Tokens that this package added are none in one process.
+            # Padding that this package added does not exist in one process.
             positions = torch.arange(share, device=kept.device) + layout.starts[mesh.sp_rank]
             kept = kept * (positions < layout.real_len).repeat(kept.numel() // share)
         sums = balance_sums(gate_logits, num_experts, top_k, kept)
@@ -151,10 +158,10 @@ def _unknown(owner: str) -> UlyssesError:
 
 
 def check_router(model: nn.Module) -> None:
-    """Refuses a model that asks for a router's loss that is not made by a function of the usual kind.
+    """Refuses a model with ``output_router_logits=True`` whose auxiliary loss is not the usual one.
 
     Raises:
-        UlyssesError: Naming the model.
+        UlyssesError: With the name of the model.
     """
     if getattr(getattr(model, "config", None), "output_router_logits", False):
         functions = [getattr(module, FUNCTION) for module in _modules_of(model)]
@@ -168,13 +175,14 @@ def _modules_of(model: nn.Module) -> list[Any]:
 
 
 def install_router(context: SequenceContext, handle: Handle, models: Sequence[nn.Module]) -> None:
-    """Has the auxiliary loss of transformers models computed over all tokens of a batch that is cut.
+    """Patches the auxiliary loss of transformers models to cover all tokens of a batch that is cut.
 
     Args:
-        context: Where the step stands.
-        handle: Undoes it.
-        models: What is trained.
+        context: Tells what is split at this moment.
+        handle: Takes the undo.
+        models: The transformers models.
     """
+    # Every modeling file has a function of its own, also those of base classes.
     owners = {module: type(model).__name__ for model in models for module in _modules_of(model)}
     for module, owner in owners.items():
         handle.patch(module, FUNCTION, _wrap(context, getattr(module, FUNCTION), owner))
