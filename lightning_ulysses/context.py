@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -56,6 +56,21 @@ class LocalBatch:
         return tensor[:, self.layout.spans[rank]]
 
 
+class Trial(Protocol):
+    """What answers attention calls in place of the exchange."""
+
+    def answer(self, call: Any, plain: Callable[[], Any]) -> Any:
+        """Answers a call.
+
+        Args:
+            call: An `attention.call.AttentionCall`.
+            plain: The caller's own function on the caller's own arguments.
+
+        Returns:
+            What the caller expects of its function.
+        """
+
+
 @dataclass(frozen=True)
 class Place:
     """Where in a step a call is made.
@@ -64,7 +79,8 @@ class Place:
         batch: Of the step that runs; None outside of steps, and where the step is hidden (`unsharded`).
         region: What attention computes on: the batch, or the part of a planned model that is split. None outside of it.
         is_known: False in the backward of a planned step, where a repeated forward may belong anywhere.
-        is_tried: Whether the model is tried on a few tokens: attention keeps tokens apart, see `checks.probing`.
+        trial: Answers attention calls while the model or the step is tried on a few tokens; see `checks`.
+        is_probed: Whether submodules are tried by themselves, on tokens without labels; see `checks.probing`.
         is_uncompiled: Whether compiled code runs as it was written.
         last: The geometry of the region that ended here.
     """
@@ -72,7 +88,8 @@ class Place:
     batch: LocalBatch | None = None
     region: LocalBatch | None = None
     is_known: bool = True
-    is_tried: bool = False
+    trial: Trial | None = None
+    is_probed: bool = False
     is_uncompiled: bool = False
     last: SequenceLayout | None = None
 
@@ -149,7 +166,7 @@ class SequenceContext:
 
             @functools.wraps(original)
             def choose(*args: Any, **kwargs: Any) -> Any:
-                if self.place.is_tried or self.described is not None:
+                if self.place.trial is not None or self.described is not None:
                     return outside(*args, **kwargs)
                 return original(*args, **kwargs)
 
@@ -182,9 +199,22 @@ class SequenceContext:
         """Ends a region of a planned model."""
         self.place = replace(self.place, region=None, last=layout)
 
-    def tried(self, batch: LocalBatch | None = None) -> AbstractContextManager[None]:
-        """Puts another batch, or none, in the place of the running one, and has attention keep tokens apart."""
-        return self.at(replace(self.place, batch=batch, region=batch, is_known=True, is_tried=True, last=None))
+    def tried(
+        self, trial: Trial, batch: LocalBatch | None = None, *, is_probed: bool = False
+    ) -> AbstractContextManager[None]:
+        """Puts another batch, or none, in the place of the running one, and has ``trial`` answer attention calls."""
+        return self.at(
+            replace(self.place, batch=batch, region=batch, is_known=True, trial=trial, is_probed=is_probed, last=None)
+        )
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """As if this process were the only one."""
+        mesh, self.mesh = self.mesh, SequenceMesh(0, 1, 1, 0, 1, 0)
+        try:
+            yield
+        finally:
+            self.mesh = mesh
 
     def plain(self) -> AbstractContextManager[None]:
         """Leaves attention alone, also while the model is tried."""
@@ -194,7 +224,7 @@ class SequenceContext:
     def suspended(self) -> Iterator[None]:
         """Hides the step, so that attention is plain."""
         self.suspensions += 1
-        with self.at(Place(is_tried=self.place.is_tried, is_uncompiled=self.place.is_uncompiled)):
+        with self.at(replace(self.place, batch=None, region=None, is_known=True, last=None)):
             yield
 
     @contextmanager
@@ -232,7 +262,7 @@ def eager_while_live(function: F) -> F:
         context = _Slot.context
         # Also before and after the region of a plan, where the batch may be cut and the model is not.
         if context is not None and (
-            context.place.is_tried or (context.place.batch is not None and context.mesh.sp_size > 1)
+            context.place.trial is not None or (context.place.batch is not None and context.mesh.sp_size > 1)
         ):
             return outside(*args, **kwargs)
         return function(*args, **kwargs)

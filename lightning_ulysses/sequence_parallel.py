@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from lightning_ulysses.batch.clock import Clock
 from lightning_ulysses.batch.loader import SeededLoader
-from lightning_ulysses.batch.pipeline import BatchPipeline
+from lightning_ulysses.batch.pipeline import BatchPipeline, fill_mask
 from lightning_ulysses.batch.predictions import join_outputs
 from lightning_ulysses.checks.probing import ModelProbe
 from lightning_ulysses.checks.step import check_intercepted
+from lightning_ulysses.checks.trial import StepTrial, refusal, warn_unchecked
 from lightning_ulysses.config import UlyssesConfig
 from lightning_ulysses.context import LocalBatch, SequenceContext, activate, current_context
+from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.exchange.mesh import SequenceMesh
 from lightning_ulysses.interceptors.install_all import install_interceptors
 from lightning_ulysses.loss.evidence import LossWatch
@@ -62,8 +64,11 @@ class SequenceParallel:
         self._pipeline = BatchPipeline(settings.rules, mesh, device, seed)
         self._handle = Handle()
         self._probe: ModelProbe | None = None
+        self._forget: Callable[[], None] | None = None
         self._module: nn.Module = nn.Identity()
         self._clock = Clock()
+        self._trial: StepTrial | None = None
+        self._refusal: UlyssesError | None = None
         self._local: LocalBatch | None = None
         # Whether attention was intercepted in a step, so that no further one has to show it.
         self._is_proven = False
@@ -92,6 +97,10 @@ class SequenceParallel:
         self._module = module
         self._handle.add(install_interceptors(self.context, module, gathers_parameters).remove)
         self._probe = ModelProbe(self.context, module, self._device, forget, self.settings.check_model)
+        self._forget = forget
+        # With a plan, the sequence is joined before the loss, or the user takes it from what the plan leaves split.
+        if self.mesh.sp_size > 1 and self.settings.check_model and self.settings.plan is None:
+            self._trial = StepTrial(self.context, module, self._device, self.settings.rules)
 
     def close(self) -> None:
         """Puts everything back that was patched; closing twice does nothing."""
@@ -142,11 +151,39 @@ class SequenceParallel:
         """
         whole = self._pipeline.read(batch, clock.is_training)
         with self._pipeline.drawing("batch_to_device", clock):
-            inputs, self._local = self._pipeline.cut(whole, clock.is_training, move)
+            inputs, self._local = self._pipeline.cut(whole, clock.is_training, move, self.weights.settled)
+        if clock.is_training and self._trial is not None:
+            with self._pipeline.drawing("batch_to_device", clock):
+                self._trial.prepare(whole, move)
         self.context.notes.of(LossWatch).is_open = self.weights.needs_evidence
         if clock.is_training:
             self.weights.begin(whole.counts_of_group(), self._pipeline.use())
         return inputs
+
+    def try_step(self, step: Callable[[Any], Any]) -> None:
+        """Tries the first training step on an excerpt of its batch; a collective, once.
+
+        Args:
+            step: Calls the user's step on a batch.
+
+        Raises:
+            UlyssesError: On every rank, if slices do not add up to the loss.
+        """
+        trial, self._trial = self._trial, None
+        if trial is None:
+            return
+        verdict, name = trial.run(step), type(self._module).__name__
+        if self._forget is not None:
+            self._forget()
+        by_targets = self.settings.loss_weighting == "tokens"
+        if verdict.reason is not None:
+            if verdict.reason and self.mesh.rank == 0:
+                warn_unchecked(verdict, name)
+        elif verdict.moved is not None or not (verdict.names if by_targets else verdict.averages):
+            self._refusal = refusal(verdict, name, trial.plan)
+        elif not verdict.is_coarse:
+            self.weights.settle_targets(verdict.names)
+            fill_mask(self.local, self.weights.settled or "")
 
     @contextmanager
     def step(self, clock: Clock, name: str) -> Iterator[None]:
@@ -193,8 +230,11 @@ class SequenceParallel:
         assert self._probe is not None
         with self.context.backward(self.local):
             yield
+            # The probe names layers that mix or pool tokens, in the step and here; what it misses is refused next.
             if self._probe.pooling.is_open:
                 self._probe.pooling.settle()
+            if self._refusal is not None:
+                raise self._refusal
 
     def stepped(self) -> None:
         """After the optimizer has stepped."""

@@ -228,6 +228,7 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
         if module.automatic_optimization:
             # DeepSpeed counts micro-steps across epochs, Lightning's window ends with the epoch.
             self.deepspeed_engine.set_gradient_accumulation_boundary(is_boundary)
+        self.core.try_step(lambda batch: module.training_step(batch, *args[1:], **kwargs))
         output = self._step("training_step", *args, is_boundary=is_boundary, **kwargs)
         if output is None and module.automatic_optimization:
             raise no_output(module)

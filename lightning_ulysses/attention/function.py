@@ -110,7 +110,7 @@ def ulysses_attention(
     batch = context.split if context is not None else None
     spec = MaskSpec(is_causal, before, ahead=ahead, chunk=chunk)
     # A trial may run without a batch, and its stand-in for attention ignores documents.
-    if cu_seqlens is not None and (context is None or not context.place.is_tried):
+    if cu_seqlens is not None and (context is None or context.place.trial is None):
         spec = replace(spec, documents=_documents(q, cu_seqlens, batch))
     # (S, S) or (H, S, S) or (B | 1, H | 1, S, S) -> (B | 1, H | 1, S, S)
     bias = attn_mask[(None,) * (4 - attn_mask.dim())] if attn_mask is not None else None

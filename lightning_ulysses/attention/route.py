@@ -9,7 +9,6 @@ from typing import Any
 
 from lightning_ulysses.attention.call import AttentionCall
 from lightning_ulysses.attention.mask_table import MaskTable
-from lightning_ulysses.attention.stand_in import keep_apart
 from lightning_ulysses.attention.ulysses import exchanged
 from lightning_ulysses.context import LocalBatch, SequenceContext
 from lightning_ulysses.errors import UlyssesError
@@ -44,11 +43,8 @@ def route(context: SequenceContext, batch: LocalBatch | None, call: AttentionCal
         UlyssesError: If the call cannot be exchanged exactly.
     """
     # First, since a trial may run without a batch.
-    if context.place.is_tried:
-        tally = context.notes.of(AttentionTally)
-        # Another number of keys means a memory, or pooled tokens, which the stand-in reveals.
-        tally.attends_memory |= call.k.shape[-2] != call.q.shape[-2]
-        return call.write(keep_apart(call.q, call.k, call.v))
+    if context.place.trial is not None:
+        return context.place.trial.answer(call, plain)
     if batch is None:
         return plain()
     known = None if call.mask is None else batch.notes.of(MaskTable).get(call.mask)

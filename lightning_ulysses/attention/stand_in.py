@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from lightning_ulysses.attention.call import AttentionCall
+from lightning_ulysses.attention.route import AttentionTally
 
 
 def keep_apart(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -31,3 +38,19 @@ def keep_apart(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         # (..., H_kv, S, D_v) -> (..., H, S, D_v)
         seen = seen.repeat_interleave(q.shape[-3] // k.shape[-3], dim=-3)
     return seen + trace
+
+
+@dataclass
+class KeepApart:
+    """A trial in which every attention call answers by `keep_apart`.
+
+    Args:
+        tally: Takes note of a model that attends to a memory.
+    """
+
+    tally: AttentionTally
+
+    def answer(self, call: AttentionCall, plain: Callable[[], Any]) -> Any:
+        """See `context.Trial`."""
+        self.tally.attends_memory |= call.k.shape[-2] != call.q.shape[-2]
+        return call.write(keep_apart(call.q, call.k, call.v))

@@ -17,7 +17,7 @@ from lightning_ulysses.batch.same_batch import check_same_batch
 from lightning_ulysses.batch.whole import WholeBatch, read_batch
 from lightning_ulysses.context import LocalBatch
 from lightning_ulysses.exchange.mesh import SequenceMesh
-from lightning_ulysses.geometry.batch_keys import BatchRules
+from lightning_ulysses.geometry.batch_keys import KEPT, BatchRules
 from lightning_ulysses.loss.accumulation import AccumulationWindow
 
 # First batches of training and of evaluation that are compared over a group.
@@ -26,6 +26,52 @@ _COMPARED = 3
 
 def _same(batch: Any) -> Any:
     return batch
+
+
+def local_batch(
+    whole: WholeBatch,
+    rank: int,
+    move: Callable[[Any], Any],
+    device: torch.device,
+    *,
+    stand_in: bool,
+    targets: str | None = None,
+) -> tuple[Any, LocalBatch]:
+    """One rank's slice on the device: the batch for the module, and what is known about it.
+
+    Args:
+        whole: The batch.
+        rank: Whose slice.
+        move: Moves a batch to the device and runs the user's hooks on it.
+        device: The device.
+        stand_in: See `WholeBatch.shard`.
+        targets: The same.
+    """
+    sharded, shards, seen = whole.shard(rank, stand_in=stand_in, targets=targets)
+    result = move(sharded)
+    moved = entries_of(result)
+    local = LocalBatch(
+        whole.layout,
+        # The very tensors that the module gets, so that they are recognised.
+        shards={key: moved[key] if key in moved else t.to(device) for key, t in shards.items()},
+        counts=whole.counts_of_rank(rank),
+        seen=seen,
+        rows=whole.rows,
+        whole=whole.whole,
+    )
+    return result, local
+
+
+def fill_mask(local: LocalBatch, name: str) -> None:
+    """Has a mask of the user's own keep one token of a slice of which it keeps none, see `WholeBatch.shard`.
+
+    Args:
+        local: The slice; the module holds the same tensors.
+        name: The name of its counts.
+    """
+    key = name.removesuffix(KEPT)
+    if key != name and not local.counts[name] and key in local.shards:
+        local.shards[key].view(-1)[0] = 1
 
 
 class BatchPipeline:
@@ -100,28 +146,18 @@ class BatchPipeline:
             check_same_batch(whole, self._mesh, self._device, everywhere=is_training)
         return whole
 
-    def cut(self, whole: WholeBatch, is_training: bool, move: Callable[[Any], Any]) -> tuple[Any, LocalBatch]:
+    def cut(
+        self, whole: WholeBatch, is_training: bool, move: Callable[[Any], Any], targets: str | None = None
+    ) -> tuple[Any, LocalBatch]:
         """This rank's slice on the device, as the batch for the module and as a `LocalBatch`.
 
         Args:
             whole: The result of `read`.
             is_training: Whether a slice without a target gets a stand-in target.
             move: Moves a batch to the device and runs the user's hooks on it.
+            targets: The tensor that holds the targets, once it is known.
         """
-        rank = self._mesh.sp_rank
-        sharded, shards, seen = whole.shard(rank, stand_in=is_training)
-        result = move(sharded)
-        moved = entries_of(result)
-        local = LocalBatch(
-            whole.layout,
-            # The same tensor objects that the module gets, so that they are recognized later by their storage.
-            shards={key: moved[key] if key in moved else t.to(self._device) for key, t in shards.items()},
-            counts=whole.counts_of_rank(rank),
-            seen=seen,
-            rows=whole.rows,
-            whole=whole.whole,
-        )
-        return result, local
+        return local_batch(whole, self._mesh.sp_rank, move, self._device, stand_in=is_training, targets=targets)
 
     def drawing(self, where: str, clock: Clock) -> AbstractContextManager[None]:
         """A context with random numbers that the ranks of a group share, and that a resumed run draws again.

@@ -19,7 +19,7 @@ from lightning_ulysses.batch.recognition import (
     find_whole,
 )
 from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.geometry.batch_keys import LABEL_KEYS, MASK_KEYS, SEQUENCE_KEYS, BatchRules
+from lightning_ulysses.geometry.batch_keys import KEPT, LABEL_KEYS, MASK_KEYS, SEQUENCE_KEYS, BatchRules
 from lightning_ulysses.geometry.documents import document_runs, valid_runs
 from lightning_ulysses.geometry.layout import SequenceLayout
 
@@ -61,13 +61,17 @@ class WholeBatch:
         copies = self.layout.sp_size if self.keeps_all else 1
         return {name: values[rank] / copies for name, values in self.counts.items()}
 
-    def shard(self, rank: int, *, stand_in: bool = False) -> tuple[Any, dict[str, Tensor], dict[str, float]]:
+    def shard(
+        self, rank: int, *, stand_in: bool = False, targets: str | None = None
+    ) -> tuple[Any, dict[str, Tensor], dict[str, float]]:
         """Cuts out one rank's slice.
 
         Args:
             rank: Rank in the sequence-parallel group.
             stand_in: Whether a slice without a target gets a stand-in target, which does not count. The mean over no
                 targets is 0/0, and its backward gives NaN even after a multiplication by 0.
+            targets: The tensor that holds the targets, where it is known. A mask of the user's own gets a stand-in only
+                then: it may as well mean something else.
 
         Returns:
             The batch in its original type, the slices by key, and the number of targets that the module sees.
@@ -82,12 +86,16 @@ class WholeBatch:
         seen = {name: counts[rank] for name, counts in self.counts.items()}
         if stand_in:
             # The weight of this slice's loss is 0 (see `token_weight`), so the stand-in has no effect on gradients.
-            for name in (name for name, count in seen.items() if count == 0 and name in shards):
-                shards[name] = shards[name].clone()
+            names = {name for name in seen if not name.endswith(KEPT)} | {targets}
+            for name in [name for name in seen if name in names and seen[name] == 0]:
+                key = name.removesuffix(KEPT)
+                if key not in shards:
+                    continue
+                shards[key] = shards[key].clone()
                 # Not the first label, if the module itself shifts whole labels: it would drop that one.
-                place = int(self.keeps_all and f"shift_{name}" in self.tensors)
+                place = int(self.keeps_all and f"shift_{key}" in self.tensors)
                 # 1 in a mask keeps the token. 0 in labels is some class.
-                shards[name].view(-1)[place] = 1 if name in MASK_KEYS else 0
+                shards[key].view(-1)[place] = 1 if key in MASK_KEYS or name != key else 0
                 seen[name] = 1.0
         return _rebuild(self.template, {k: v for k, v in shards.items() if k not in self.hidden}), shards, seen
 
@@ -201,6 +209,11 @@ def read_batch(batch: Any, rules: BatchRules, sp_size: int) -> WholeBatch:
     if is_mapping or rules.keeps_all:
         _add_shifted(tensors, dims, candidates, hidden, layout, rules)
     counts = {key: _count(tensors[key], dims[key], layout, rules.ignore_index, key in MASK_KEYS) for key in candidates}
+    counts |= {
+        f"{key}{KEPT}": _count(tensor, dims[key], layout, rules.ignore_index, is_mask=True)
+        for key, tensor in tensors.items()
+        if _is_mask(key, tensor) and key not in rules.whole
+    }
     # With padding, "all tokens" is no candidate: the module's mean would include the padding.
     if not amount:
         counts["tokens"] = tuple(float(rows * share) for share in layout.shares)
@@ -211,6 +224,13 @@ def read_batch(batch: Any, rules: BatchRules, sp_size: int) -> WholeBatch:
         tensors = {**everything, **tensors}
     whole = frozenset(tensors) if rules.keeps_all else rules.whole & set(tensors)
     return WholeBatch(batch, tensors, dims, frozenset(hidden), layout, counts, rows, whole, rules.keeps_all)
+
+
+def _is_mask(key: str, tensor: Tensor) -> bool:
+    """Whether it may say which tokens a loss is a mean over, beside `MASK_KEYS`: by its name or its dtype."""
+    if key in MASK_KEYS or key == "attention_mask" or tensor.dim() < 2:
+        return False
+    return "mask" in key or tensor.dtype == torch.bool
 
 
 def _candidates(tensors: Mapping[str, Tensor], is_mapping: bool) -> list[str]:

@@ -21,6 +21,10 @@ SEQUENCE_KEYS = ("input_ids", *LABEL_KEYS, "position_ids", "attention_mask", "to
 WHOLE_KEYS = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
+# After the key of a mask, counts of the tokens that it keeps.
+KEPT = ">0"
+
+
 @dataclass(frozen=True)
 class BatchRules:
     """How to read a batch.

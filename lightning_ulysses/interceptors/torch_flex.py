@@ -148,7 +148,7 @@ def _wrap(context: SequenceContext, original: Callable[..., Any]) -> Callable[..
     @functools.wraps(original)
     def flex_attention(*args: Any, **kwargs: Any) -> Any:
         batch = context.described
-        if batch is None and not context.place.is_tried:
+        if batch is None and context.place.trial is None:
             return original(*args, **kwargs)
         return route(context, batch, read(*args, **kwargs), functools.partial(original, *args, **kwargs))
 

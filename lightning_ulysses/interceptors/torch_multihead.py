@@ -32,7 +32,7 @@ def install(context: SequenceContext) -> Handle:
     @context.takes_over(original)
     def multi_head_attention_forward(*args: Any, **kwargs: Any) -> Any:
         # Packed documents on one rank: nothing is exchanged here, and the weights stay available.
-        if context.split is None and not context.place.is_tried:
+        if context.split is None and context.place.trial is None:
             return original(*args, **kwargs)
         call = signature.bind(*args, **kwargs)
         call.arguments["need_weights"] = False

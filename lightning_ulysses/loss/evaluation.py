@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_ulysses.context import LocalBatch
+from lightning_ulysses.geometry.batch_keys import KEPT
 from lightning_ulysses.geometry.layout import SequenceLayout
 from lightning_ulysses.loss.targets import choose_names, counts_agree, score_names
 from lightning_ulysses.loss.token_mean import TokenMean
@@ -63,7 +64,7 @@ class EvaluationLoss:
         for name, mean in self._means.items():
             mean.update(loss, counts[name])
         if self._name is None and self._by_targets and self._batches < _LOOKED_AT:
-            for name, score in score_names(live, counts).items():
+            for name, score in score_names(live, [name for name in counts if not name.endswith(KEPT)]).items():
                 # A name must explain every batch, so its worst score counts.
                 self._scores[name] = min(score, self._scores.get(name, score))
             self._all_equal &= counts_agree(live)
@@ -91,7 +92,7 @@ class EvaluationLoss:
         if not known:
             return None
         names = set.intersection(*(set(scores) for scores in known))
-        scores = {name: min(each[name] for each in known) for name in names}
+        scores = {name: min(each[name] for each in known) for name in names if not name.endswith(KEPT)}
         wanted = self._name if self._by_targets else ""
         if wanted is None or wanted not in names:
             # `live` is only used for an error message. A rank without a batch passes an empty one.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_ulysses.context import LocalBatch, SequenceContext
 from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.geometry.batch_keys import KEPT
 from lightning_ulysses.loss.evidence import LossEvidence, LossWatch, TargetEvidence
 from lightning_ulysses.patching.handle import Handle
 from lightning_ulysses.patching.outside_graphs import eager
@@ -45,7 +46,7 @@ def install(context: SequenceContext) -> Handle:
             # Not `context.region`: with a plan that joins, the loss is computed after the region.
             place = context.place
             # Floating-point targets are class probabilities, which have no ignore_index.
-            wanted = losses.is_open and not place.is_tried and not target.is_floating_point()
+            wanted = losses.is_open and not place.is_probed and not target.is_floating_point()
             if wanted and place.batch is not None:
                 _note(place.batch, result, target, *args, **kwargs)
             return result
@@ -116,7 +117,7 @@ def score_names(live: LocalBatch, names: Iterable[str]) -> dict[str, int]:
 
 def counts_agree(live: LocalBatch) -> bool:
     """Whether all candidates have the same number of targets, so that any of them gives the same weights."""
-    return len({count for name, count in live.counts.items() if name != "tokens"}) <= 1
+    return len({count for name, count in live.counts.items() if name != "tokens" and not name.endswith(KEPT)}) <= 1
 
 
 def choose_names(scores: Mapping[str, int], all_equal: bool, live: LocalBatch) -> tuple[list[str], bool]:
@@ -174,7 +175,8 @@ class TargetResolver:
         if self.settled is not None:
             self.check(live.counts)
             return self.settled
-        scores = score_names(live, sorted(set(names)))
+        # What cross entropies show is labels; other masks are found by the trial of the step alone.
+        scores = score_names(live, sorted(name for name in set(names) if not name.endswith(KEPT)))
         # The minimum over ranks: a candidate must explain the loss on every rank.
         *lowest, all_equal = self._agree(
             torch.tensor([*scores.values(), counts_agree(live)], dtype=torch.int64)

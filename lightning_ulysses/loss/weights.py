@@ -17,6 +17,7 @@ from lightning_ulysses.config import UlyssesConfig
 from lightning_ulysses.context import LocalBatch
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.exchange.mesh import SequenceMesh
+from lightning_ulysses.geometry.batch_keys import KEPT
 from lightning_ulysses.loss.accumulation import AccumulationWindow
 from lightning_ulysses.loss.evaluation import EvaluationLoss
 from lightning_ulysses.loss.form import judge, loss_form, votes
@@ -87,6 +88,11 @@ class StepWeights:
         self._warned = False
 
     @property
+    def settled(self) -> str | None:
+        """The tensor that holds the targets, once it is known."""
+        return self._resolver.settled
+
+    @property
     def needs_evidence(self) -> bool:
         """Whether the tensor with the targets is not settled yet."""
         return self._config.loss_weighting == "tokens" and self._resolver.settled is None
@@ -124,6 +130,9 @@ class StepWeights:
         self._backwards = 0
         if self._config.loss_weighting == "none":
             return
+        if f"{self._resolver.settled}{KEPT}" in counts:
+            # A mask that the user named counts the tokens that it keeps.
+            self._resolver.settled = f"{self._resolver.settled}{KEPT}"
         if self._window is None or self._window.is_last:
             self._plan = plans.popleft() if plans else AccumulationWindow(1, counts)
             # A window of one micro-batch was not counted ahead.
@@ -143,6 +152,24 @@ class StepWeights:
                 "targets that are final when the dataloader yields them, since a step's targets are counted ahead",
                 "move what changes the labels from on_before_batch_transfer to the collate function",
             )
+
+    def settle_targets(self, names: frozenset[str]) -> None:
+        """Takes note of the tensors that a trial of the step found to hold the targets.
+
+        Raises:
+            UlyssesError: If the user named another one.
+        """
+        if self._config.loss_weighting == "none":
+            return
+        settled = self._resolver.settled
+        if settled is not None and settled not in names:
+            raise UlyssesError(
+                f"targets={settled.removesuffix(KEPT)!r} for a loss that is a mean over those of {sorted(names)}",
+                "the tensor that the loss is a mean over",
+                f"set targets={sorted(names)[0].removesuffix(KEPT)!r} in the strategy, or leave it out",
+            )
+        if len(names) == 1:
+            self._resolver.settled = next(iter(names))
 
     def check_boundary(self, last: bool) -> None:
         """Raises `UlyssesError` if the window does not end where Lightning steps the optimizer."""

@@ -255,7 +255,7 @@ def _in_steps(context: SequenceContext, hook: Callable[..., Any]) -> Callable[..
     outside = eager(hook)
 
     def choose(*args: Any) -> Any:
-        return None if context.place.is_tried or context.place.batch is None else outside(*args)
+        return None if context.place.trial is not None or context.place.batch is None else outside(*args)
 
     return choose
 

@@ -9,15 +9,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from lightning_ulysses.batch.excerpt import excerpt
 from lightning_ulysses.batch.whole import read_batch
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.geometry.batch_keys import BatchRules
 from lightning_ulysses.patching.handle import Handle
 
 _LAYER_KEYS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-_EDGES = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k")
 
 
 def shrink_config(config: Any, layers: int) -> bool:
@@ -126,21 +126,7 @@ def cut_batch(batch: Any, rules: BatchRules, most: int) -> tuple[Any, int, int]:
     Returns:
         The batch, S before the cut, and S after it.
     """
-    whole = read_batch(batch, rules, 1)
-    seq_len = whole.layout.seq_len
+    seq_len = read_batch(batch, rules, 1).layout.seq_len
     if seq_len <= most:
         return batch, seq_len, seq_len
-
-    def cut(key: str, value: Any) -> Any:
-        if key in _EDGES and isinstance(value, Tensor):
-            # Boundaries after the cut all become its end, which must be there only once.
-            return value.clamp(max=most).unique()
-        dim = whole.dims.get(key)
-        return value if dim is None else value.narrow(dim, 0, most).contiguous()
-
-    if isinstance(batch, Tensor):
-        return cut("batch", batch), seq_len, most
-    if hasattr(batch, "items"):
-        return {key: cut(key, value) for key, value in batch.items()}, seq_len, most
-    values = [cut(str(index), value) for index, value in enumerate(batch)]
-    return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values), seq_len, most
+    return excerpt(batch, rules, 0, most), seq_len, most

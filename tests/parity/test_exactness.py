@@ -252,7 +252,7 @@ CONTROLS: dict[str, tuple[str, Any, Any, dict[str, Any]]] = {
         "lightning_ulysses.interceptors.transformers.model_inputs.shifted_labels",
         no_shift,
         llama(call="keywords"),
-        {"targets": "shift_labels"},
+        {"targets": "shift_labels", "check_model": False},
     ),
     "positions": ("lightning_ulysses.sequence_positions", plain_positions, hand_written(), {"check_model": False}),
 }

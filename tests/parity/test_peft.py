@@ -79,7 +79,7 @@ def test_lora(pool: ProcessPool, stage: int, kwargs: dict[str, Any]) -> None:
 def test_without_the_shift_it_is_wrong(pool: ProcessPool) -> None:
     make = partial(Adapted, call="keywords")
     reference = fit_single(make, [BATCHES], count_targets)
-    run = SplitRun(2, 2, {"targets": "shift_labels"}, ACCUMULATE)
+    run = SplitRun(2, 2, {"targets": "shift_labels", "check_model": False}, ACCUMULATE)
     target = "lightning_ulysses.interceptors.transformers.model_inputs.shifted_labels"
     result = pool.run(fit_broken, make, BATCHES, run, target, no_shift, world_size=2)[0]
     assert compare(result, reference).largest > 100 * BOUND

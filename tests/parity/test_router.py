@@ -90,7 +90,7 @@ def without_exchange(rank: int, run: SplitRun) -> Any:
 
 def test_a_loss_of_the_slice_alone_is_wrong(pool: ProcessPool) -> None:
     reference = fit_single(Mixtral, [[batch] for batch in PLAIN], count_targets)
-    result = pool.run(without_exchange, SplitRun(), world_size=2)[0]
+    result = pool.run(without_exchange, SplitRun(strategy={"check_model": False}), world_size=2)[0]
     assert compare(result, reference).largest > 1e-4
 
 

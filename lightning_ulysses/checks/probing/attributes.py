@@ -2,46 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from types import FunctionType, ModuleType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 # Attributes of every nn.Module, such as its hooks and submodules.
 _INTERNAL = frozenset(vars(nn.Module()))
 
 
-def _content(value: Any) -> Any:
-    """A shallow copy of a list, dict or set; None for anything else."""
-    return value.copy() if isinstance(value, (list, dict, set)) else None
+# A step does not rewrite more than that, but a module may hold a whole dataset.
+_LARGEST, _DEEPEST = 10_000, 4
+# Not other subclasses: those of DeepSpeed gather parameters when they are read.
+_KINDS = (list, deque, dict, set, OrderedDict, defaultdict, Counter)
+# Objects of these belong to all steps: the trainer, its loggers, configurations, tokenizers.
+_SHARED = frozenset({"torch", "torchmetrics", "lightning", "pytorch_lightning", "deepspeed", "transformers"})
+
+
+def _is_own(value: Any) -> bool:
+    """Whether ``value`` is an object of the user's, such as a running mean."""
+    if not hasattr(value, "__dict__") or isinstance(value, (type, ModuleType, FunctionType, nn.Module, Tensor)):
+        return False
+    return type(value).__module__.partition(".")[0] not in _SHARED
+
+
+def _contents(values: Iterable[Any], seen: dict[int, Any], depth: int = 0) -> None:
+    """Collects containers among ``values`` and inside of them, attributes of objects too, by their id."""
+    for value in values:
+        if type(value) not in _KINDS and _is_own(value):
+            value = vars(value)
+        if type(value) in _KINDS and id(value) not in seen and len(value) <= _LARGEST:
+            seen[id(value)] = value
+            if depth < _DEEPEST:
+                _contents(value.values() if isinstance(value, dict) else value, seen, depth + 1)
+
+
+def _items(value: Any) -> list[Any]:
+    return [each for pair in value.items() for each in pair] if isinstance(value, dict) else list(value)
+
+
+def _is_changed(value: Any, content: Any) -> bool:
+    now, before = _items(value), _items(content)
+    # By identity: tensors have no single answer to ==.
+    return len(now) != len(before) or any(one is not other for one, other in zip(now, before, strict=True))
 
 
 def _refill(value: Any, content: Any) -> None:
     # In place, since other objects may hold the same list or dict.
-    if isinstance(value, list):
-        value[:] = content
+    value.clear()
+    if isinstance(value, (list, deque)):
+        value.extend(content)
     else:
-        value.clear()
-        value.update(content)
+        dict.update(value, content) if isinstance(value, dict) else value.update(content)
 
 
 @contextmanager
 def attributes_kept(root: nn.Module) -> Iterator[None]:
-    """Restores the attributes of ``root`` and its submodules, and the contents of their lists, dicts and sets."""
+    """Restores the attributes of ``root`` and its submodules, and what their containers and the user's objects hold."""
     before = [
-        (module, {name: (value, _content(value)) for name, value in vars(module).items() if name not in _INTERNAL})
+        (module, {name: value for name, value in vars(module).items() if name not in _INTERNAL}, dict(module._modules))
         for module in root.modules()
     ]
+    found: dict[int, Any] = {}
+    _contents((value for _, saved, _ in before for value in saved.values()), found)
+    contents = [(value, value.copy()) for value in found.values()]
     try:
         yield
     finally:
-        for module, saved in before:
+        for module, saved, children in before:
             # Not setattr: it would register parameters and submodules again.
             now = vars(module)
             for name in [name for name in now if name not in saved and name not in _INTERNAL]:
                 del now[name]
-            for name, (value, content) in saved.items():
-                now[name] = value
-                if content is not None:
-                    _refill(value, content)
+            now.update(saved)
+            if module._modules != children:
+                _refill(module._modules, children)
+        for value, content in contents:
+            if _is_changed(value, content):
+                _refill(value, content)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_ulysses.attention.route import AttentionTally
+from lightning_ulysses.attention.stand_in import KeepApart
 from lightning_ulysses.batch.random_streams import kept_streams
 from lightning_ulysses.checks.probing.attributes import attributes_kept
 from lightning_ulysses.checks.probing.calls import Call, choose_length, has_dim
@@ -59,6 +60,7 @@ class ModelProbe:
         enabled: bool = True,
     ) -> None:
         self._device = device
+        self._stand_in = KeepApart(context.notes.of(AttentionTally))
         self._forget = forget
         self._context = context
         self._root = root
@@ -193,7 +195,7 @@ class ModelProbe:
         if changed is None:
             return None
         # Runs of different lengths round differently, so the comparisons of `whole` and `part` allow ten times as much.
-        tolerance = 1e-4 if _precise(call.module) else 2e-2
+        tolerance = 1e-4 if computes_precisely(call.module) else 2e-2
         with _unchanged(call.module), attributes_kept(self._root), torch.no_grad():
             before, after = self._record(small, None), self._record(changed, None)
             found = first_to_move(before, after, tokens // 2, tokens, rows, tolerance)
@@ -217,14 +219,19 @@ class ModelProbe:
         """One run of the trial. With ``layout``, ``call`` is this rank's slice of it, else it is whole."""
         batch = LocalBatch(layout) if layout is not None else None
         uncompiled = torch.compiler.set_stance("force_eager")
-        with uncompiled, kept_streams(self._device), self._context.tried(batch), record(call.module) as recording:
+        with (
+            uncompiled,
+            kept_streams(self._device),
+            self._context.tried(self._stand_in, batch, is_probed=True),
+            record(call.module) as recording,
+        ):
             # The same random numbers in every run, so that only the changed tokens differ.
             torch.manual_seed(0)
             call.run()
         return recording
 
 
-def _precise(module: nn.Module) -> bool:
+def computes_precisely(module: nn.Module) -> bool:
     """Whether the module computes in float32 or float64."""
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         return False

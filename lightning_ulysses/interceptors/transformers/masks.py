@@ -88,8 +88,8 @@ def install_masks(context: SequenceContext, handle: Handle, names: tuple[str, ..
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
         @context.takes_over(original)
         def describe_mask(*args: Any, **kwargs: Any) -> Any:
-            # The stand-in for attention takes no mask.
-            if context.place.is_tried:
+            # Answers of a trial take no mask.
+            if context.place.trial is not None:
                 return None
             # `takes_over` calls this only if a batch is described.
             batch = context.place.region

@@ -23,6 +23,7 @@ def supply_inputs(context: SequenceContext, model: PreTrainedModel, numbering: N
     """A forward pre-hook that adds the positions and shifted labels that a call of ``model`` leaves out."""
     signature = inspect.signature(model.forward)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+    takes_cache = "use_cache" in signature.parameters
     name = type(model).__name__
     # transformers uses the loss of causal language models for a class without a loss type.
     shifts = (getattr(model, "loss_type", None) or "ForCausalLM").startswith("ForCausalLM")
@@ -45,16 +46,21 @@ def supply_inputs(context: SequenceContext, model: PreTrainedModel, numbering: N
                     "train it without sequence parallelism (sp_size=1)",
                 )
         # A key/value cache would hold the keys of one slice only, and cost memory.
-        if "use_cache" in signature.parameters and given.get("use_cache") is None:
+        if takes_cache and given.get("use_cache") is None:
             added["use_cache"] = False
         labels = given.get("labels")
-        if isinstance(labels, Tensor) and not context.place.is_tried:
+        if isinstance(labels, Tensor) and not context.place.is_probed:
             added |= shifted_labels(batch, labels, given, shifts, takes_any, name)
         return (args, {**kwargs, **added}) if added else None
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         batch = context.described
-        return None if batch is None else supply(batch, args, kwargs)
+        if batch is not None:
+            return supply(batch, args, kwargs)
+        # Outside of a region of a plan the model is whole, but a cache would reach into the blocks that are split.
+        if context.plan is not None and context.place.batch is not None and takes_cache:
+            return None if kwargs.get("use_cache") is not None else (args, {**kwargs, "use_cache": False})
+        return None
 
     return hook
 

@@ -92,7 +92,7 @@ class Numbering:
             return bound.args, bound.kwargs
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            live = self._context.place.is_tried or self._context.described is not None
+            live = self._context.place.is_probed or self._context.described is not None
             return number(args, kwargs) if live else None
 
         return hook
@@ -100,7 +100,7 @@ class Numbering:
     def _numbers(self, tokens: Tensor, batch: LocalBatch | None, create: Create, padding: int) -> Tensor | None:
         """Token ids (B, S_r) -> positions (B, S_r). None leaves them to the model."""
         rank = self._context.mesh.sp_rank
-        if self._context.place.is_tried:
+        if self._context.place.is_probed:
             if batch is None:
                 return self._probe(tokens, create, padding)
             # The trial on a part of the tokens: the positions that they had among all tokens.

@@ -130,7 +130,7 @@ def _wrap(context: SequenceContext, original: Callable[..., Any], owner: str) ->
         if place.batch is not None:
             # The loss is then no mean over targets alone, which `loss_form` would warn of.
             place.batch.notes.of(LossEvidence).has_whole_part = True
-        if place.is_tried or batch is None or mesh.sp_group is None or not isinstance(gate_logits, tuple):
+        if place.trial is not None or batch is None or mesh.sp_group is None or not isinstance(gate_logits, tuple):
             return original(gate_logits, num_experts, top_k, attention_mask)
         if not tried:
             tried.append(_same_formula(original))

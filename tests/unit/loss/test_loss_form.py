@@ -19,6 +19,8 @@ from lightning_ulysses import TokenCountMonitor, UlyssesError
 from lightning_ulysses.testing import SplitRun, compare, fit_rank, fit_single, fit_split, split_trainer
 from lightning_ulysses.testing.processes import ProcessPool
 
+# Then the cross entropies of the first steps are all that shows what a loss is.
+UNTRIED = {"check_model": False}
 PAIRS = [pair_batch(1, 33, 2, "uneven")]
 
 
@@ -88,21 +90,46 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_sums_are_refused(pool: ProcessPool, case: str) -> None:
-    for error, _ in pool.run(outcome, *REFUSED[case], {}, world_size=2):
+    for error, _ in pool.run(outcome, *REFUSED[case], UNTRIED, world_size=2):
         assert re.search(r"a loss that is a sum.*reduction='mean', and leave num_items_in_batch out", error), error
 
 
-def test_class_weights_are_refused(pool: ProcessPool) -> None:
-    for error, _ in pool.run(outcome, partial(Returning, "weighted by class"), PAIRS, {}, world_size=2):
-        assert "with class weights" in error
+@pytest.mark.parametrize("settings", [UNTRIED, {}, {"targets": "1"}])
+def test_class_weights_are_refused(pool: ProcessPool, settings: dict[str, Any]) -> None:
+    for error, _ in pool.run(outcome, partial(Returning, "weighted by class"), PAIRS, settings, world_size=2):
+        assert "with class weights" in error or "no tensor of the batch" in error
+
+
+TRIED = {
+    "sum": (partial(Returning, "sum"), PAIRS, "a sum of cross entropies"),
+    "num_items_in_batch": (Items, [token_batch(1, 33, 2, "uneven")], "a sum of cross entropies"),
+    "weighted by token": (partial(Returning, "weighted by token"), PAIRS, "no tensor of the batch"),
+    "part over all": (partial(Returning, "with a part over all tokens"), PAIRS, "no mean over tokens"),
+    "not linear": (partial(Returning, "not linear"), PAIRS, "no mean over tokens"),
+}
+
+
+@pytest.mark.parametrize("case", TRIED)
+def test_the_trial_of_the_step_refuses_them_all(pool: ProcessPool, case: str) -> None:
+    make, batches, part = TRIED[case]
+    for settings in ({}, {"targets": "shift_labels" if make is Items else "1"}):
+        for error, _ in pool.run(outcome, make, batches, settings, world_size=2):
+            assert isinstance(error, str) and part in error, error
+
+
+def test_a_sum_over_the_number_of_tokens_is_exact(pool: ProcessPool) -> None:
+    make = partial(Returning, "sum over all tokens")
+    reference = fit_single(make, [PAIRS], lambda batch: 1.0)
+    for result, _ in pool.run(outcome, make, PAIRS, {}, world_size=2):
+        assert compare(result, reference).largest <= BOUND
 
 
 @pytest.mark.parametrize("form", ["weighted by token", "with a part over all tokens", "not linear"])
 def test_others_are_warned_of(pool: ProcessPool, form: str) -> None:
     make = partial(Returning, form)
-    (_, warning), _ = pool.run(outcome, make, PAIRS, {}, world_size=2)
+    (_, warning), _ = pool.run(outcome, make, PAIRS, UNTRIED, world_size=2)
     assert "not the mean of the cross entropy" in warning and "targets='1'" in warning
-    (_, warning), _ = pool.run(outcome, make, PAIRS, {"targets": "1"}, world_size=2)
+    (_, warning), _ = pool.run(outcome, make, PAIRS, {**UNTRIED, "targets": "1"}, world_size=2)
     assert not warning
 
 

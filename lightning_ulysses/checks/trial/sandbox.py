@@ -1,0 +1,162 @@
+"""Runs a step so that nothing of it stays: parameters, buffers, metrics, random numbers and logs are as before."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import Tensor, nn
+
+from lightning_ulysses.batch.random_streams import named_stream
+from lightning_ulysses.checks.probing.attributes import attributes_kept
+from lightning_ulysses.checks.probing.compiled import uncompile_steps
+from lightning_ulysses.patching.early_bound import rebind
+from lightning_ulysses.patching.handle import Handle
+from lightning_ulysses.upstream.deepspeed import checkpointing
+
+_LOGS = ("log", "log_dict")
+_DROPS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
+
+
+class StepEnds(Exception):
+    """Raised where a step that optimises by hand calls backward.
+
+    Args:
+        loss: What it back-propagates.
+    """
+
+    def __init__(self, loss: Tensor) -> None:
+        super().__init__("the step's backward")
+        self.loss = loss
+
+
+def _ends(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+    raise StepEnds(loss)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _same(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    return input
+
+
+def _directly(function: Any, *args: Any, **kwargs: Any) -> Any:
+    for name in ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "context_fn", "early_stop"):
+        kwargs.pop(name, None)
+    return function(*args, **kwargs)
+
+
+@contextmanager
+def _methods_replaced(root: nn.Module, **methods: Any) -> Iterator[None]:
+    """Gives ``root`` other methods; instance attributes, so that its class stays as it is."""
+    before = {name: vars(root)[name] for name in methods if name in vars(root)}
+    vars(root).update(methods)
+    try:
+        yield
+    finally:
+        for name in methods:
+            vars(root).pop(name, None)
+        vars(root).update(before)
+
+
+def _teachers(root: nn.Module) -> list[Tensor]:
+    """Parameters that no gradient changes, but a step may: those of momentum encoders and averaged models."""
+    frozen: list[Tensor] = [parameter for parameter in root.parameters() if not parameter.requires_grad]
+    trained = sum(parameter.numel() for parameter in root.parameters() if parameter.requires_grad)
+    # Such a copy is no larger than what is trained. The base of an adapter is, and copying it could take all memory.
+    return frozen if sum(parameter.numel() for parameter in frozen) <= trained else []
+
+
+@contextmanager
+def _tensors_kept(root: nn.Module) -> Iterator[None]:
+    """Puts back what is written into tensors: buffers, the state of a metric, averaged parameters."""
+    held = [tensor for module in root.modules() for tensor in vars(module).values() if isinstance(tensor, Tensor)]
+    saved = [(tensor, tensor.detach().clone()) for tensor in (*root.buffers(), *held, *_teachers(root))]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in saved:
+                # Not by its version, which a write through `.data` leaves as it is.
+                if tensor.shape == value.shape and not torch.equal(tensor, value):
+                    tensor.data.copy_(value)
+
+
+@contextmanager
+def _flags_kept(root: nn.Module) -> Iterator[None]:
+    """Puts back what is trained: a step that ends at its backward does not toggle it back."""
+    trained = [(parameter, parameter.requires_grad) for parameter in root.parameters()]
+    modes = [(module, module.training) for module in root.modules()]
+    try:
+        yield
+    finally:
+        for parameter, is_trained in trained:
+            parameter.requires_grad_(is_trained)
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def _metrics_kept(root: nn.Module) -> Iterator[None]:
+    """Puts back states of torchmetrics, which may be lists."""
+    metrics: Any = sys.modules.get("torchmetrics")
+    found = [module for module in root.modules() if isinstance(module, metrics.Metric)] if metrics is not None else []
+    states = [(metric, metric._copy_state_dict()) for metric in found]
+    try:
+        yield
+    finally:
+        for metric, state in states:
+            for name, value in state.items():
+                setattr(metric, name, value)
+
+
+def _quiet_functions(root: nn.Module) -> Handle:
+    """Switches off what would differ between two runs, or run a part of the step twice."""
+    handle = Handle()
+    functional: Any = torch.nn.functional
+    for name in _DROPS:
+        handle.patch(functional, name, _same)
+    owners: list[tuple[Any, str]] = [(torch.utils.checkpoint, "checkpoint")]
+    of_deepspeed = checkpointing()
+    if of_deepspeed is not None:
+        owners += [(of_deepspeed, "checkpoint"), (of_deepspeed, "non_reentrant_checkpoint")]
+    for owner, name in owners:
+        original = getattr(owner, name)
+        handle.patch(owner, name, _directly)
+        rebind(handle, root, original, _directly)
+    return handle
+
+
+@contextmanager
+def state_kept(root: nn.Module) -> Iterator[None]:
+    """Inside, ``root`` may run its hooks: attributes, buffers and metrics are as before afterwards."""
+    with attributes_kept(root), _metrics_kept(root), _tensors_kept(root), _flags_kept(root):
+        yield
+
+
+@contextmanager
+def sandbox(root: nn.Module, device: torch.device) -> Iterator[None]:
+    """Inside, ``root`` may run a training step.
+
+    Args:
+        root: The user's LightningModule.
+        device: Where it is.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_methods_replaced(root, manual_backward=_ends, **dict.fromkeys(_LOGS, _nothing)))
+        stack.callback(_quiet_functions(root).remove)
+        stack.callback(uncompile_steps(root).remove)
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        yield
+
+
+def repeatable(device: torch.device) -> Any:
+    """Random numbers that are the same in every run, and leave the process's own streams alone."""
+    return named_stream("trial of the step", device=device)
