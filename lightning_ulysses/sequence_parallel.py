@@ -22,6 +22,7 @@ from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.exchange.mesh import SequenceMesh
 from lightning_ulysses.interceptors.install_all import install_interceptors
 from lightning_ulysses.loss.evidence import LossWatch
+from lightning_ulysses.loss.targets import AmbiguousTargets
 from lightning_ulysses.loss.weights import StepWeights
 from lightning_ulysses.patching.handle import Handle
 
@@ -218,7 +219,11 @@ class SequenceParallel:
             UlyssesError: If the loss cannot be told to be a mean over known targets.
         """
         clock = self._clock
-        return self.weights.apply(loss, self.local, clock.accumulate, clock.is_automatic)
+        try:
+            return self.weights.apply(loss, self.local, clock.accumulate, clock.is_automatic)
+        except AmbiguousTargets as error:
+            # If the trial has found that none of them will do, naming one would not help.
+            raise self._refusal or error from None
 
     @contextmanager
     def backward(self) -> Iterator[None]:

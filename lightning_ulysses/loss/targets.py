@@ -145,6 +145,10 @@ def choose_names(scores: Mapping[str, int], all_equal: bool, live: LocalBatch) -
     return chosen, len(chosen) == 1 and best == _CONTENT
 
 
+class AmbiguousTargets(UlyssesError):
+    """Raised where several tensors could hold the targets."""
+
+
 class TargetResolver:
     """Settles the name of the tensor that holds the targets, with the same result on all ranks.
 
@@ -232,8 +236,8 @@ def _uncountable(live: LocalBatch) -> UlyssesError:
     )
 
 
-def _ambiguous(chosen: list[str], live: LocalBatch) -> UlyssesError:
-    return UlyssesError(
+def _ambiguous(chosen: list[str], live: LocalBatch) -> AmbiguousTargets:
+    return AmbiguousTargets(
         f"a loss that could be a mean over any of {chosen}, with {live.counts} targets on this rank",
         "to know which of them the loss is a mean over",
         f"set targets={chosen[-1]!r} (or another of them) in the strategy",

@@ -83,6 +83,13 @@ def dpo(model: Any, batch: Any) -> Tensor:
     return -F.logsigmoid(0.1 * (total[:2] - total[2:])).mean()
 
 
+def dpo_shifted_in_the_step(model: Any, batch: Any) -> Tensor:
+    logits, y = model(input_ids=batch["input_ids"]).logits[:, :-1], batch["labels"][:, 1:]
+    picked = logits.log_softmax(-1).gather(-1, y.clamp(min=0)[..., None])[..., 0]
+    total = (picked * (y != -100)).sum(1)
+    return -F.logsigmoid(0.1 * (total[:2] - total[2:])).mean()
+
+
 def kto(model: Any, batch: Any) -> Tensor:
     total = _logprobs(model, batch)[0].sum(1)
     return (1 - torch.sigmoid(0.1 * total)).mean()
@@ -121,7 +128,8 @@ def two_denominators(model: Any, batch: Any) -> Tensor:
     )
 
 
-NO_MEANS = (dpo, kto, orpo, row_means, last_token, mean_pooled, with_z_loss_over_all, two_denominators)
+PREFERENCES = (dpo, dpo_shifted_in_the_step, orpo)
+NO_MEANS = (*PREFERENCES, kto, row_means, last_token, mean_pooled, with_z_loss_over_all, two_denominators)
 BATCH = token_batch(3, 33, 4, "uneven")
 
 
@@ -149,6 +157,14 @@ def test_what_is_no_mean_is_refused(pool: ProcessPool, loss: Any) -> None:
             assert "no mean over tokens" in text, (settings, text)
 
 
+def test_even_rows_are_refused_for_the_same_reason(pool: ProcessPool) -> None:
+    """Labels and shifted labels fit such a loss alike. Naming one of them would not make it a mean over either."""
+    for text, _ in pool.run(
+        outcome, partial(Steps, "dpo_shifted_in_the_step"), token_batch(3, 32, 4), {}, world_size=2
+    ):
+        assert "no mean over tokens" in text and "plan={'split'" in text
+
+
 def train_as_advised(rank: int, make: Any, batch: Any) -> tuple[str, Any]:
     """Follows the message's advice, and trains with the plan that it gives."""
     text, _ = outcome(rank, make, batch, {})
@@ -159,7 +175,7 @@ def train_as_advised(rank: int, make: Any, batch: Any) -> tuple[str, Any]:
     return text, fit_rank(rank, make, [batch], SplitRun(strategy=settings))
 
 
-@pytest.mark.parametrize("loss", [dpo, orpo, row_means, last_token, mean_pooled], ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize("loss", [*PREFERENCES, row_means, last_token, mean_pooled], ids=lambda loss: loss.__name__)
 def test_the_plan_in_the_message_is_exact(pool: ProcessPool, loss: Any) -> None:
     make = partial(Steps, loss.__name__)
     batch = {**BATCH, "shift_labels": F.pad(BATCH["labels"][:, 1:], (0, 1), value=-100)}
