@@ -15,14 +15,13 @@ from lightning_ulysses.batch.pipeline import BatchPipeline, fill_mask
 from lightning_ulysses.batch.predictions import join_outputs
 from lightning_ulysses.checks.probing import ModelProbe
 from lightning_ulysses.checks.step import check_intercepted
-from lightning_ulysses.checks.trial import StepTrial, refusal, warn_unchecked
+from lightning_ulysses.checks.trial import StepTrial, advice, explained, refusal, warn_unchecked
 from lightning_ulysses.config import UlyssesConfig
 from lightning_ulysses.context import LocalBatch, SequenceContext, activate, current_context
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.exchange.mesh import SequenceMesh
 from lightning_ulysses.interceptors.install_all import install_interceptors
 from lightning_ulysses.loss.evidence import LossWatch
-from lightning_ulysses.loss.targets import AmbiguousTargets
 from lightning_ulysses.loss.weights import StepWeights
 from lightning_ulysses.patching.handle import Handle
 
@@ -69,7 +68,9 @@ class SequenceParallel:
         self._module: nn.Module = nn.Identity()
         self._clock = Clock()
         self._trial: StepTrial | None = None
-        self._refusal: UlyssesError | None = None
+        # What the trial found in the running step, and what to say if the step fails that could not be tried.
+        self._found: UlyssesError | None = None
+        self._advice: str | None = None
         self._local: LocalBatch | None = None
         # Whether attention was intercepted in a step, so that no further one has to show it.
         self._is_proven = False
@@ -164,11 +165,13 @@ class SequenceParallel:
     def try_step(self, step: Callable[[Any], Any]) -> None:
         """Tries the first training step on an excerpt of its batch; a collective, once.
 
+        A loss that slices do not add up to is refused in `weigh` and `backward`, after checks that can say more of it.
+
         Args:
             step: Calls the user's step on a batch.
 
         Raises:
-            UlyssesError: On every rank, if slices do not add up to the loss.
+            UlyssesError: On every rank, if ``targets`` names another tensor than the one that holds them.
         """
         trial, self._trial = self._trial, None
         if trial is None:
@@ -179,9 +182,10 @@ class SequenceParallel:
         by_targets = self.settings.loss_weighting == "tokens"
         if verdict.reason is not None:
             if verdict.reason and self.mesh.rank == 0:
-                warn_unchecked(verdict, name)
+                warn_unchecked(verdict.reason, name)
+            self._advice = advice(trial.plan)
         elif verdict.moved is not None or not (verdict.names if by_targets else verdict.averages):
-            self._refusal = refusal(verdict, name, trial.plan)
+            self._found = refusal(verdict, name, trial.plan)
         elif not verdict.is_coarse:
             self.weights.settle_targets(verdict.names)
             fill_mask(self.local, self.weights.settled or "")
@@ -208,7 +212,13 @@ class SequenceParallel:
             self.context.step(self.local),
             nullcontext() if is_tried else self._probe.watch(),
         ):
-            yield
+            try:
+                yield
+            except Exception as failure:
+                # No other type: a run may wait for one of its own, or for a device that is out of memory.
+                if self._advice is not None and hasattr(failure, "add_note") and not isinstance(failure, UlyssesError):
+                    failure.add_note(self._advice)
+                raise
             if not self._is_proven:
                 self._is_proven = check_intercepted(self.context, name, type(self._module).__name__, suspensions)
 
@@ -221,16 +231,15 @@ class SequenceParallel:
         clock = self._clock
         try:
             return self.weights.apply(loss, self.local, clock.accumulate, clock.is_automatic)
-        except AmbiguousTargets as error:
-            # If the trial has found that none of them will do, naming one would not help.
-            raise self._refusal or error from None
+        except UlyssesError as error:
+            raise explained(error, self._found) from None
 
     @contextmanager
     def backward(self) -> Iterator[None]:
         """Around a backward, in which activation checkpointing calls attention again.
 
         Raises:
-            UlyssesError: If tokens were pooled on the way to the loss.
+            UlyssesError: If tokens were pooled on the way to the loss, or slices do not add up to it.
         """
         assert self._probe is not None
         with self.context.backward(self.local):
@@ -238,8 +247,9 @@ class SequenceParallel:
             # The probe names layers that mix or pool tokens, in the step and here; what it misses is refused next.
             if self._probe.pooling.is_open:
                 self._probe.pooling.settle()
-            if self._refusal is not None:
-                raise self._refusal
+            if self._found is not None:
+                raise self._found
+            self._advice = None
 
     def stepped(self) -> None:
         """After the optimizer has stepped."""

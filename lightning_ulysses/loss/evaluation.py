@@ -67,7 +67,7 @@ class EvaluationLoss:
             for name, score in score_names(live, [name for name in counts if not name.endswith(KEPT)]).items():
                 # A name must explain every batch, so its worst score counts.
                 self._scores[name] = min(score, self._scores.get(name, score))
-            self._all_equal &= counts_agree(live)
+            self._all_equal &= counts_agree(live, live.counts)
         self._batches += 1
 
     def word(self) -> _Word:

@@ -115,9 +115,9 @@ def score_names(live: LocalBatch, names: Iterable[str]) -> dict[str, int]:
     }
 
 
-def counts_agree(live: LocalBatch) -> bool:
+def counts_agree(live: LocalBatch, names: Iterable[str]) -> bool:
     """Whether all candidates have the same number of targets, so that any of them gives the same weights."""
-    return len({count for name, count in live.counts.items() if name != "tokens" and not name.endswith(KEPT)}) <= 1
+    return len({live.counts[name] for name in names if name != "tokens" and not name.endswith(KEPT)}) <= 1
 
 
 def choose_names(scores: Mapping[str, int], all_equal: bool, live: LocalBatch) -> tuple[list[str], bool]:
@@ -158,10 +158,12 @@ class TargetResolver:
 
     Attributes:
         settled: The name, as soon as it is certain.
+        proven: Names that a trial of the step has shown to fit; empty without one.
     """
 
     def __init__(self, explicit: str | None, agree: Callable[[Tensor], Tensor]) -> None:
         self.settled = explicit
+        self.proven: frozenset[str] = frozenset()
         self._explicit = explicit
         self._agree = agree
         self._attempts = 0
@@ -180,10 +182,12 @@ class TargetResolver:
             self.check(live.counts)
             return self.settled
         # What cross entropies show is labels; other masks are found by the trial of the step alone.
-        scores = score_names(live, sorted(name for name in set(names) if not name.endswith(KEPT)))
+        open_names = sorted(name for name in set(names) if not name.endswith(KEPT))
+        open_names = [name for name in open_names if name in self.proven] or open_names
+        scores = score_names(live, open_names)
         # The minimum over ranks: a candidate must explain the loss on every rank.
         *lowest, all_equal = self._agree(
-            torch.tensor([*scores.values(), counts_agree(live)], dtype=torch.int64)
+            torch.tensor([*scores.values(), counts_agree(live, open_names)], dtype=torch.int64)
         ).tolist()
         chosen, is_certain = choose_names(dict(zip(scores, lowest, strict=True)), bool(all_equal), live)
         self._attempts += 1

@@ -168,6 +168,7 @@ class StepWeights:
                 "the tensor that the loss is a mean over",
                 f"set targets={sorted(names)[0].removesuffix(KEPT)!r} in the strategy, or leave it out",
             )
+        self._resolver.proven = names
         if len(names) == 1:
             self._resolver.settled = next(iter(names))
 

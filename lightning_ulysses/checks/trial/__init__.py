@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_ulysses.checks.trial.messages import refusal, warn_unchecked
+from lightning_ulysses.checks.trial.messages import advice, explained, refusal, warn_unchecked
 from lightning_ulysses.checks.trial.trial import StepTrial
 
-__all__ = ["StepTrial", "refusal", "warn_unchecked"]
+__all__ = ["StepTrial", "advice", "explained", "refusal", "warn_unchecked"]

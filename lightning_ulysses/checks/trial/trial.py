@@ -91,7 +91,7 @@ class StepTrial:
                 self._differentiate(step, *self._whole, recorder, recorder.recording)
         finally:
             blocks.close()
-        self.plan = blocks.plan()
+            self.plan = blocks.plan()
         replay = Replay(recorder.recording, self._span)
         self._differentiate(step, *self._part, replay, replay.recording)
         local = self._part[1]

@@ -101,8 +101,8 @@ def test_class_weights_are_refused(pool: ProcessPool, settings: dict[str, Any]) 
 
 
 TRIED = {
-    "sum": (partial(Returning, "sum"), PAIRS, "a sum of cross entropies"),
-    "num_items_in_batch": (Items, [token_batch(1, 33, 2, "uneven")], "a sum of cross entropies"),
+    "sum": (partial(Returning, "sum"), PAIRS, "a loss that is a sum"),
+    "num_items_in_batch": (Items, [token_batch(1, 33, 2, "uneven")], "a loss that is a sum"),
     "weighted by token": (partial(Returning, "weighted by token"), PAIRS, "no tensor of the batch"),
     "part over all": (partial(Returning, "with a part over all tokens"), PAIRS, "no mean over tokens"),
     "not linear": (partial(Returning, "not linear"), PAIRS, "no mean over tokens"),
