@@ -87,11 +87,14 @@ class WholeBatch:
         if stand_in:
             # The weight of this slice's loss is 0 (see `token_weight`), so the stand-in has no effect on gradients.
             names = {name for name in seen if not name.endswith(KEPT)} | {targets}
-            for name in [name for name in seen if name in names and seen[name] == 0]:
+            for name in [name for name in seen if seen[name] == 0]:
                 key = name.removesuffix(KEPT)
                 if key not in shards:
                     continue
+                # A slice may be a view of the user's own tensor. Masks may be filled later, see `pipeline.fill_mask`.
                 shards[key] = shards[key].clone()
+                if name not in names:
+                    continue
                 # Not the first label, if the module itself shifts whole labels: it would drop that one.
                 place = int(self.keeps_all and f"shift_{key}" in self.tensors)
                 # 1 in a mask keeps the token. 0 in labels is some class.

@@ -200,9 +200,9 @@ class TargetResolver:
         # NaN marks a name that another rank lacks, see `StepWeights`.
         if self.settled is None or not math.isnan(counts.get(self.settled, math.nan)):
             return
-        explicit = self._explicit is not None
+        explicit, name = self._explicit is not None, self.settled.removesuffix(KEPT)
         raise UlyssesError(
-            f"targets={self.settled!r}" if explicit else f"a batch without {self.settled!r}, the targets so far",
+            f"targets={name!r}" if explicit else f"a batch without {name!r}, the targets so far",
             f"one of {sorted(counts)}, the tensors of this batch that may hold targets"
             if explicit
             else f"the same keys in the batches of all ranks and steps; this one has {sorted(counts)}",

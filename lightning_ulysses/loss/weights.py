@@ -226,8 +226,9 @@ class StepWeights:
         """The tensor with the targets. Until it is settled, the form of the loss is checked as well."""
         settled = self._resolver.settled
         if settled is not None:
-            if settled not in live.counts:
-                self._resolver.check(live.counts)
+            for counts in (live.counts, totals):
+                if settled not in counts:
+                    self._resolver.check(counts)
             return settled
         name = self._resolver.resolve(live, totals)
         # Every rank takes part, so a refusal is raised on all of them.

@@ -57,6 +57,19 @@ def install(context: SequenceContext, root: nn.Module, handle: Handle) -> None:
 
         return checkpoint
 
+    replace_checkpoints(root, handle, guarded)
+
+
+def replace_checkpoints(
+    root: nn.Module, handle: Handle, replacement: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> None:
+    """Replaces each checkpoint function of torch and DeepSpeed.
+
+    Args:
+        root: The user's LightningModule.
+        handle: Takes the undo.
+        replacement: Returns what stands for a function.
+    """
     # Models often hold these functions under names bound early, such as a partial in transformers.
     owners: list[tuple[Any, str]] = [(torch.utils.checkpoint, "checkpoint")]
     of_deepspeed = checkpointing()
@@ -64,6 +77,6 @@ def install(context: SequenceContext, root: nn.Module, handle: Handle) -> None:
         owners += [(of_deepspeed, "checkpoint"), (of_deepspeed, "non_reentrant_checkpoint")]
     for owner, name in owners:
         original = getattr(owner, name)
-        checkpoint = guarded(original)
+        checkpoint = replacement(original)
         handle.patch(owner, name, checkpoint)
         rebind(handle, root, original, checkpoint)

@@ -1,8 +1,7 @@
-"""Every snippet of the documents runs, and every name, path and command in them exists."""
+"""Every snippet and command of the documents runs; see `test_references` for the names in them."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
@@ -439,43 +438,3 @@ def test_shown_output_has_the_lines_of_the_demo(block: Block) -> None:
     source = (ROOT / "examples" / "demo_summary.py").read_text()
     for line in block.source.splitlines():
         assert re.match(r"\S.{17} \S", line) and f'"{line[:19].strip()}"' in source, line
-
-
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_names_and_paths_exist(document: str) -> None:
-    text = TEXTS[document]
-    folders = (ROOT, ROOT / "lightning_ulysses", ROOT / "lightning_ulysses" / "attention")
-    for path in re.findall(r"`([\w./-]+\.(?:py|md|toml|yaml))`", text):
-        assert any((folder / path).is_file() for folder in folders), path
-    for name in re.findall(r"\blightning_ulysses(?:\.\w+)+", text):
-        *parents, last = name.split(".")
-        found: Any = importlib.import_module(parents[0])
-        for parent in parents[1:]:
-            found = importlib.import_module(f"{found.__name__}.{parent}")
-        assert hasattr(found, last) or importlib.import_module(name), name
-    tests = "\n".join(path.read_text() for path in sorted((ROOT / "tests").rglob("*.py")))
-    for name in re.findall(r"`(test_\w+)`", text):
-        assert f"def {name}(" in tests, name
-
-
-def test_the_table_of_modules_is_complete() -> None:
-    """Every folder and every module beside the folders has a row, and nothing else has one."""
-    table = TEXTS["CONTRIBUTING.md"].partition("| Folder or module |")[2].partition("\n\n")[0]
-    rows = {
-        name for cell in re.findall(r"^\|([^|]*)\|", table, re.MULTILINE) for name in re.findall(r"`([\w/.]+)`", cell)
-    }
-    package = ROOT / "lightning_ulysses"
-    folders = {f"{folder.parent.name}/" for folder in package.glob("*/__init__.py")}
-    modules = {file.name for file in package.glob("*.py")} - {"__init__.py"}
-    assert rows == folders | modules, "say in CONTRIBUTING.md what each of them does"
-    assert len(modules) <= 8
-
-
-def test_registered_names_are_those_in_the_readme() -> None:
-    from lightning.pytorch.strategies import StrategyRegistry
-
-    sentence = re.search(r"Registered names:(.*?)\.", TEXTS["README.md"], re.DOTALL)
-    assert sentence is not None
-    written = [name.removeprefix("ulysses_deepspeed") for name in re.findall(r"`(\w+)`", sentence[1])]
-    registered = [name for name in StrategyRegistry if name.startswith("ulysses_deepspeed")]
-    assert sorted(f"ulysses_deepspeed{suffix}" for suffix in written) == sorted(registered)

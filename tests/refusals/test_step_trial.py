@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import re
 import warnings
 from functools import partial
@@ -328,6 +329,73 @@ def test_a_mask_of_the_users_own_is_found(
     strategy = {"sequence_dims": {"answers": 1, "completion_mask": 1}, "targets": targets}
     wanted = fit_single(CompletionMask, [[batch]], lambda batch: float(batch["completion_mask"].sum()))
     for result in fit_split(pool, CompletionMask, [batch], SplitRun(strategy=strategy)):
+        assert compare(result, wanted).largest <= BOUND
+
+
+class SometimesMasked(CompletionMask):
+    """Takes the mean over all tokens of a batch without a mask."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step({"completion_mask": torch.ones(batch["answers"].shape), **batch}, batch_idx)
+
+
+def test_a_step_of_batches_with_and_without_the_mask_is_refused(pool: ProcessPool) -> None:
+    batches = []
+    for seed in range(2):
+        x, y = pair_batch(seed, 33, 2)
+        batches.append({"input_ids": x, "answers": y, "completion_mask": (x % 3 == 0).long()})
+    del batches[1]["completion_mask"]
+    strategy = {"sequence_dims": {"answers": 1, "completion_mask": 1}}
+    run = SplitRun(strategy=strategy, trainer={"accumulate_grad_batches": 2})
+    for text in pool.run(refused, SometimesMasked, batches, run, world_size=2):
+        assert "a batch without 'completion_mask', the targets so far" in text
+
+
+def refused(rank: int, make: Any, batches: list[Any], run: SplitRun) -> str:
+    with pytest.raises(UlyssesError) as caught:
+        fit_rank(rank, make, batches, run)
+    return str(caught.value)
+
+
+class Untransferred(CompletionMask):
+    """Trains on the very tensors of the dataset, where Lightning would copy them."""
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return batch
+
+
+@pytest.mark.parametrize("targets", [None, "completion_mask"])
+def test_the_users_own_mask_stays_as_it_is(pool: ProcessPool, targets: str | None) -> None:
+    """One row is cut into views. A target that stands in for those of an empty slice must not reach the dataset."""
+    x, y = pair_batch(1, 33, 1)
+    mask = torch.zeros(1, 33)
+    mask[0, 3:9] = 1
+    batch = {"input_ids": x, "answers": y, "completion_mask": mask}
+    strategy = {"sequence_dims": {"answers": 1, "completion_mask": 1}, "targets": targets}
+    wanted = fit_single(Untransferred, [[batch]] * 2, lambda batch: float(batch["completion_mask"].sum()))
+    run = SplitRun(strategy=strategy, trainer={"max_epochs": 2})
+    for result in fit_split(pool, Untransferred, [batch], run):
+        assert compare(result, wanted).largest <= BOUND
+
+
+class InPlace(HandWritten):
+    """Writes to its batch, which is not copied to a device."""
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return batch
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        x.add_(1).remainder_(VOCAB)
+        return F.cross_entropy(self(x).flatten(0, 1), y.flatten())
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("seq_len", [33, 200])
+def test_a_step_may_write_to_its_batch(pool: ProcessPool, rows: int, seq_len: int) -> None:
+    batch = pair_batch(1, seq_len, rows)
+    wanted = fit_single(InPlace, [[copy.deepcopy(batch)]], lambda batch: float(batch[1].numel()))
+    for result in fit_split(pool, InPlace, [batch], SplitRun()):
         assert compare(result, wanted).largest <= BOUND
 
 

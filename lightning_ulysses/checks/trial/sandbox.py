@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from lightning_ulysses.batch.random_streams import named_stream
 from lightning_ulysses.checks.probing.attributes import attributes_kept
 from lightning_ulysses.checks.probing.compiled import uncompile_steps
-from lightning_ulysses.patching.early_bound import rebind
 from lightning_ulysses.patching.handle import Handle
-from lightning_ulysses.upstream.deepspeed import checkpointing
+from lightning_ulysses.regions.recompute import replace_checkpoints
 
 _LOGS = ("log", "log_dict")
 _DROPS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
@@ -122,14 +121,7 @@ def _quiet_functions(root: nn.Module) -> Handle:
     functional: Any = torch.nn.functional
     for name in _DROPS:
         handle.patch(functional, name, _same)
-    owners: list[tuple[Any, str]] = [(torch.utils.checkpoint, "checkpoint")]
-    of_deepspeed = checkpointing()
-    if of_deepspeed is not None:
-        owners += [(of_deepspeed, "checkpoint"), (of_deepspeed, "non_reentrant_checkpoint")]
-    for owner, name in owners:
-        original = getattr(owner, name)
-        handle.patch(owner, name, _directly)
-        rebind(handle, root, original, _directly)
+    replace_checkpoints(root, handle, lambda original: _directly)
     return handle
 
 

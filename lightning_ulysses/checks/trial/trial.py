@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from lightning_ulysses.batch.excerpt import excerpt
 from lightning_ulysses.batch.pipeline import fill_mask, local_batch
@@ -54,7 +55,8 @@ class StepTrial:
         """Takes an excerpt of a batch, and moves it to the device whole and as this rank's slice."""
         mesh = self._context.mesh
         short = _best_excerpt(batch, self._rules, mesh.sp_size)
-        whole, part = read_batch(short, self._rules, 1), read_batch(short, self._rules, mesh.sp_size)
+        # A step may write to its batch: each run has tensors of its own, as has the real step.
+        whole, part = (read_batch(_copied(short), self._rules, size) for size in (1, mesh.sp_size))
         with state_kept(self._module):
             self._whole = local_batch(whole, 0, move, self._device, stand_in=False)
             self._part = local_batch(part, mesh.sp_rank, move, self._device, stand_in=True)
@@ -129,6 +131,10 @@ def _best_excerpt(batch: WholeBatch, rules: BatchRules, sp_size: int) -> Any:
             if filled > most:
                 best, most = short, filled
     return best
+
+
+def _copied(batch: Any) -> Any:
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
 
 
 def _filled(short: WholeBatch, ignore_index: int) -> float:
