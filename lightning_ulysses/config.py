@@ -30,6 +30,7 @@ class UlyssesConfig:
     dp_shard_size: int | None = None
     loss_weighting: Literal["tokens", "none"] = "tokens"
     check_model: bool = True
+    split: Literal["auto", "batch", "blocks"] = "auto"
     targets: str | None = None
     rules: BatchRules = field(default_factory=BatchRules)
     plan: SequencePlan | None = None
@@ -42,6 +43,17 @@ class UlyssesConfig:
                 f"loss_weighting={self.loss_weighting!r}",
                 "'tokens' (the loss is a mean over tokens) or 'none' (it is not)",
                 "change loss_weighting",
+            )
+        if self.split not in ("auto", "batch", "blocks"):
+            raise UlyssesError(
+                f"split={self.split!r}",
+                "'batch' (each rank gets its slice of the batch), 'blocks' (the model is split at its repeated blocks, "
+                "and whole before and after them) or 'auto' (whichever gives the step of one process)",
+                "change split",
+            )
+        if self.split != "auto" and self.plan is not None:
+            raise UlyssesError(
+                f"both split={self.split!r} and a plan", "one of them: a plan says itself where to split", "drop split"
             )
         multiple = self.rules.pad_to_multiple_of
         if multiple is not None and multiple < 1:

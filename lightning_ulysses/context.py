@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.exchange.mesh import SequenceMesh
+from lightning_ulysses.exchange.mesh import ALONE, SequenceMesh
 from lightning_ulysses.geometry.layout import SequenceLayout
 from lightning_ulysses.geometry.split_plan import SequencePlan
 from lightning_ulysses.notes import Notes
@@ -71,6 +71,21 @@ class Trial(Protocol):
         """
 
 
+class Watch(Protocol):
+    """What sees attention calls of a step that is split."""
+
+    def note(self, call: Any, answer: Any) -> Any:
+        """Takes note of a call.
+
+        Args:
+            call: An `attention.call.AttentionCall`.
+            answer: What the caller would get.
+
+        Returns:
+            What it gets.
+        """
+
+
 @dataclass(frozen=True)
 class Place:
     """Where in a step a call is made.
@@ -83,6 +98,8 @@ class Place:
         is_probed: Whether submodules are tried by themselves, on tokens without labels; see `checks.probing`.
         is_uncompiled: Whether compiled code runs as it was written.
         last: The geometry of the region that ended here.
+        watch: Sees attention calls while a way to split the model is tried.
+        hidden: The region in which attention is plain here, since its keys are whole.
     """
 
     batch: LocalBatch | None = None
@@ -92,6 +109,13 @@ class Place:
     is_probed: bool = False
     is_uncompiled: bool = False
     last: SequenceLayout | None = None
+    watch: Watch | None = None
+    hidden: LocalBatch | None = None
+
+    @property
+    def takes_calls(self) -> bool:
+        """Whether attention calls are taken over although nothing may be split."""
+        return self.trial is not None or self.watch is not None
 
 
 class SequenceContext:
@@ -102,7 +126,8 @@ class SequenceContext:
 
     Attributes:
         mesh: Sizes and groups.
-        plan: Where the model is split, in place of the batch; None where P = 1.
+        plan: Where the model is split, in place of the batch; None where P = 1. Kinds of steps may have plans of their
+            own, see `use`.
         place: Where the step is.
         suspensions: How often the step was hidden so far.
         notes: What features remember over all batches.
@@ -114,6 +139,19 @@ class SequenceContext:
         self.place = Place()
         self.suspensions = 0
         self.notes = Notes()
+
+    def use(self, plan: SequencePlan | None) -> None:
+        """Has the following steps split as ``plan`` says, whose hooks are in place; None cuts the batch."""
+        self.plan = plan if self.mesh.sp_size > 1 else None
+
+    @contextmanager
+    def cutting(self) -> Iterator[None]:
+        """As if the batch were cut, whatever the plan."""
+        before, self.plan = self.plan, None
+        try:
+            yield
+        finally:
+            self.plan = before
 
     @property
     def is_joined(self) -> bool:
@@ -155,10 +193,21 @@ class SequenceContext:
         assert self.split is not None
         return self.split.layout.shares[self.mesh.sp_rank]
 
-    def takes_over(self, original: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    @property
+    def awaits_region(self) -> LocalBatch | None:
+        """The whole batch outside of the regions of a planned step that joins the sequence again, or None."""
+        return self.place.batch if self.is_joined and self.place.region is None else None
+
+    def takes_over(
+        self, original: Callable[..., Any], *, outside_regions: bool = False
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Decorates the function that stands for ``original`` where a batch is described, outside of compiled graphs.
 
         Every other call runs ``original`` as if nothing had been patched.
+
+        Args:
+            original: The function.
+            outside_regions: Whether calls are taken over where `awaits_region` as well.
         """
 
         def decorate(replacement: Callable[..., Any]) -> Callable[..., Any]:
@@ -166,7 +215,8 @@ class SequenceContext:
 
             @functools.wraps(original)
             def choose(*args: Any, **kwargs: Any) -> Any:
-                if self.place.trial is not None or self.described is not None:
+                live = self.place.takes_calls or self.described is not None
+                if live or (outside_regions and self.awaits_region is not None):
                     return outside(*args, **kwargs)
                 return original(*args, **kwargs)
 
@@ -210,11 +260,21 @@ class SequenceContext:
     @contextmanager
     def alone(self) -> Iterator[None]:
         """As if this process were the only one."""
-        mesh, self.mesh = self.mesh, SequenceMesh(0, 1, 1, 0, 1, 0)
+        mesh, self.mesh = self.mesh, ALONE
         try:
             yield
         finally:
             self.mesh = mesh
+
+    @contextmanager
+    def rehearsed(self, plan: SequencePlan, batch: LocalBatch, watch: Watch) -> Iterator[None]:
+        """A step on ``batch`` that is split as ``plan`` says, while ``watch`` sees its attention calls."""
+        before, self.plan = self.plan, plan
+        try:
+            with self.at(Place(batch, watch=watch, is_uncompiled=True)):
+                yield
+        finally:
+            self.plan = before
 
     def plain(self) -> AbstractContextManager[None]:
         """Leaves attention alone, also while the model is tried."""
@@ -262,7 +322,7 @@ def eager_while_live(function: F) -> F:
         context = _Slot.context
         # Also before and after the region of a plan, where the batch may be cut and the model is not.
         if context is not None and (
-            context.place.trial is not None or (context.place.batch is not None and context.mesh.sp_size > 1)
+            context.place.takes_calls or (context.place.batch is not None and context.mesh.sp_size > 1)
         ):
             return outside(*args, **kwargs)
         return function(*args, **kwargs)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,9 +13,10 @@ from lightning_ulysses.batch.clock import Clock
 from lightning_ulysses.batch.loader import SeededLoader
 from lightning_ulysses.batch.pipeline import BatchPipeline, fill_mask
 from lightning_ulysses.batch.predictions import join_outputs
+from lightning_ulysses.batch.whole import WholeBatch
 from lightning_ulysses.checks.probing import ModelProbe
 from lightning_ulysses.checks.step import check_intercepted
-from lightning_ulysses.checks.trial import StepTrial, advice, explained, refusal, warn_unchecked
+from lightning_ulysses.checks.trial import SplitChoice, explained, state_kept
 from lightning_ulysses.config import UlyssesConfig
 from lightning_ulysses.context import LocalBatch, SequenceContext, activate, current_context
 from lightning_ulysses.errors import UlyssesError
@@ -24,6 +25,10 @@ from lightning_ulysses.interceptors.install_all import install_interceptors
 from lightning_ulysses.loss.evidence import LossWatch
 from lightning_ulysses.loss.weights import StepWeights
 from lightning_ulysses.patching.handle import Handle
+
+
+def _same(batch: Any) -> Any:
+    return batch
 
 
 class SequenceParallel:
@@ -46,6 +51,7 @@ class SequenceParallel:
         >>> with parallel.installed(module):
         ...     for batch in batches:
         ...         inputs = parallel.receive(batch, clock)
+        ...         inputs = parallel.try_step(clock, lambda batch: module.training_step(batch, 0), inputs)
         ...         with parallel.step(clock, "training_step"):
         ...             loss = module.training_step(inputs, 0)
         ...         with parallel.backward():
@@ -64,13 +70,13 @@ class SequenceParallel:
         self._pipeline = BatchPipeline(settings.rules, mesh, device, seed)
         self._handle = Handle()
         self._probe: ModelProbe | None = None
-        self._forget: Callable[[], None] | None = None
+        self._choice = SplitChoice(settings, self.context, self._pipeline, self.weights, device)
         self._module: nn.Module = nn.Identity()
         self._clock = Clock()
-        self._trial: StepTrial | None = None
-        # What the trial found in the running step, and what to say if the step fails that could not be tried.
-        self._found: UlyssesError | None = None
-        self._advice: str | None = None
+        # The batch of the following step, as it came.
+        self._batch: Any = None
+        self._counts: Mapping[str, float] = {}
+        self._move: Callable[[Any], Any] = _same
         self._local: LocalBatch | None = None
         # Whether attention was intercepted in a step, so that no further one has to show it.
         self._is_proven = False
@@ -84,7 +90,12 @@ class SequenceParallel:
             activate(None)
 
     def install(
-        self, module: nn.Module, *, gathers_parameters: bool = False, forget: Callable[[], None] | None = None
+        self,
+        module: nn.Module,
+        *,
+        gathers_parameters: bool = False,
+        forget: Callable[[], None] | None = None,
+        say: Callable[[str], None] | None = None,
     ) -> None:
         """Patches everything that a step of ``module`` may call.
 
@@ -92,6 +103,7 @@ class SequenceParallel:
             module: The user's.
             gathers_parameters: Whether every forward gathers parameters from all ranks (ZeRO-3).
             forget: Called after each try of the model, for whoever keeps count of the module calls of a step.
+            say: Tells the user where the model is split; on rank 0 only.
 
         Raises:
             UlyssesError: For a model that cannot be made exact.
@@ -99,10 +111,8 @@ class SequenceParallel:
         self._module = module
         self._handle.add(install_interceptors(self.context, module, gathers_parameters).remove)
         self._probe = ModelProbe(self.context, module, self._device, forget, self.settings.check_model)
-        self._forget = forget
-        # With a plan, the sequence is joined before the loss, or the user takes it from what the plan leaves split.
-        if self.mesh.sp_size > 1 and self.settings.check_model and self.settings.plan is None:
-            self._trial = StepTrial(self.context, module, self._device, self.settings.rules)
+        self._handle.add(self._choice.install(module, forget).remove)
+        self._choice.say = say or self._choice.say
 
     def close(self) -> None:
         """Puts everything back that was patched; closing twice does nothing."""
@@ -137,7 +147,11 @@ class SequenceParallel:
         assert self._local is not None
         return self._local
 
-    def receive(self, batch: Any, clock: Clock, move: Callable[[Any], Any] = lambda batch: batch) -> Any:
+    def split_of(self, kind: str) -> str:
+        """Where steps of a kind, such as ``"train"``, are split: ``"batch"`` or ``"blocks"``."""
+        return "batch" if self._choice.plan(kind) is None else "blocks"
+
+    def receive(self, batch: Any, clock: Clock, move: Callable[[Any], Any] | None = None) -> Any:
         """Cuts a whole batch: the one that the following step runs on.
 
         Args:
@@ -151,44 +165,43 @@ class SequenceParallel:
         Raises:
             UlyssesError: If the batch is not understood for certain, or ranks hold different ones.
         """
-        whole = self._pipeline.read(batch, clock.is_training)
+        self._batch, self._move = batch, move or _same
+        whole, inputs = self._cut(clock)
         with self._pipeline.drawing("batch_to_device", clock):
-            inputs, self._local = self._pipeline.cut(whole, clock.is_training, move, self.weights.settled)
-        if clock.is_training and self._trial is not None:
-            with self._pipeline.drawing("batch_to_device", clock):
-                self._trial.prepare(whole, move)
-        self.context.notes.of(LossWatch).is_open = self.weights.needs_evidence
-        if clock.is_training:
-            self.weights.begin(whole.counts_of_group(), self._pipeline.use())
+            self._choice.prepare(clock.kind, whole, self._move)
         return inputs
 
-    def try_step(self, step: Callable[[Any], Any]) -> None:
-        """Tries the first training step on an excerpt of its batch; a collective, once.
+    def _cut(self, clock: Clock) -> tuple[WholeBatch, Any]:
+        whole = self._pipeline.read(self._batch, clock)
+        with self._pipeline.drawing("batch_to_device", clock):
+            inputs, self._local = self._pipeline.cut(whole, clock.is_training, self._move, self.weights.settled)
+        self._counts = whole.counts_of_group()
+        return whole, inputs
+
+    def try_step(self, clock: Clock, step: Callable[[Any], Any], inputs: Any) -> Any:
+        """Tries a step on a few tokens of its batch before it runs; a collective, once for each kind of step.
 
         A loss that slices do not add up to is refused in `weigh` and `backward`, after checks that can say more of it.
 
         Args:
+            clock: Where the run stands.
             step: Calls the user's step on a batch.
+            inputs: What `receive` returned.
+
+        Returns:
+            The batch for the module: ``inputs``, or all of it where the model must be split inside.
 
         Raises:
-            UlyssesError: On every rank, if ``targets`` names another tensor than the one that holds them.
+            UlyssesError: On every rank, if ``targets`` names another tensor than the one that holds them, or the step
+                cannot be split.
         """
-        trial, self._trial = self._trial, None
-        if trial is None:
-            return
-        verdict, name = trial.run(step), type(self._module).__name__
-        if self._forget is not None:
-            self._forget()
-        by_targets = self.settings.loss_weighting == "tokens"
-        if verdict.reason is not None:
-            if verdict.reason and self.mesh.rank == 0:
-                warn_unchecked(verdict.reason, name)
-            self._advice = advice(trial.plan)
-        elif verdict.moved is not None or not (verdict.names if by_targets else verdict.averages):
-            self._found = refusal(verdict, name, trial.plan)
-        elif not verdict.is_coarse:
-            self.weights.settle_targets(verdict.names)
+        if self._choice.choose(clock, step):
+            # What the user's hooks changed when the batch was moved for the first time stays as it is.
+            with state_kept(self._module):
+                return self._cut(clock)[1]
+        if clock.is_training:
             fill_mask(self.local, self.weights.settled or "")
+        return inputs
 
     @contextmanager
     def step(self, clock: Clock, name: str) -> Iterator[None]:
@@ -202,25 +215,36 @@ class SequenceParallel:
             UlyssesError: If the model cannot be split, or none of its attention was intercepted.
         """
         assert self._probe is not None
-        if clock.is_training and clock.is_automatic:
-            self.weights.check_boundary(clock.is_boundary)
+        self.context.use(self._choice.plan(clock.kind))
+        self.context.notes.of(LossWatch).is_open = self.weights.needs_evidence
+        if clock.is_training:
+            self.weights.begin(self._counts, self._pipeline.take())
+            if clock.is_automatic:
+                self.weights.check_boundary(clock.is_boundary)
         suspensions = self.context.suspensions
         self._clock = clock
         is_tried = self._module.training in self._probe.done
         with (
             self._pipeline.drawing(name, clock),
             self.context.step(self.local),
+            self._logged(clock),
             nullcontext() if is_tried else self._probe.watch(),
         ):
             try:
                 yield
             except Exception as failure:
                 # No other type: a run may wait for one of its own, or for a device that is out of memory.
-                if self._advice is not None and hasattr(failure, "add_note") and not isinstance(failure, UlyssesError):
-                    failure.add_note(self._advice)
+                note = self._choice.advice
+                if note is not None and hasattr(failure, "add_note") and not isinstance(failure, UlyssesError):
+                    failure.add_note(note)
                 raise
-            if not self._is_proven:
+            if self.context.plan is not None or not self._is_proven:
                 self._is_proven = check_intercepted(self.context, name, type(self._module).__name__, suspensions)
+
+    def _logged(self, clock: Clock) -> AbstractContextManager[None]:
+        if self.context.plan is not None:
+            return nullcontext()
+        return self._choice.logged.exchanged(self._module, clock.kind, self.local, self._counts, self.weights.settled)
 
     def weigh(self, loss: Tensor) -> Tensor:
         """The loss to back-propagate on this rank, from the mean that the module returned; see `loss.token_mean`.
@@ -232,7 +256,7 @@ class SequenceParallel:
         try:
             return self.weights.apply(loss, self.local, clock.accumulate, clock.is_automatic)
         except UlyssesError as error:
-            raise explained(error, self._found) from None
+            raise explained(error, self._choice.found) from None
 
     @contextmanager
     def backward(self) -> Iterator[None]:
@@ -247,9 +271,9 @@ class SequenceParallel:
             # The probe names layers that mix or pool tokens, in the step and here; what it misses is refused next.
             if self._probe.pooling.is_open:
                 self._probe.pooling.settle()
-            if self._found is not None:
-                raise self._found
-            self._advice = None
+            if self._choice.found is not None:
+                raise self._choice.found
+            self._choice.advice = None
 
     def stepped(self) -> None:
         """After the optimizer has stepped."""

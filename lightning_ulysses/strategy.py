@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from lightning.fabric.strategies import _StrategyRegistry
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
+from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers, _MockOptimizer
 from lightning.pytorch.strategies.ddp import DDPStrategy
 from lightning.pytorch.strategies.deepspeed import DeepSpeedStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_ulysses.batch.clock import Clock
+from lightning_ulysses.checks.optimizer import check_elementwise, clipping_error, no_optimizer
 from lightning_ulysses.checks.trainer import check_trainer, no_output
 from lightning_ulysses.config import UlyssesConfig, batch_rules, check_deepspeed_config, check_replicas, check_stage
 from lightning_ulysses.context import LocalBatch
@@ -57,6 +60,10 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
             or restart their positions; see `checks.probing`.
         plan: Where a model that cannot take slices is split and joined instead: ``"litgpt"``, ``"litgpt_unjoined"``,
             ``"diffusers"``, or a mapping of submodules to inputs or outputs with their dimension; see `SequencePlan`.
+            ``"auto"`` is ``split="blocks"``.
+        split: ``"batch"`` gives each rank its slice of the batch, ``"blocks"`` splits the model at its repeated blocks
+            and leaves what comes before and after them whole. ``"auto"`` takes the first of the two that gives the step
+            of one process, tried on a few tokens of the first batch of each kind of step.
         config: A DeepSpeed config or the path of one; replaces all arguments of DeepSpeedStrategy.
         **kwargs: Every other argument of Lightning's ``DeepSpeedStrategy``.
 
@@ -82,11 +89,14 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
         pad_to_multiple_of: int | None = None,
         check_model: bool = True,
         plan: str | dict[str, Any] | None = None,
+        split: Literal["auto", "batch", "blocks"] = "auto",
         config: str | Path | dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         check_replicas(dp_shard_size, dp_replicate_size)
         check_stage(stage if kwargs.get("zero_optimization", True) else 0)
+        if plan == "auto":
+            plan, split = None, "blocks"
         read = read_plan(plan)
         self.ulysses = UlyssesConfig(
             sp_size=sp_size,
@@ -94,6 +104,7 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
             loss_weighting=loss_weighting,
             targets=targets,
             check_model=check_model,
+            split=split,
             rules=batch_rules(sequence_dims, pad_to_multiple_of, ignore_index, read),
             plan=read,
         )
@@ -109,6 +120,7 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
         self._mesh: SequenceMesh | None = None
         self._core: SequenceParallel | None = None
         self._base_seed = 0
+        self._clip_val = 0.0
 
     @property
     def mesh(self) -> SequenceMesh:
@@ -142,7 +154,7 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
     def _now(self) -> Clock:
         module, trainer = self._module_and_trainer
         return Clock(
-            stage=str(trainer.state.stage),
+            stage=trainer.state.stage.value if trainer.state.stage is not None else "",
             is_training=trainer.training,
             epoch=trainer.current_epoch,
             batch=trainer.fit_loop.total_batch_idx,
@@ -201,10 +213,32 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
         # Schedulers ask for the number of steps in there, and so for the length of a sampler that asks for the mesh.
         self._core = SequenceParallel(self.ulysses, self.mesh, self.root_device, self._base_seed)
         super().setup(trainer)
+        self._clip_val = float(trainer.gradient_clip_val or 0.0)
+        # Lightning's does nothing: DeepSpeed clips by its config alone.
+        vars(self.precision_plugin)["clip_gradients"] = self._clip_gradients
         agree_on_gradients(self.deepspeed_engine.optimizer, module, self.root_device)
         upstream_lightning.set_device_mesh(module, self.mesh.device_mesh)
         forget = partial(upstream_deepspeed.forget_trace, self.deepspeed_engine)
-        self.core.install(module, gathers_parameters=self.zero_stage_3, forget=forget)
+        self.core.install(module, gathers_parameters=self.zero_stage_3, forget=forget, say=rank_zero_info)
+
+    @override
+    def _init_optimizers(self) -> tuple[Any, Any]:
+        module, _ = self._module_and_trainer
+        optimizers, schedulers = _init_optimizers_and_lr_schedulers(module)
+        if len(optimizers) != 1 or len(schedulers) > 1 or isinstance(optimizers[0], _MockOptimizer):
+            count = 0 if isinstance(optimizers[0], _MockOptimizer) else len(optimizers)
+            raise no_optimizer(f"{count} optimizers and {len(schedulers)} schedulers", type(module).__name__)
+        if self.ulysses.check_model:
+            check_elementwise(optimizers[0])
+        return optimizers[0], schedulers[0] if schedulers else None
+
+    def _clip_gradients(
+        self, optimizer: Any, clip_val: float | None = 0.0, gradient_clip_algorithm: Any = None
+    ) -> None:
+        """Has the following step of the engine clip, for overridden hooks and manual optimization."""
+        if clip_val and str(getattr(gradient_clip_algorithm, "value", gradient_clip_algorithm or "norm")) != "norm":
+            raise clipping_error(gradient_clip_algorithm)
+        self.deepspeed_engine.optimizer.clip_grad = float(clip_val or 0.0)
 
     @override
     def process_dataloader(self, dataloader: object) -> object:
@@ -217,9 +251,13 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
         move = partial(super().batch_to_device, device=device, dataloader_idx=dataloader_idx)
         return self.core.receive(batch, self._now(), move)
 
-    def _step(self, name: str, *args: Any, is_boundary: bool = True, **kwargs: Any) -> Any:
-        with self.core.step(replace(self._now(), is_boundary=is_boundary), name):
-            return getattr(super(), name)(*args, **kwargs)
+    def _step(self, name: str, batch: Any, *args: Any, is_boundary: bool = True, **kwargs: Any) -> Any:
+        module, clock = self._module_and_trainer[0], replace(self._now(), is_boundary=is_boundary)
+        # By way of the module's own call, around which ZeRO-3 gathers parameters, and not of the engine's.
+        tried = partial(self._forward_redirection, module, module, name)
+        batch = self.core.try_step(clock, lambda batch: tried(batch, *args, **kwargs), batch)
+        with self.core.step(clock, name):
+            return getattr(super(), name)(batch, *args, **kwargs)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -228,7 +266,6 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
         if module.automatic_optimization:
             # DeepSpeed counts micro-steps across epochs, Lightning's window ends with the epoch.
             self.deepspeed_engine.set_gradient_accumulation_boundary(is_boundary)
-        self.core.try_step(lambda batch: module.training_step(batch, *args[1:], **kwargs))
         output = self._step("training_step", *args, is_boundary=is_boundary, **kwargs)
         if output is None and module.automatic_optimization:
             raise no_output(module)
@@ -258,6 +295,7 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
     @override
     def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        self.deepspeed_engine.optimizer.clip_grad = self._clip_val
         self.core.stepped()
         return output
 
@@ -277,6 +315,7 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
     @override
     def teardown(self) -> None:
         self._close()
+        vars(self.precision_plugin).pop("clip_gradients", None)
         upstream_deepspeed.restore_linear()
         super().teardown()
 

@@ -156,11 +156,12 @@ def _row_runs(spec: MaskSpec, row: int, length: int) -> tuple[Runs, Runs | None]
 
 
 def _with_bias(bias: Tensor, spec: MaskSpec, rows: list[tuple[Runs, Runs | None]], length: int) -> Tensor:
-    """The bias (B | 1, H_r | 1, S, S), with everything hidden that ``spec`` hides."""
+    """The bias (B | 1, H_r | 1, S | 1, S), with everything hidden that ``spec`` hides."""
     padding = length - bias.shape[-1]
     if padding:
         # Filled with True for a mask and 0.0 for a bias: neither hides anything. `keep` hides the padding.
-        bias = torch.nn.functional.pad(bias, (0, padding, 0, padding), value=bias.dtype == torch.bool)
+        queries = padding if bias.shape[-2] > 1 else 0
+        bias = torch.nn.functional.pad(bias, (0, padding, 0, queries), value=bias.dtype == torch.bool)
     place = torch.arange(length, device=bias.device)
     kept = []
     for documents, valid in rows:

@@ -9,9 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from lightning_ulysses.context import LocalBatch
-from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.exchange.mesh import SequenceMesh
-from lightning_ulysses.geometry.layout import SequenceLayout
 from lightning_ulysses.geometry.mask_spec import MaskSpec
 
 
@@ -66,43 +64,3 @@ class AttentionCall:
     takes_memory: bool = True
     memory: Callable[[], Tensor] | None = None
     write: Callable[[Tensor], Any] = _unchanged
-
-
-def covers_sequence(attn_mask: Tensor, layout: SequenceLayout) -> bool:
-    """Whether a mask covers the whole sequence, (..., S, S), and not only one rank's slice."""
-    return 2 <= attn_mask.dim() <= 4 and attn_mask.shape[-2:] == (layout.real_len, layout.real_len)
-
-
-def local_mask_error(attn_mask: Tensor, layout: SequenceLayout) -> UlyssesError:
-    """The error for a mask tensor made from one rank's slice."""
-    real = layout.real_len
-    return UlyssesError(
-        f"an attention mask of shape {tuple(attn_mask.shape)} inside a step",
-        f"no mask tensor, or that of the whole sequence, (..., {real}, {real}), the same on every rank; one made from "
-        "this rank's slice makes sense only locally",
-        "use is_causal=True, or call lightning_ulysses.ulysses_attention(..., is_causal=, window=, cu_seqlens=)",
-    )
-
-
-def read_mask(
-    batch: LocalBatch, known: MaskSpec | None, mask: Tensor | None, spec: MaskSpec
-) -> tuple[MaskSpec, Tensor | None]:
-    """The spec and the bias of a call. Its mask tensor must be a known mask, or cover the whole sequence.
-
-    Args:
-        batch: The batch that is split.
-        known: The spec of a known mask, see `mask_table`.
-        mask: The mask tensor of the call.
-        spec: The spec of the call without its mask tensor.
-
-    Raises:
-        UlyssesError: For a mask made from one rank's slice.
-    """
-    if mask is None:
-        return spec, None
-    if known is not None:
-        return known, None
-    # A mask of the whole sequence becomes a bias, of which each rank uses the part of its heads.
-    if not covers_sequence(mask, batch.layout):
-        raise local_mask_error(mask, batch.layout)
-    return spec, mask

@@ -7,7 +7,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from lightning_ulysses.attention.attend import Softmax, attend
-from lightning_ulysses.attention.call import AttentionCall, read_mask
+from lightning_ulysses.attention.call import AttentionCall
+from lightning_ulysses.attention.call_mask import read_mask
 from lightning_ulysses.attention.explicit import Extras
 from lightning_ulysses.attention.kernel import attend_memory
 from lightning_ulysses.attention.mask_table import document_runs

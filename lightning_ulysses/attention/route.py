@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+
+from torch import Tensor
 
 from lightning_ulysses.attention.call import AttentionCall
 from lightning_ulysses.attention.mask_table import MaskTable
 from lightning_ulysses.attention.ulysses import exchanged
 from lightning_ulysses.context import LocalBatch, SequenceContext
 from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.exchange.mesh import ALONE
+from lightning_ulysses.geometry.mask_spec import MaskSpec
 
 
 @dataclass
@@ -45,9 +49,25 @@ def route(context: SequenceContext, batch: LocalBatch | None, call: AttentionCal
     # First, since a trial may run without a batch.
     if context.place.trial is not None:
         return context.place.trial.answer(call, plain)
+    place = context.place
+    if place.watch is None:
+        return _answer(context, batch, call, plain)
+    # What is called may itself call a function that is taken over.
+    with context.at(replace(place, watch=None)):
+        answer = _answer(context, batch, call, plain)
+    return place.watch.note(call, answer)
+
+
+def _answer(context: SequenceContext, batch: LocalBatch | None, call: AttentionCall, plain: Callable[[], Any]) -> Any:
+    known = None if call.mask is None else _known_mask(context, batch, call.mask)
     if batch is None:
-        return plain()
-    known = None if call.mask is None else batch.notes.of(MaskTable).get(call.mask)
+        whole = context.place.batch
+        # Outside of the regions of a plan, a mask that was described there has no values of its own.
+        if known is None or whole is None:
+            return plain()
+        return call.write(
+            call.meaning(whole, known).attend(call.q, call.k, call.v, slice(0, call.q.shape[1]), None, ALONE)
+        )
     # On one rank only known masks are replaced, which stand for documents of a packed row.
     if context.mesh.sp_size == 1 and known is None:
         return plain()
@@ -57,6 +77,12 @@ def route(context: SequenceContext, batch: LocalBatch | None, call: AttentionCal
     if tally.attends_memory and _sees_memory(context, batch, call):
         return plain() if call.memory is None else call.write(call.memory())
     return call.write(exchanged(batch, call.q, call.k, call.v, call.meaning(batch, known), context.mesh))
+
+
+def _known_mask(context: SequenceContext, region: LocalBatch | None, mask: Tensor) -> MaskSpec | None:
+    """The spec of a mask that was described in the region, or before it on the whole batch."""
+    batches = [batch for batch in (region, context.place.batch) if batch is not None]
+    return next((spec for batch in batches if (spec := batch.notes.of(MaskTable).get(mask)) is not None), None)
 
 
 def intercept(
@@ -70,9 +96,8 @@ def intercept(
         read: Takes the function's arguments and returns them as an `AttentionCall`.
     """
 
-    @context.takes_over(original)
+    @context.takes_over(original, outside_regions=True)
     def attention(*args: Any, **kwargs: Any) -> Any:
-        # `takes_over` calls this only during a trial or if a batch is described; then it is the region.
         return route(context, context.place.region, read(*args, **kwargs), partial(original, *args, **kwargs))
 
     return attention

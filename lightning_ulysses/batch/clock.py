@@ -28,3 +28,8 @@ class Clock:
     accumulate: int = 1
     is_boundary: bool = True
     is_automatic: bool = True
+
+    @property
+    def kind(self) -> str:
+        """The stage whose step runs: a sanity check runs that of validation."""
+        return "validate" if self.stage == "sanity_check" else self.stage

@@ -133,12 +133,7 @@ class TrainLoader(SeededLoader):
             batches = list(islice(source, size))
             if not batches:
                 return
-            # A window of one batch needs no look-ahead: its targets are counted when it is used.
-            counts = tuple(self._count(batch) for batch in batches) if len(batches) > 1 else ()
-            # Only tensors of all micro-batches: a sum over some of them would be too small.
-            names = set.intersection(*map(set, counts)) if counts else set()
-            totals = {name: sum(count[name] for count in counts) for name in sorted(names)}
-            self.plans.append(AccumulationWindow(len(batches), totals, counts))
+            self.plans.append(AccumulationWindow(batches, self._count))
             position += len(batches)
             yield from batches
 

@@ -16,6 +16,7 @@ from lightning_ulysses.batch.recognition import entries_of
 from lightning_ulysses.batch.same_batch import check_same_batch
 from lightning_ulysses.batch.whole import WholeBatch, read_batch
 from lightning_ulysses.context import LocalBatch
+from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.exchange.mesh import SequenceMesh
 from lightning_ulysses.geometry.batch_keys import KEPT, BatchRules
 from lightning_ulysses.loss.accumulation import AccumulationWindow
@@ -86,6 +87,11 @@ class BatchPipeline:
 
     def __init__(self, rules: BatchRules, mesh: SequenceMesh, device: torch.device, seed: int) -> None:
         self._rules = rules
+        # Of kinds of steps for which it is decided how they are split.
+        self._decided: dict[str, BatchRules] = {}
+        self._fallback: BatchRules | None = None
+        #: Why the batches of kinds of steps cannot be cut.
+        self.unread: dict[str, UlyssesError] = {}
         self._mesh = mesh
         self._device = device
         self._seed = seed
@@ -126,24 +132,44 @@ class BatchPipeline:
             window=clock.accumulate if looks_ahead else 1,
             limit=limit,
             # Counts the batch as `read` will get it. `StepWeights.begin` refuses one whose targets change later.
-            count=lambda batch: self._read(prepare(batch)).counts_of_group(),
+            count=lambda batch: self._read(prepare(batch), clock.kind).counts_of_group(),
             dp_size=self._mesh.dp_size,
         )
         return self._train_loader
 
-    def _read(self, batch: Any) -> WholeBatch:
-        return read_batch(batch, self._rules, self._mesh.sp_size)
+    def fall_back(self, rules: BatchRules, always: bool) -> None:
+        """Has batches that cannot be cut read by other rules, until it is decided how their step is split.
 
-    def read(self, batch: Any, is_training: bool) -> WholeBatch:
+        Args:
+            rules: Those of batches that every rank gets whole.
+            always: Whether no batch is cut.
+        """
+        self._fallback, self._rules = rules, rules if always else self._rules
+
+    def use(self, kind: str, rules: BatchRules) -> None:
+        """Decides how batches of a kind of step are read."""
+        self._decided[kind] = rules
+
+    def _read(self, batch: Any, kind: str) -> WholeBatch:
+        rules = self._decided.get(kind)
+        try:
+            return read_batch(batch, rules or self._rules, self._mesh.sp_size)
+        except UlyssesError as error:
+            if rules is not None or self._fallback is None:
+                raise
+            self.unread[kind] = error
+        return read_batch(batch, self._fallback, self._mesh.sp_size)
+
+    def read(self, batch: Any, clock: Clock) -> WholeBatch:
         """Reads a batch. The first batches of training and of evaluation are compared over the group.
 
         Raises:
             UlyssesError: If the batch cannot be read for certain, or the ranks of a group hold different batches.
         """
-        whole = self._read(batch)
-        self._compared[is_training] += 1
-        if self._compared[is_training] <= _COMPARED:
-            check_same_batch(whole, self._mesh, self._device, everywhere=is_training)
+        whole = self._read(batch, clock.kind)
+        self._compared[clock.is_training] += 1
+        if self._compared[clock.is_training] <= _COMPARED:
+            check_same_batch(whole, self._mesh, self._device, everywhere=clock.is_training)
         return whole
 
     def cut(
@@ -175,7 +201,7 @@ class BatchPipeline:
             when = (clock.step, self._evaluations)
         return named_stream(self._seed, self._mesh.dp_rank, clock.stage, where, *when, device=self._device)
 
-    def use(self) -> deque[AccumulationWindow] | None:
+    def take(self) -> deque[AccumulationWindow] | None:
         """Counts a training batch as used, and returns the windows that the dataloader has loaded ahead."""
         if self._train_loader is None:
             return None

@@ -215,7 +215,7 @@ def read_batch(batch: Any, rules: BatchRules, sp_size: int) -> WholeBatch:
     counts |= {
         f"{key}{KEPT}": _count(tensor, dims[key], layout, rules.ignore_index, is_mask=True)
         for key, tensor in tensors.items()
-        if _is_mask(key, tensor) and key not in rules.whole
+        if _is_mask(key, tensor, is_mapping) and key not in rules.whole
     }
     # With padding, "all tokens" is no candidate: the module's mean would include the padding.
     if not amount:
@@ -229,11 +229,13 @@ def read_batch(batch: Any, rules: BatchRules, sp_size: int) -> WholeBatch:
     return WholeBatch(batch, tensors, dims, frozenset(hidden), layout, counts, rows, whole, rules.keeps_all)
 
 
-def _is_mask(key: str, tensor: Tensor) -> bool:
-    """Whether it may say which tokens a loss is a mean over, beside `MASK_KEYS`: by its name or its dtype."""
+def _is_mask(key: str, tensor: Tensor, is_named: bool) -> bool:
+    """Whether it may say which tokens a loss is a mean over, and with which weights, beside `MASK_KEYS`."""
     if key in MASK_KEYS or key == "attention_mask" or tensor.dim() < 2:
         return False
-    return "mask" in key or tensor.dtype == torch.bool
+    # Weights (B, S), one for each token.
+    is_weight = is_named and tensor.is_floating_point() and tensor.dim() == 2 and bool((tensor >= 0).all())
+    return "mask" in key or tensor.dtype == torch.bool or is_weight
 
 
 def _candidates(tensors: Mapping[str, Tensor], is_mapping: bool) -> list[str]:

@@ -180,6 +180,8 @@ class TokenCountMonitor(EvaluationMonitor):
     ) -> None:
         live, weights, ledger = strategy_of(trainer).local, weights_of(trainer), self._ledger
         assert ledger is not None
+        # The first step may have shown that its loss is no mean over targets.
+        ledger.by_targets = weights.by_targets
         ledger.add(live, weights.target_name)
         # Still within gradient accumulation: no optimizer step was taken.
         if weights.steps == self._steps:

@@ -109,3 +109,7 @@ class SequenceMesh:
                 "at least one query head for each rank of a sequence-parallel group",
                 f"set sp_size={largest}, the largest that works with {self.world_size} processes",
             )
+
+
+#: A process by itself.
+ALONE = SequenceMesh(0, 1, 1, 0, 1, 0)

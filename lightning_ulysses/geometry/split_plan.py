@@ -33,6 +33,7 @@ class SequencePlan:
         whole: Keys of the batch (or indices of a tuple, as strings) that every rank gets whole. With ``join``, every
             rank gets the whole batch.
         is_family: Whether the plan fits several models. Patterns and inputs that a model lacks are then ignored.
+        is_absolute: Whether patterns are relative to the LightningModule itself.
     """
 
     split: Mapping[str, Dims]
@@ -40,6 +41,7 @@ class SequencePlan:
     local: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
     is_family: bool = False
+    is_absolute: bool = False
 
     def __post_init__(self) -> None:
         if not self.split:

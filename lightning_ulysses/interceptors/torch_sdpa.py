@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_ulysses.attention.attend import Softmax
-from lightning_ulysses.attention.call import AttentionCall, read_mask
+from lightning_ulysses.attention.call import AttentionCall
+from lightning_ulysses.attention.call_mask import read_mask
 from lightning_ulysses.attention.route import intercept
 from lightning_ulysses.context import LocalBatch, SequenceContext
 from lightning_ulysses.errors import UlyssesError

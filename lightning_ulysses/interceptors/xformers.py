@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_ulysses.attention.attend import Softmax
-from lightning_ulysses.attention.call import AttentionCall, read_mask
+from lightning_ulysses.attention.call import AttentionCall
+from lightning_ulysses.attention.call_mask import read_mask
 from lightning_ulysses.attention.route import intercept
 from lightning_ulysses.context import LocalBatch, SequenceContext
 from lightning_ulysses.geometry.mask_spec import MaskSpec

@@ -38,11 +38,13 @@ class EvaluationLoss:
         name: The tensor with the targets, if training has settled it.
         by_targets: Whether batches are weighted by their number of targets. Otherwise all have the same weight.
         device: The device of the losses.
+        times: How often a rank's loss counts, where batches are not weighted by targets.
     """
 
-    def __init__(self, name: str | None, by_targets: bool, device: torch.device) -> None:
+    def __init__(self, name: str | None, by_targets: bool, device: torch.device, times: int = 1) -> None:
         self._name = name
         self._by_targets = by_targets
+        self._times = 1 if by_targets else times
         self._device = device
         self._means: dict[str, TokenMean] | None = None
         self._scores: dict[str, int] = {}
@@ -62,7 +64,7 @@ class EvaluationLoss:
         # A tensor that one batch lacks cannot hold the targets of all.
         self._means = {name: mean for name, mean in self._means.items() if name in counts}
         for name, mean in self._means.items():
-            mean.update(loss, counts[name])
+            mean.update(loss * self._times, counts[name])
         if self._name is None and self._by_targets and self._batches < _LOOKED_AT:
             for name, score in score_names(live, [name for name in counts if not name.endswith(KEPT)]).items():
                 # A name must explain every batch, so its worst score counts.

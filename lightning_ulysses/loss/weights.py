@@ -23,6 +23,9 @@ from lightning_ulysses.loss.evaluation import EvaluationLoss
 from lightning_ulysses.loss.form import judge, loss_form, votes
 from lightning_ulysses.loss.targets import TargetResolver
 
+# Of tensors with equal counts, those that most likely hold the targets.
+_FIRST = ("shift_labels", "labels", "shift_loss_mask", "loss_mask")
+
 
 @dataclass
 class LossWindow:
@@ -70,9 +73,11 @@ class StepWeights:
     """
 
     def __init__(self, config: UlyssesConfig, mesh: SequenceMesh, device: torch.device) -> None:
-        self._config = config
         self._mesh = mesh
         self._device = device
+        self._by_targets = config.loss_weighting == "tokens"
+        # How often a rank's loss counts where all have the same weight: P times if slices add up to the whole.
+        self._times = 1
         self._resolver = TargetResolver(config.targets, self._agree)
         self._window: LossWindow | None = None
         # The counts that the dataloader took ahead for this window.
@@ -93,9 +98,40 @@ class StepWeights:
         return self._resolver.settled
 
     @property
+    def by_targets(self) -> bool:
+        """Whether losses are weighted by their targets; else all ranks and micro-batches have equal weights."""
+        return self._by_targets
+
+    def add_up(self) -> None:
+        """Takes note of a loss that is a sum over tokens: those of slices add up to that of the batch.
+
+        Raises:
+            UlyssesError: If the user named a tensor with targets.
+        """
+        if self._resolver.settled is not None:
+            self._check_named(self._resolver.settled, frozenset())
+        self._by_targets, self._times = False, self._mesh.sp_size
+
+    def settle_rows(self, names: frozenset[str]) -> None:
+        """Takes note of the tensors whose targets weight the losses of rows. All of them give this batch its weights.
+
+        Without any, all ranks and micro-batches have equal weights, as in one process.
+
+        Raises:
+            UlyssesError: If the user named another tensor.
+        """
+        settled = self._resolver.settled
+        if settled is not None:
+            self._check_named(settled, names)
+        self._by_targets = bool(names)
+        if names and settled is None:
+            # Labels are more likely targets than all tokens.
+            self._resolver.settled = next((name for name in _FIRST if name in names), max(names))
+
+    @property
     def needs_evidence(self) -> bool:
         """Whether the tensor with the targets is not settled yet."""
-        return self._config.loss_weighting == "tokens" and self._resolver.settled is None
+        return self._by_targets and self._resolver.settled is None
 
     def _agree(self, scores: Tensor) -> Tensor:
         shared = scores.to(self._device)
@@ -128,13 +164,13 @@ class StepWeights:
             UlyssesError: If the targets have changed since the batch was counted.
         """
         self._backwards = 0
-        if self._config.loss_weighting == "none":
+        if not self._by_targets:
             return
         if f"{self._resolver.settled}{KEPT}" in counts:
             # A mask that the user named counts the tokens that it keeps.
             self._resolver.settled = f"{self._resolver.settled}{KEPT}"
         if self._window is None or self._window.is_last:
-            self._plan = plans.popleft() if plans else AccumulationWindow(1, counts)
+            self._plan = plans.popleft() if plans else AccumulationWindow([None])
             # A window of one micro-batch was not counted ahead.
             totals = self._plan.totals if self._plan.counts else counts
             self._window = LossWindow(self._plan.size, self._over_replicas(totals))
@@ -159,22 +195,30 @@ class StepWeights:
         Raises:
             UlyssesError: If the user named another one.
         """
-        if self._config.loss_weighting == "none":
+        if not self._by_targets:
             return
         settled = self._resolver.settled
-        if settled is not None and settled not in names:
-            raise UlyssesError(
-                f"targets={settled.removesuffix(KEPT)!r} for a loss that is a mean over those of {sorted(names)}",
-                "the tensor that the loss is a mean over",
-                f"set targets={sorted(names)[0].removesuffix(KEPT)!r} in the strategy, or leave it out",
-            )
+        if settled is not None:
+            self._check_named(settled, names)
         self._resolver.proven = names
         if len(names) == 1:
             self._resolver.settled = next(iter(names))
 
+    @staticmethod
+    def _check_named(settled: str, names: frozenset[str]) -> None:
+        if {settled, f"{settled}{KEPT}"} & names:
+            return
+        over = f"a mean over those of {sorted(names)}" if names else "no mean over targets of the batch"
+        right = sorted(name.removesuffix(KEPT) for name in names)[:1]
+        raise UlyssesError(
+            f"targets={settled.removesuffix(KEPT)!r} for a loss that is {over}",
+            "the tensor that the loss is a mean over",
+            f"set targets={right[0]!r} in the strategy, or leave it out" if right else "leave targets out",
+        )
+
     def check_boundary(self, last: bool) -> None:
         """Raises `UlyssesError` if the window does not end where Lightning steps the optimizer."""
-        if self._config.loss_weighting == "tokens" and self._window is not None and self._window.is_last != last:
+        if self._by_targets and self._window is not None and self._window.is_last != last:
             raise UlyssesError(
                 f"an optimizer step {'after' if last else 'not after'} micro-batch {self._window.index + 1} of "
                 f"{self._window.size}",
@@ -206,11 +250,12 @@ class StepWeights:
                 "add the losses before backward"
                 + ("" if automatic else ", or use automatic optimization to accumulate"),
             )
-        if self._config.loss_weighting == "none":
+        if not self._by_targets:
             # Ranks and micro-batches have equal weights: a plain mean, as DeepSpeed and Lightning take it.
             self._window = self._window or LossWindow(micro_batches, {})
-            self._window.add(loss.detach().float() / (self._mesh.world_size * micro_batches))
-            return loss / micro_batches
+            part = loss * self._times / micro_batches
+            self._window.add(part.detach().float() / self._mesh.world_size)
+            return part
         assert self._window is not None
         name = self.target_name = self._target(loss, live, self._window.totals)
         weight = token_weight(live.counts[name], self._window.totals[name], self._mesh.world_size)
@@ -276,5 +321,5 @@ class StepWeights:
 
     def evaluation(self) -> EvaluationLoss:
         """A new accumulator for the loss of one evaluation dataloader."""
-        by_targets = self._config.loss_weighting == "tokens"
-        return EvaluationLoss(self._resolver.settled if by_targets else None, by_targets, self._device)
+        settled = self._resolver.settled if self._by_targets else None
+        return EvaluationLoss(settled, self._by_targets, self._device, self._times)

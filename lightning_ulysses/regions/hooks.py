@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lightning_ulysses.context import LocalBatch, SequenceContext
+from lightning_ulysses.context import LocalBatch, Place, SequenceContext
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.exchange.cut_and_join import cut, join
 from lightning_ulysses.geometry.layout import SequenceLayout
@@ -62,8 +62,11 @@ class Splitter:
         return self._inputs.put(args, kwargs, new)
 
     def _tensors(self, key: str, value: Any) -> list[Tensor]:
-        tensors = [leaf for leaf in tree_flatten(value)[0] if leaf is not None]
-        if not all(isinstance(leaf, Tensor) for leaf in tensors):
+        leaves = tree_flatten(value)[0]
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        # Such as the scale beside the angles of a rotary embedding.
+        others = [leaf for leaf in leaves if not isinstance(leaf, (Tensor, int, float, type(None)))]
+        if others or (not tensors and any(leaf is not None for leaf in leaves)):
             raise UlyssesError(
                 f"{key} of {self._name} of type {type(value).__name__}",
                 "a tensor, or a tuple, list or dict of tensors",
@@ -125,7 +128,7 @@ class Splitter:
         share = layout.shares[rank]
         flat, spec = tree_flatten(value)
         for index, tensor in enumerate(flat):
-            if tensor is None:
+            if not isinstance(tensor, Tensor):
                 continue
             # A dimension of None: positions come in several shapes, and only one dimension has the length.
             dim = wanted if wanted is not None else self._only_dim(key, tensor, leaves, layout.seq_len, share)
@@ -240,8 +243,9 @@ class Local:
 
     def enter(self, module: nn.Module, args: Any) -> None:
         """The forward pre-hook."""
-        stack = ExitStack()
-        stack.enter_context(self._context.plain())
+        stack, place = ExitStack(), self._context.place
+        inside = Place(hidden=place.region, watch=place.watch, is_uncompiled=place.is_uncompiled)
+        stack.enter_context(self._context.at(inside))
         self._open.append(stack)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -250,12 +254,14 @@ class Local:
             self._open.pop().close()
 
 
-def _in_steps(context: SequenceContext, hook: Callable[..., Any]) -> Callable[..., Any]:
-    """``hook``, run only in steps and not in a trial, and kept out of compiled graphs."""
+def _in_steps(context: SequenceContext, plan: SequencePlan, hook: Callable[..., Any]) -> Callable[..., Any]:
+    """``hook``, run only in steps that ``plan`` splits and not in a trial, and kept out of compiled graphs."""
     outside = eager(hook)
 
     def choose(*args: Any) -> Any:
-        return None if context.place.trial is not None or context.place.batch is None else outside(*args)
+        place = context.place
+        is_off = place.trial is not None or place.batch is None or context.plan is not plan
+        return None if is_off else outside(*args)
 
     return choose
 
@@ -295,9 +301,9 @@ def install(context: SequenceContext, root: nn.Module, plan: SequencePlan) -> Ha
         raise matcher.nothing("join", list(plan.join))
     local = [module for pattern in plan.local for _, module in matcher.find("local", pattern)]
     for module, splitter in splitters:
-        handle.add(module.register_forward_pre_hook(_in_steps(context, splitter), with_kwargs=True).remove)
+        handle.add(module.register_forward_pre_hook(_in_steps(context, plan, splitter), with_kwargs=True).remove)
     for module, joiner in joiners:
-        handle.add(module.register_forward_hook(_in_steps(context, joiner)).remove)
+        handle.add(module.register_forward_hook(_in_steps(context, plan, joiner)).remove)
     for module in local:
         hooks = Local(context)
         handle.add(module.register_forward_pre_hook(eager(hooks.enter)).remove)

@@ -19,7 +19,7 @@ _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 Parts = tuple[str, ...]
 
 
-def _submodules(root: nn.Module) -> dict[Parts, nn.Module]:
+def submodules(root: nn.Module) -> dict[Parts, nn.Module]:
     """Every submodule by the parts of its name. A wrapped module takes the place of its wrapper."""
     found: dict[Parts, nn.Module] = {}
     for name, module in root.named_modules():
@@ -46,10 +46,10 @@ class Matcher:
     def __init__(self, root: nn.Module, plan: SequencePlan) -> None:
         self._root = root
         self._plan = plan
-        self._submodules = _submodules(root)
+        self._submodules = submodules(root)
         # The first pattern finds the model. In a plan for several models, any pattern may.
         first = list(plan.split) if plan.is_family else list(plan.split)[:1]
-        self._prefixes = self._find_prefixes(first)
+        self._prefixes: set[Parts] = {()} if plan.is_absolute else self._find_prefixes(first)
         if not self._prefixes:
             raise self.nothing("split", first)
 

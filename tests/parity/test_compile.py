@@ -160,7 +160,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("how", REFUSED)
 def test_the_check_sees_compiled_models(pool: ProcessPool, how: str) -> None:
-    for error in pool.run(refused, REFUSED[how], SplitRun(), world_size=2):
+    for error in pool.run(refused, REFUSED[how], SplitRun(strategy={"split": "batch"}), world_size=2):
         assert "'between.conv' (Conv1d)" in str(error)
 
 

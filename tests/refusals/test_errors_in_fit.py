@@ -126,7 +126,7 @@ class Wrapper(L.LightningModule):
 
 
 def run(world: int = 2, sp: int = 2, strategy: dict[str, Any] | None = None, **trainer: Any) -> SplitRun:
-    return SplitRun(world, sp, strategy or {}, trainer)
+    return SplitRun(world, sp, {"split": "batch", **(strategy or {})}, trainer)
 
 
 TOKENS, PAIRS = [token_batch(1, 33, 2), token_batch(2, 33, 2)], [pair_batch(1, 33, 2), pair_batch(2, 33, 2)]

@@ -18,8 +18,8 @@ from lightning_ulysses.testing.processes import ProcessPool
 
 WIDTH, ROWS, SEQ_LEN, CLASSES = 32, 3, 33, 5
 # No cross entropy over tokens tells here how many targets there are.
-MEAN_OF_RANKS = SplitRun(strategy={"sequence_dims": {"labels": None}, "loss_weighting": "none"})
-BY_TOKEN = SplitRun()
+MEAN_OF_RANKS = SplitRun(strategy={"sequence_dims": {"labels": None}, "loss_weighting": "none", "split": "batch"})
+BY_TOKEN = SplitRun(strategy={"split": "batch"})
 
 
 def row_batch(seed: int) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from exact import BOUND
 from mixing import PAIRS, Between, Conv, refused
 from models import VOCAB, HandWritten, LlamaModule, count_targets, hand_written, llama, token_batch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from lightning_ulysses.testing import SplitRun, compare, fit_single, fit_split
 from lightning_ulysses.testing.processes import ProcessPool
 
 TOKENS = [token_batch(seed, 40) for seed in range(2)]
+CUT = SplitRun(strategy={"split": "batch"})
 
 
 class Recurrent(nn.Module):
@@ -111,19 +113,29 @@ REFUSED: dict[str, tuple[Any, tuple[str, ...]]] = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_every_rank_refuses_what_cannot_be_split(pool: ProcessPool, case: str) -> None:
     make, parts = REFUSED[case]
-    for error in pool.run(refused, make, SplitRun(), world_size=2):
+    for error in pool.run(refused, make, CUT, world_size=2):
         assert [part for part in parts if part not in str(error)] == [], error
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.parametrize("run", [SplitRun(), SplitRun(4, 4, {"stage": 3})], ids=["two", "four, stage 3"])
+def test_by_default_they_are_split_inside(pool: ProcessPool, case: str, run: SplitRun) -> None:
+    """What mixes tokens lies outside of the blocks that are split, or is given the whole sequence."""
+    make, _ = REFUSED[case]
+    reference = fit_single(make, [[batch] for batch in PAIRS], count_targets)
+    for result in fit_split(pool, make, PAIRS, run):
+        assert compare(result, reference).largest <= BOUND, compare(result, reference)
 
 
 def test_the_same_without_the_check_trains_wrongly(pool: ProcessPool) -> None:
     make = between(Conv)
     reference = fit_single(make, [[batch] for batch in PAIRS], count_targets)
-    run = SplitRun(strategy={"check_model": False})
+    run = SplitRun(strategy={"check_model": False, "split": "batch"})
     assert compare(fit_split(pool, make, PAIRS, run)[0], reference).step > 1e-3
 
 
 def test_zero_3_and_four_ranks(pool: ProcessPool) -> None:
-    for error in pool.run(refused, between(Conv), SplitRun(4, 4, {"stage": 3}), world_size=4):
+    for error in pool.run(refused, between(Conv), SplitRun(4, 4, {"stage": 3, "split": "batch"}), world_size=4):
         assert "'between.conv' (Conv1d)" in str(error)
 
 

@@ -159,7 +159,7 @@ def outcome(rank: int, make: Any, batch: Any, strategy: dict[str, Any]) -> tuple
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            fit_rank(rank, make, [batch], SplitRun(strategy=strategy))
+            fit_rank(rank, make, [batch], SplitRun(strategy={"split": "batch", **strategy}))
         except UlyssesError as error:
             return str(error), []
         except IndexError as error:
@@ -221,7 +221,7 @@ def train_as_advised(rank: int, make: Any, batch: Any) -> tuple[str, Any]:
     found = re.search(r"plan=(\{.*\}) and loss_weighting='none'", text)
     if found is None:
         return text, None
-    settings = {"plan": ast.literal_eval(found[1]), "loss_weighting": "none"}
+    settings: dict[str, Any] = {"plan": ast.literal_eval(found[1]), "loss_weighting": "none"}
     return text, fit_rank(rank, make, [batch], SplitRun(strategy=settings))
 
 
@@ -234,6 +234,15 @@ def test_the_plan_in_the_message_is_exact(pool: ProcessPool, loss: Any) -> None:
     wanted = fit_single(make, [[batch]], lambda batch: 1.0)
     for text, result in pool.run(train_as_advised, make, batch, world_size=2):
         assert result is not None, text
+        assert compare(result, wanted).largest <= BOUND, compare(result, wanted)
+
+
+@pytest.mark.parametrize("loss", [*NO_MEANS, *EARLIER[:3]], ids=lambda loss: loss.__name__)
+def test_by_default_they_are_split_inside(pool: ProcessPool, loss: Any) -> None:
+    make = partial(Steps, loss.__name__)
+    batch = {**BATCH, "shift_labels": F.pad(BATCH["labels"][:, 1:], (0, 1), value=-100)}
+    wanted = fit_single(make, [[batch]], lambda batch: 1.0)
+    for result in fit_split(pool, make, [batch], SplitRun()):
         assert compare(result, wanted).largest <= BOUND, compare(result, wanted)
 
 

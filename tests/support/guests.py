@@ -240,16 +240,15 @@ class Guest:
     count: Callable[[Any], float] = count_targets
 
 
-RESTARTS = "positions that start at 0 again on every rank"
 GUESTS = [
     Guest("hand-written, with `sequence_positions`", hand_written(lr=0.1)),
-    Guest("hand-written, with `torch.arange`", hand_written(positions="own", lr=0.1), exact=False, why=RESTARTS),
+    Guest("hand-written, with `torch.arange`", hand_written(positions="own", lr=0.1)),
     Guest(
         "hand-written, with `torch.arange`",
         hand_written(positions="own", lr=0.1),
         {"split": {"blocks.*": {"x": 1}}, "join": {"head": 1}},
     ),
-    Guest("LitGPT `GPT`", lit(loss="given"), exact=False, why=RESTARTS),
+    Guest("LitGPT `GPT`", lit(loss="given")),
     Guest("LitGPT `GPT`", lit(), "litgpt"),
     *(
         Guest(
@@ -282,7 +281,7 @@ GUESTS = [
         x_transformer(),
         why="absolute and rotary positions",
     ),
-    Guest("x-transformers, `attn_flash=True`", x_transformer(told=False), exact=False, why=RESTARTS),
+    Guest("x-transformers, `attn_flash=True`", x_transformer(told=False)),
     Guest(
         "x-transformers, `attn_flash=False`, `pos=sequence_positions(x)`",
         x_transformer(flash=False),

@@ -1,8 +1,9 @@
-"""Runs the user's step on an excerpt, whole and on slices, and refuses a loss that slices cannot add up to."""
+"""Runs the user's step on an excerpt, whole and split, and so finds where the sequence can be split exactly."""
 
 from __future__ import annotations
 
-from lightning_ulysses.checks.trial.messages import advice, explained, refusal, warn_unchecked
-from lightning_ulysses.checks.trial.trial import StepTrial
+from lightning_ulysses.checks.trial.choice import SplitChoice
+from lightning_ulysses.checks.trial.messages import explained
+from lightning_ulysses.checks.trial.sandbox import state_kept
 
-__all__ = ["StepTrial", "advice", "explained", "refusal", "warn_unchecked"]
+__all__ = ["SplitChoice", "explained", "state_kept"]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
 
-from lightning_ulysses.checks.trial.verdict import WEIGHTS, Verdict
+from lightning_ulysses.checks.trial.blocks import written
+from lightning_ulysses.checks.trial.verdict import Verdict
 from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.geometry.batch_keys import KEPT
+from lightning_ulysses.geometry.split_plan import SequencePlan
 from lightning_ulysses.loss.targets import AmbiguousTargets
 
 
@@ -15,7 +17,7 @@ class NoTokenMean(UlyssesError):
     """For a step that is exact only where the sequence is whole before the loss; `fix` holds the plan."""
 
 
-def refusal(verdict: Verdict, module: str, plan: Mapping[str, Any] | None) -> UlyssesError:
+def refusal(verdict: Verdict, module: str, plan: SequencePlan | None) -> UlyssesError:
     """For a step that slices cannot add up to.
 
     Args:
@@ -26,12 +28,6 @@ def refusal(verdict: Verdict, module: str, plan: Mapping[str, Any] | None) -> Ul
     joined = _joined(plan)
     if verdict.moved is not None:
         return _moved(verdict.moved, module, joined)
-    if verdict.is_additive and all(abs(weight - 1) <= WEIGHTS for weight in verdict.weights):
-        return UlyssesError(
-            "a loss that is a sum over tokens, or a sum divided by a number of its own",
-            "the mean over the targets of this rank's slice; it is weighted by its part of the step's",
-            "use reduction='mean', and leave num_items_in_batch out",
-        )
     what = f"whose slices add up to it only within {verdict.misfit:.1g}"
     if verdict.is_additive:
         weights = [round(weight, 4) for weight in verdict.weights]
@@ -56,13 +52,49 @@ def _moved(moved: tuple[int, str, float], module: str, joined: str) -> NoTokenMe
     )
 
 
-def _joined(plan: Mapping[str, Any] | None) -> str:
-    shown = dict(plan) if plan is not None else "{'split': ..., 'join': ...}"
+def _joined(plan: SequencePlan | None) -> str:
+    shown = written(plan) if plan is not None else "{'split': ..., 'join': ...}"
     settings = f"plan={shown} and loss_weighting='none' in the strategy"
-    return f"have the model split inside and joined before the loss: {settings}"
+    auto = "" if plan is None else "split='auto' or "
+    return f"have the model split inside and joined before the loss: {auto}{settings}"
 
 
-def advice(plan: Mapping[str, Any] | None) -> str:
+def why_blocks(verdict: Verdict, is_whole: bool) -> str:
+    """Why the batch is not cut."""
+    if is_whole:
+        return "every rank gets the whole batch"
+    if verdict.moved is not None:
+        return f"on a slice of the batch, attention call {verdict.moved[0]} gets other inputs"
+    if verdict.is_known:
+        return "slices of the batch have losses that do not add up to that of the whole"
+    return "the step does not run on a slice of the batch"
+
+
+def chosen(kind: str, plan: SequencePlan, why: str, names: frozenset[str]) -> str:
+    """One line on a model that is split inside."""
+    weighted = f", weighted by the targets of {sorted(names)[0].removesuffix(KEPT)!r}" if names else ""
+    return (
+        f"Ulysses splits {'/'.join(plan.split)} in steps of {kind!r}, since {why}. Before and after, every rank "
+        f"computes the whole sequence{weighted}; that costs its time and memory. split='batch' in the strategy "
+        "forbids it."
+    )
+
+
+def unsplittable(module: str, fault: str) -> UlyssesError:
+    """For ``split="blocks"`` where no blocks are found."""
+    return UlyssesError(
+        f"split='blocks' for {module}, "
+        + (
+            f"whose blocks give another step when they are split ({fault})"
+            if fault
+            else "in which no module that attends has the sequence in its inputs and outputs"
+        ),
+        "a model whose tokens meet in attention only, in modules that take and return the sequence",
+        "set split='batch', or say where to split by plan={'split': ..., 'join': ...} in the strategy",
+    )
+
+
+def advice(plan: SequencePlan | None) -> str:
     """A note on an error of a step that could not be tried."""
     return f"The step was given a slice of the sequence. If it runs on one process, {_joined(plan)}."
 
@@ -87,5 +119,15 @@ def warn_unchecked(reason: str, module: str) -> None:
     warnings.warn(
         f"The loss of {module}.training_step could not be tried on a few tokens ({reason}). "
         "`lightning-ulysses verify` compares it on a whole batch.",
+        stacklevel=2,
+    )
+
+
+def warn_logged(names: Sequence[str], module: str, kind: str) -> None:
+    """Says once which values that a step logs are those of a slice."""
+    warnings.warn(
+        f"{module} logs {', '.join(map(repr, names))} in steps of {kind!r}, which slices of the sequence do not add up "
+        "to: each rank logs that of its slice. Log a torchmetrics object, or the mean over targets that it is made of; "
+        "split='blocks' in the strategy logs that of the whole sequence.",
         stacklevel=2,
     )

@@ -1,4 +1,4 @@
-"""Keeps what attention calls return in one run, and answers with slices of it in another."""
+"""Keeps what attention calls return in one run, and answers with slices of it in others."""
 
 from __future__ import annotations
 
@@ -23,24 +23,29 @@ class Recording:
         inputs: For each call q, k and v as they reached it, detached.
         outputs: For each call the tensor that it returned, a leaf of the graph.
         gradients: Of the loss with respect to ``outputs``; see `differentiate`.
+        loss: The loss.
+        logged: Numbers that the step logged.
     """
 
     inputs: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     gradients: list[Tensor] = field(default_factory=list)
+    loss: Tensor | None = None
+    logged: dict[str, float] = field(default_factory=dict)
 
-    def note(self, call: AttentionCall, answer: Any) -> Any:
-        """Makes the first tensor in ``answer`` a leaf and keeps it."""
+    def note(self, call: AttentionCall, answer: Any, value: Tensor | None = None) -> Any:
+        """Keeps the first tensor in ``answer``, or ``value`` in its place, as a leaf."""
         self.inputs.append((call.q.detach(), call.k.detach(), call.v.detach()))
         leaves, spec = tree_flatten(answer)
-        index = next(place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
+        index = _first_tensor(leaves)
         # Outside of any graph that the caller may have switched off, so that its own grad mode decides what follows.
-        leaves[index] = leaves[index].detach().requires_grad_()
+        leaves[index] = (leaves[index] if value is None else value).detach().requires_grad_()
         self.outputs.append(leaves[index])
         return tree_unflatten(leaves, spec)
 
     def differentiate(self, loss: Tensor) -> None:
         """Fills `gradients`; those that the loss does not depend on are zero."""
+        self.loss = loss.detach()
         if loss.requires_grad and self.outputs:
             found = torch.autograd.grad(loss, self.outputs, allow_unused=True)
             pairs = zip(found, self.outputs, strict=True)
@@ -54,19 +59,23 @@ class Recorder:
     Args:
         context: Tells what is split at this moment.
         blocks: Is told of each attention call.
+        draws: For each call whether it drew random numbers, so that it would return something else again.
     """
 
     context: SequenceContext
     blocks: BlockFinder | None = None
     recording: Recording = field(default_factory=Recording)
+    draws: list[bool] = field(default_factory=list)
 
     def answer(self, call: AttentionCall, plain: Callable[[], Any]) -> Any:
         """See `context.Trial`."""
         if self.blocks is not None:
-            self.blocks.attends()
+            self.blocks.attends(call.q.shape[-2], call.k.shape[-2])
+        before = _random_state(call.q)
         # What is called may itself call a function that is taken over.
         with self.context.plain():
             answer = plain()
+        self.draws.append(not torch.equal(before, _random_state(call.q)))
         return self.recording.note(call, answer)
 
 
@@ -75,11 +84,13 @@ class Replay:
     """A trial on a slice, in which each attention call answers with its slice of what it answered on the whole.
 
     Args:
+        context: Tells what is split at this moment.
         whole: What `Recorder` kept.
         span: The slice.
         narrowed: For each call the dimension of its output that was cut; None for one that is whole here as well.
     """
 
+    context: SequenceContext
     whole: Recording
     span: slice
     narrowed: list[int | None] = field(default_factory=list)
@@ -90,17 +101,68 @@ class Replay:
 
         Raises:
             IndexError: If the slice makes more attention calls than the whole.
+            UlyssesError: If the call cannot be exchanged.
         """
         kept = self.whole.outputs[len(self.recording.outputs)].detach()
+        region = self.context.split
+        if region is not None and call.k.shape[-2] == self.context.share:
+            # A mask that makes no sense on a slice is refused here, as it would be in the step.
+            call.meaning(region, None)
         # (B, H, S_r, D_v) in the caller's own form, to see where the sequence is in it.
         form = call.write(call.q.new_empty(*call.q.shape[:-1], call.v.shape[-1]))
-        leaves, spec = tree_flatten(form)
-        index = next(place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
-        dims = [dim for dim in range(kept.dim()) if kept.shape[dim] != leaves[index].shape[dim]]
-        dim = dims[0] if dims else None
+        leaves, _ = tree_flatten(form)
+        dim = cut_dim(kept, leaves[_first_tensor(leaves)])
         self.narrowed.append(dim)
-        leaves[index] = narrowed(kept, dim, self.span)
-        return self.recording.note(call, tree_unflatten(leaves, spec))
+        return self.recording.note(call, form, narrowed(kept, dim, self.span))
+
+
+@dataclass
+class Rehearsal:
+    """A watch on a step that is really split: attention is exchanged, and parts of the model are joined.
+
+    The step goes on with slices of what `Recorder` kept, so that each call is compared by itself.
+
+    Args:
+        context: Tells what is split at this moment.
+        whole: What `Recorder` kept.
+        returned: What the calls themselves returned.
+        spans: For each call this rank's slice of the sequence; None where nothing is split.
+    """
+
+    context: SequenceContext
+    whole: Recording
+    recording: Recording = field(default_factory=Recording)
+    returned: list[Tensor] = field(default_factory=list)
+    spans: list[slice | None] = field(default_factory=list)
+
+    def note(self, call: AttentionCall, answer: Any) -> Any:
+        """See `context.Watch`.
+
+        Raises:
+            IndexError: If the step makes more attention calls than the whole.
+        """
+        kept = self.whole.outputs[len(self.returned)].detach()
+        leaves, _ = tree_flatten(answer)
+        own = leaves[_first_tensor(leaves)]
+        region = self.context.place.region or self.context.place.hidden
+        span = None if region is None else region.layout.spans[self.context.mesh.sp_rank]
+        self.returned.append(own.detach())
+        self.spans.append(span)
+        return self.recording.note(call, answer, kept if span is None else narrowed(kept, cut_dim(kept, own), span))
+
+
+def _first_tensor(leaves: list[Any]) -> int:
+    return next(place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor))
+
+
+def _random_state(like: Tensor) -> Tensor:
+    return torch.cuda.get_rng_state(like.device) if like.is_cuda else torch.get_rng_state()
+
+
+def cut_dim(whole: Tensor, part: Tensor) -> int | None:
+    """The dimension along which ``part`` is a slice of ``whole``; None if it is all of it."""
+    dims = (dim for dim in range(min(whole.dim(), part.dim())) if whole.shape[dim] != part.shape[dim])
+    return next(dims, None)
 
 
 def narrowed(tensor: Tensor, dim: int | None, span: slice) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,7 +18,6 @@ from lightning_ulysses.checks.probing.compiled import uncompile_steps
 from lightning_ulysses.patching.handle import Handle
 from lightning_ulysses.regions.recompute import replace_checkpoints
 
-_LOGS = ("log", "log_dict")
 _DROPS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
 
 
@@ -35,10 +35,6 @@ class StepEnds(Exception):
 
 def _ends(loss: Tensor, *args: Any, **kwargs: Any) -> None:
     raise StepEnds(loss)
-
-
-def _nothing(*args: Any, **kwargs: Any) -> None:
-    return None
 
 
 def _same(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -115,6 +111,19 @@ def _metrics_kept(root: nn.Module) -> Iterator[None]:
                 setattr(metric, name, value)
 
 
+@contextmanager
+def _without_backward_hooks(root: nn.Module) -> Iterator[None]:
+    """ZeRO-3 fills and reduces gradients in those of experts, and users may do as much in theirs."""
+    saved = [(module, module._backward_hooks, module._backward_pre_hooks) for module in root.modules()]
+    for module, *_ in saved:
+        module._backward_hooks, module._backward_pre_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for module, hooks, pre_hooks in saved:
+            module._backward_hooks, module._backward_pre_hooks = hooks, pre_hooks
+
+
 def _quiet_functions(root: nn.Module) -> Handle:
     """Switches off what would differ between two runs, or run a part of the step twice."""
     handle = Handle()
@@ -133,20 +142,32 @@ def state_kept(root: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def sandbox(root: nn.Module, device: torch.device) -> Iterator[None]:
-    """Inside, ``root`` may run a training step.
+def sandbox(root: nn.Module, device: torch.device) -> Iterator[dict[str, Any]]:
+    """Inside, ``root`` may run a step.
 
     Args:
         root: The user's LightningModule.
         device: Where it is.
+
+    Yields:
+        What the step logs, by name.
     """
+    logged: dict[str, Any] = {}
+
+    def log(name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        logged[name] = value
+
+    def log_dict(values: Any, *args: Any, **kwargs: Any) -> None:
+        logged.update(values)
+
     with ExitStack() as stack:
-        stack.enter_context(_methods_replaced(root, manual_backward=_ends, **dict.fromkeys(_LOGS, _nothing)))
+        stack.enter_context(_methods_replaced(root, manual_backward=_ends, log=log, log_dict=log_dict))
+        stack.enter_context(_without_backward_hooks(root))
         stack.callback(_quiet_functions(root).remove)
         stack.callback(uncompile_steps(root).remove)
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.autocast(device.type, enabled=False))
-        yield
+        yield logged
 
 
 def repeatable(device: torch.device) -> Any:

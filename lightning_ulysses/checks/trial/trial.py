@@ -1,8 +1,10 @@
-"""The trial of a step: an excerpt of the first batch, whole in one process against slices."""
+"""Tries a step on a few tokens of the batch: in one process, on slices, and with the model split inside."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,59 +12,129 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lightning_ulysses.batch.excerpt import excerpt
+from lightning_ulysses import regions
+from lightning_ulysses.attention.route import AttentionTally
+from lightning_ulysses.batch.excerpt import excerpts, most_filled, most_uneven
 from lightning_ulysses.batch.pipeline import fill_mask, local_batch
 from lightning_ulysses.batch.whole import WholeBatch, read_batch
 from lightning_ulysses.checks.probing.probe import computes_precisely
 from lightning_ulysses.checks.trial.blocks import BlockFinder
-from lightning_ulysses.checks.trial.replay import Recorder, Recording, Replay
+from lightning_ulysses.checks.trial.replay import Recorder, Recording, Rehearsal, Replay
 from lightning_ulysses.checks.trial.sandbox import StepEnds, repeatable, sandbox, state_kept
-from lightning_ulysses.checks.trial.verdict import SliceReport, Verdict, compare, judge
+from lightning_ulysses.checks.trial.verdict import (
+    HALF,
+    LOGS,
+    SliceReport,
+    Verdict,
+    compare,
+    disagreement,
+    judge,
+    names_of_rows,
+)
 from lightning_ulysses.context import LocalBatch, SequenceContext
 from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.geometry.batch_keys import KEPT, MASK_KEYS, BatchRules
+from lightning_ulysses.geometry.batch_keys import BatchRules
+from lightning_ulysses.geometry.split_plan import SequencePlan
 from lightning_ulysses.loss.evidence import LossEvidence
+from lightning_ulysses.loss.logged import Logged, LogRules, find_rules, is_number
+from lightning_ulysses.regions.notes import RegionTally
 
 Step = Callable[[Any], Any]
+Inputs = tuple[Any, LocalBatch]
 
-# Tokens of the excerpt: enough to tell candidates apart, and few enough to cost nothing.
-_TOKENS, _TOKENS_PER_RANK = 48, 12
-_PLACES = 9
+# Tokens of a batch that one process may run whole.
+_SMALL = 16384
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Some tokens of a batch.
+
+    Attributes:
+        whole: All of them, for one process.
+        part: This rank's slice; None of a batch that cannot be cut.
+        planned: Makes all of them anew, for a model that is split inside.
+    """
+
+    whole: Inputs
+    part: Inputs | None
+    planned: Callable[[], Inputs]
 
 
 class StepTrial:
-    """Tries the user's step once.
+    """Tries one kind of step.
 
     Args:
         context: Where the step stands; P > 1.
         module: The user's LightningModule.
         device: Where it is.
-        rules: How batches are read.
+        rules: How batches are read whose slices every rank gets.
+        whole_rules: How batches are read of which every rank gets all.
     """
 
-    def __init__(self, context: SequenceContext, module: nn.Module, device: torch.device, rules: BatchRules) -> None:
+    def __init__(
+        self,
+        context: SequenceContext,
+        module: nn.Module,
+        device: torch.device,
+        rules: BatchRules,
+        whole_rules: BatchRules,
+    ) -> None:
         self._context = context
         self._module = module
         self._device = device
-        self._rules = rules
-        self._whole: tuple[Any, LocalBatch] | None = None
-        self._part: tuple[Any, LocalBatch] | None = None
-        self._span = slice(0, 0)
-        #: A plan that would split the model inside and join it before the loss.
-        self.plan: dict[str, dict[str, Any]] | None = None
+        # Padding is nothing that the step in one process has.
+        self._rules = replace(rules, pad_to_multiple_of=None)
+        self._whole_rules = whole_rules
+        self._samples: list[_Sample] = []
+        self._by_rows: list[Inputs] = []
+        self._sample: _Sample | None = None
+        self._recorder: Recorder | None = None
+        self._logged: dict[str, Any] = {}
+        #: Plans that may divide the model, the one that divides most of it first.
+        self.plans: tuple[SequencePlan, ...] = ()
+        #: See `loss.logged`.
+        self.log_rules = LogRules()
+        #: What differed under the plan that was tried last.
+        self.fault = ""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the batch cannot be cut."""
+        return self._samples[0].part is None
 
     def prepare(self, batch: WholeBatch, move: Callable[[Any], Any]) -> None:
-        """Takes an excerpt of a batch, and moves it to the device whole and as this rank's slice."""
+        """Takes an excerpt of a batch, and moves it to the device in all forms in which the step will be tried."""
         mesh = self._context.mesh
-        short = _best_excerpt(batch, self._rules, mesh.sp_size)
-        # A step may write to its batch: each run has tensors of its own, as has the real step.
-        whole, part = (read_batch(_copied(short), self._rules, size) for size in (1, mesh.sp_size))
-        with state_kept(self._module):
-            self._whole = local_batch(whole, 0, move, self._device, stand_in=False)
-            self._part = local_batch(part, mesh.sp_rank, move, self._device, stand_in=True)
-        for name in part.counts:
-            fill_mask(self._part[1], name)
-        self._span = part.layout.spans[mesh.sp_rank]
+        rules = self._whole_rules if batch.keeps_all else self._rules
+
+        def read(batch: Any, rules: BatchRules, size: int, stand_in: bool) -> Inputs:
+            # A step may write to its batch: each run has tensors of its own, as has the real step.
+            read = read_batch(_copied(batch), rules, size)
+            return local_batch(read, mesh.sp_rank % size, move, self._device, stand_in=stand_in)
+
+        def sample(short: Any) -> _Sample:
+            part = None if batch.keeps_all else read(short, rules, mesh.sp_size, True)
+            if part is not None:
+                for name in part[1].counts:
+                    fill_mask(part[1], name)
+            return _Sample(
+                read(short, rules, 1, False), part, lambda: read(short, self._whole_rules, mesh.sp_size, True)
+            )
+
+        sizes = {size for parameter in self._module.parameters() for size in parameter.shape}
+        shorts = list(excerpts(batch, rules, mesh.sp_size, sizes))
+        best = most_filled(shorts, rules, mesh.sp_size)
+        # Evaluation runs in inference mode, whose tensors no gradient can be taken of.
+        with torch.inference_mode(False), state_kept(self._module):
+            self._samples = [sample(best)]
+            if best is not batch.template and batch.rows * batch.layout.seq_len <= _SMALL:
+                # For a step that needs all of its batch: its classes may be places in the sequence.
+                self._samples.append(sample(batch.template))
+            halves = most_uneven(
+                [*shorts, batch.template] if batch.rows * batch.layout.seq_len <= _SMALL else shorts, self._whole_rules
+            )
+            self._by_rows = [read(rows, self._whole_rules, 1, False) for rows in halves]
 
     def run(self, step: Step) -> Verdict:
         """Runs the step on the excerpt, whole and on this rank's slice; a collective.
@@ -70,82 +142,140 @@ class StepTrial:
         Args:
             step: Calls the user's step on inputs.
         """
-        assert self._part is not None
-        report = SliceReport(self._part[1].counts, reason="")
-        try:
-            with sandbox(self._module, self._device):
-                report = self._compare(step)
-        except UlyssesError:
-            report = SliceReport(self._part[1].counts, reason="")
-        except Exception as failure:
-            report = SliceReport(self._part[1].counts, reason=repr(failure))
-        mesh = self._context.mesh
-        everyone: list[Any] = [None] * mesh.world_size
-        dist.all_gather_object(everyone, report)
-        return judge(everyone, mesh.sp_size)
+        for sample in self._samples:
+            self._sample = sample
+            verdict = self._run(step, sample)
+            if verdict.is_recorded:
+                break
+        self.plans = verdict.plans
+        return verdict
 
-    def _compare(self, step: Step) -> SliceReport:
-        assert self._whole is not None and self._part is not None
-        blocks = BlockFinder(self._module, self._part[1].layout.seq_len)
-        recorder = Recorder(self._context, blocks)
+    def _run(self, step: Step, sample: _Sample) -> Verdict:
+        counts = {} if sample.part is None else sample.part[1].counts
+        plans: tuple[SequencePlan, ...] = ()
+        report = SliceReport(counts, reason="")
+        self._recorder, logged = None, Logged()
         try:
-            with self._context.alone():
-                self._differentiate(step, *self._whole, recorder, recorder.recording)
+            with self._tried():
+                plans = self._record(step, sample)
+                if sample.part is not None:
+                    report, logged = self._compare(step, sample.part)
+        except UlyssesError:
+            report = SliceReport(counts, reason="", fails=self._recorder is not None)
+        except Exception as failure:
+            report = SliceReport(counts, reason=repr(failure), fails=self._recorder is not None)
+        mine = (report, plans, self._recorder is not None, logged)
+        reports, everyones_plans, recorded, everyones_logs = zip(*self._from_all(mine), strict=True)
+        verdict = judge([*zip(reports, everyones_plans, strict=True)], self._context.mesh.sp_size)
+        bound = HALF if any(report.is_half for report in reports) else LOGS
+        self.log_rules = find_rules(everyones_logs, self._context.mesh.sp_size, bound, verdict.names)
+        return replace(verdict, is_recorded=all(recorded))
+
+    def fits(self, step: Step, plan: SequencePlan) -> bool:
+        """Whether a step whose model is split as ``plan`` says is that of one process; a collective."""
+        assert self._recorder is not None and self._sample is not None
+        context, recorder = self._context, self._recorder
+        rehearsal = Rehearsal(context, recorder.recording)
+        fault: str | None = ""
+        try:
+            with self._tried(), self._split_by(plan), state_kept(self._module):
+                inputs, local = self._sample.planned()
+                with repeatable(self._device), context.rehearsed(plan, local, rehearsal), torch.enable_grad():
+                    self._differentiate(step, inputs, rehearsal.recording)
+                half = not computes_precisely(self._module)
+                size = context.mesh.sp_size
+                fault = disagreement(recorder.recording, recorder.draws, rehearsal, size, half)
+        except Exception as failure:
+            fault = repr(failure)
+        faults = [each for each in self._from_all(fault) if each is not None]
+        self.fault = faults[0] if faults else ""
+        return not faults
+
+    def targets_by_rows(self, step: Step) -> frozenset[str]:
+        """Tensors whose counts of targets weight the losses of some rows in the loss of all; a collective.
+
+        Slices show nothing of a loss that needs the whole sequence.
+        """
+        names: frozenset[str] = frozenset()
+        try:
+            with self._tried():
+                whole, *parts = [(self._alone(step, *inputs).recording, inputs[1]) for inputs in self._by_rows]
+                names = names_of_rows(whole[0], parts, not computes_precisely(self._module))
+        except Exception:
+            names = frozenset()
+        return frozenset.intersection(*self._from_all(names))
+
+    def _from_all(self, mine: Any) -> list[Any]:
+        everyone: list[Any] = [None] * self._context.mesh.world_size
+        dist.all_gather_object(everyone, mine)
+        return everyone
+
+    @contextmanager
+    def _tried(self) -> Iterator[None]:
+        tallies = self._context.notes.of(AttentionTally), self._context.notes.of(RegionTally)
+        before = tallies[0].calls, tallies[1].begun
+        try:
+            with torch.inference_mode(False), sandbox(self._module, self._device) as self._logged:
+                yield
+        finally:
+            tallies[0].calls, tallies[1].begun = before
+
+    @contextmanager
+    def _split_by(self, plan: SequencePlan) -> Iterator[None]:
+        handle = regions.install(self._context, self._module, plan)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _record(self, step: Step, sample: _Sample) -> tuple[SequencePlan, ...]:
+        blocks = BlockFinder(self._module)
+        try:
+            recorder = self._alone(step, *sample.whole, blocks)
         finally:
             blocks.close()
-            self.plan = blocks.plan()
-        replay = Replay(recorder.recording, self._span)
-        self._differentiate(step, *self._part, replay, replay.recording)
-        local = self._part[1]
-        if local.notes.of(LossEvidence).has_whole_part:
-            return SliceReport(local.counts, reason="a part of the loss is that of the whole batch")
-        half = not computes_precisely(self._module)
-        return compare(recorder.recording, replay, local.counts, half)
+        loss = recorder.recording.loss
+        if loss is not None and not bool(torch.isfinite(loss).all()):
+            raise ValueError("a loss that is not finite")
+        self._recorder = recorder
+        return tuple(blocks.plans())
 
-    def _differentiate(self, step: Step, inputs: Any, local: LocalBatch, trial: Any, recording: Recording) -> None:
+    def _alone(self, step: Step, inputs: Any, local: LocalBatch, blocks: BlockFinder | None = None) -> Recorder:
+        recorder = Recorder(self._context, blocks)
+        with self._context.alone():
+            self._try(step, inputs, local, recorder, recorder.recording)
+        return recorder
+
+    def _compare(self, step: Step, part: Inputs) -> tuple[SliceReport, Logged]:
+        assert self._recorder is not None
+        inputs, local = part
+        replay = Replay(self._context, self._recorder.recording, local.layout.spans[self._context.mesh.sp_rank])
+        self._try(step, inputs, local, replay, replay.recording)
+        logged = Logged(self._recorder.recording.logged, replay.recording.logged, local.counts)
+        if local.notes.of(LossEvidence).has_whole_part:
+            return SliceReport(local.counts, reason="a part of the loss is that of the whole batch"), logged
+        half = not computes_precisely(self._module)
+        return compare(self._recorder.recording, replay, local.counts, half), logged
+
+    def _try(self, step: Step, inputs: Any, local: LocalBatch, trial: Any, recording: Recording) -> None:
         kept, streams = state_kept(self._module), repeatable(self._device)
         with kept, streams, self._context.tried(trial, local), torch.enable_grad():
-            try:
-                output = step(inputs)
-            except StepEnds as end:
-                output = end.loss
-            loss = output.get("loss") if isinstance(output, dict) else output
-        if isinstance(loss, Tensor):
-            recording.differentiate(loss)
+            self._differentiate(step, inputs, recording)
 
-
-def _best_excerpt(batch: WholeBatch, rules: BatchRules, sp_size: int) -> Any:
-    """Of excerpts of several lengths and places, the first in which every row has a target in every slice.
-
-    Else the one with most such pairs. Rows and slices without a target would hide which of them a loss depends on.
-    """
-    seq_len = batch.layout.real_len
-    best, most = batch.template, -1.0
-    longest = min(seq_len, max(_TOKENS, _TOKENS_PER_RANK * sp_size))
-    for count in (longest, longest // 2, longest // 3, 4 * sp_size):
-        for place in range(_PLACES if 2 * sp_size <= count < seq_len else 1):
-            short = excerpt(batch.template, rules, (seq_len - count) * place // (_PLACES - 1), count)
-            filled = _filled(read_batch(short, rules, sp_size), rules.ignore_index)
-            if filled == 1.0:
-                return short
-            if filled > most:
-                best, most = short, filled
-    return best
+    def _differentiate(self, step: Step, inputs: Any, recording: Recording) -> None:
+        try:
+            output = step(inputs)
+        except StepEnds as end:
+            output = end.loss
+        loss = output.get("loss") if isinstance(output, dict) else output
+        # Steps of evaluation often only log their loss.
+        losses = [loss, *(value for name, value in self._logged.items() if "loss" in name)]
+        recording.logged = {name: float(value) for name, value in self._logged.items() if is_number(value)}
+        self._logged.clear()
+        found = next((each for each in losses if isinstance(each, Tensor) and each.numel() == 1), None)
+        if found is not None:
+            recording.differentiate(found)
 
 
 def _copied(batch: Any) -> Any:
     return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
-
-
-def _filled(short: WholeBatch, ignore_index: int) -> float:
-    """The part of pairs of a row and a slice that have a target, over all tensors that may hold them."""
-    parts = []
-    for name in short.counts:
-        key = name.removesuffix(KEPT)
-        if key not in short.tensors or short.dims[key] != 1 or short.tensors[key].dim() != 2:
-            continue
-        is_mask = key != name or key in MASK_KEYS
-        kept = short.tensors[key] > 0 if is_mask else short.tensors[key] != ignore_index
-        # (B, S) -> for each slice (B,)
-        parts += [part.any(dim=1) for part in kept.split(short.layout.shares, dim=1)]
-    return float(torch.stack(parts).double().mean()) if parts else 1.0

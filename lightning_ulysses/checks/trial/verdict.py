@@ -12,15 +12,20 @@ log 2 on every slice.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from lightning_ulysses.checks.trial.replay import Recording, Replay, narrowed
+from lightning_ulysses.checks.trial.replay import Recording, Rehearsal, Replay, cut_dim, narrowed
+from lightning_ulysses.context import LocalBatch
+from lightning_ulysses.geometry.split_plan import SequencePlan
 
 # Relative L2 differences that rounding in float32 does not reach, and a wrong loss surpasses.
 INPUTS, GRADIENTS, WEIGHTS = 1e-3, 3e-5, 1e-4
+# Relative differences of a logged number that rounding does not reach.
+LOGS = 1e-4
 # Where the model computes in half precision.
 HALF = 0.1
 
@@ -35,6 +40,7 @@ class SliceReport:
         misfit: How far the gradient of the slice is from w_r times that of its own loss, relative to the whole one.
         moved: For the attention call that first got other inputs its number, which of them, and by how much.
         reason: Why nothing can be said; empty where the step itself will say so.
+        fails: Whether the step raises on the slice, and not on the whole.
         is_half: Whether the model computes in half precision.
     """
 
@@ -43,6 +49,7 @@ class SliceReport:
     misfit: float = 0.0
     moved: tuple[int, str, float] | None = None
     reason: str | None = None
+    fails: bool = False
     is_half: bool = False
 
 
@@ -64,14 +71,80 @@ def compare(whole: Recording, replay: Replay, counts: Mapping[str, float], half:
     if not whole.gradients or not part.gradients:
         return SliceReport(counts, reason="a loss that does not depend on what attention returns")
     pairs = zip(whole.gradients, replay.narrowed, strict=True)
-    wanted = torch.cat([narrowed(gradient, dim, replay.span).double().flatten() for gradient, dim in pairs])
-    found = torch.cat([gradient.double().flatten() for gradient in part.gradients])
-    size = torch.cat([gradient.double().flatten() for gradient in whole.gradients]).norm()
-    if not bool(torch.isfinite(found).all() and torch.isfinite(wanted).all()) or not float(size):
+    wanted = [narrowed(gradient, dim, replay.span) for gradient, dim in pairs]
+    return _fit(wanted, part.gradients, _flat(whole.gradients).norm(), counts, half)
+
+
+def _flat(tensors: Iterable[Tensor]) -> Tensor:
+    # Each (...) -> (elements,)
+    return torch.cat([tensor.double().flatten() for tensor in tensors])
+
+
+def _fit(
+    wanted: Sequence[Tensor], own: Sequence[Tensor], size: Tensor, counts: Mapping[str, float], half: bool
+) -> SliceReport:
+    """The number w for which w times the part's own gradients are nearest to the wanted ones."""
+    a, b = _flat(wanted), _flat(own)
+    if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()) or not float(size):
         return SliceReport(counts, reason="a gradient that is zero or not finite")
-    square = float(found @ found)
-    weight = float(wanted @ found) / square if square else 0.0
-    return SliceReport(counts, weight, float((wanted - weight * found).norm() / size), is_half=half)
+    square = float(b @ b)
+    weight = float(a @ b) / square if square else 0.0
+    return SliceReport(counts, weight, float((a - weight * b).norm() / size), is_half=half)
+
+
+def disagreement(whole: Recording, draws: Sequence[bool], part: Rehearsal, sp_size: int, half: bool) -> str | None:
+    """What differs between a step on the whole sequence and one whose model is split inside.
+
+    Behind the join everything is that of the whole sequence, and each of P ranks computes all of the loss: a slice gets
+    the gradients of all of them.
+
+    Args:
+        whole: The run on the whole excerpt.
+        draws: For each call of attention whether it draws random numbers.
+        part: The run that is split.
+        sp_size: P.
+        half: Whether the model computes in half precision.
+    """
+    bound = HALF if half else INPUTS
+    if len(part.returned) != len(whole.outputs):
+        return f"{len(part.returned)} attention calls, and {len(whole.outputs)} on the whole"
+    for number, span in enumerate(part.spans):
+        pairs = [*zip("qkv", whole.inputs[number], part.recording.inputs[number], strict=True)]
+        if not draws[number]:
+            pairs.append(("output", whole.outputs[number], part.returned[number]))
+        if whole.gradients and part.recording.gradients:
+            found = part.recording.gradients[number] / (1 if span is None else sp_size)
+            pairs.append(("gradient", whole.gradients[number], found))
+        for name, a, b in pairs:
+            a = narrowed(a, cut_dim(a, b), span) if span is not None else a
+            if a.shape != b.shape or not _distance(a, b) <= bound:
+                return f"{name} of attention call {number}"
+    losses = whole.loss, part.recording.loss
+    is_same = losses[0] is None or losses[1] is None or _distance(losses[0], losses[1]) <= bound
+    return None if is_same else "the loss"
+
+
+def names_of_rows(whole: Recording, parts: Sequence[tuple[Recording, LocalBatch]], half: bool) -> frozenset[str]:
+    """Tensors whose counts of targets are the weights with which losses of some rows add up to that of all.
+
+    Args:
+        whole: The run on all rows.
+        parts: Runs on some of them each, in order, with their counts.
+        half: Whether the model computes in half precision.
+    """
+    rows, begin = sum(local.rows for _, local in parts), 0
+    size, reports = _flat(whole.gradients).norm(), []
+    for part, local in parts:
+        pairs = zip(whole.gradients, part.gradients, strict=True)
+        # (B * n, ...) -> (B_r * n, ...); attention may have more rows than the batch, such as one for each head.
+        wanted = [a.narrow(0, begin * len(a) // rows, len(b)) for a, b in pairs]
+        reports.append(_fit(wanted, part.gradients, size, local.counts, half))
+        begin += local.rows
+    return judge([(report, ()) for report in reports], len(reports)).names
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / a.double().norm().clamp_min(1e-30)) if a.numel() else 0.0
 
 
 def _first_moved(whole: Recording, part: Recording, span: slice, bound: float) -> tuple[int, str, float] | None:
@@ -81,7 +154,7 @@ def _first_moved(whole: Recording, part: Recording, span: slice, bound: float) -
             a = narrowed(a, a.dim() - 2, span) if a.shape[-2] != b.shape[-2] else a
             if a.shape != b.shape:
                 return number, name, float("inf")
-            distance = float((a.double() - b.double()).norm() / a.double().norm().clamp_min(1e-30))
+            distance = _distance(a, b)
             if not distance <= bound:
                 return number, name, distance
     return None
@@ -98,7 +171,10 @@ class Verdict:
         misfit: The worst of all slices.
         moved: See `SliceReport`.
         reason: Why nothing can be said.
+        fails: Whether the step raises on slices only.
         is_coarse: Whether rounding is too large to tell tensors apart by their counts.
+        plans: Plans that may divide the model, the same on all ranks.
+        is_recorded: Whether the step ran on the whole excerpt.
     """
 
     is_additive: bool = False
@@ -107,7 +183,25 @@ class Verdict:
     misfit: float = 0.0
     moved: tuple[int, str, float] | None = None
     reason: str | None = None
+    fails: bool = False
     is_coarse: bool = False
+    plans: tuple[SequencePlan, ...] = ()
+    is_recorded: bool = True
+
+    @property
+    def is_known(self) -> bool:
+        """Whether slices were compared with the whole."""
+        return self.reason is None and self.moved is None
+
+    @property
+    def shows_fault(self) -> bool:
+        """Whether slices of the batch are known to give another step."""
+        return self.fails or self.moved is not None or self.reason is None
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether the loss is a sum over tokens, or one divided by a number that is that of the whole batch."""
+        return self.is_additive and not self.names and all(abs(weight - 1) <= WEIGHTS for weight in self.weights)
 
     @property
     def averages(self) -> bool:
@@ -117,17 +211,22 @@ class Verdict:
         return self.is_additive and (bool(self.names) or same)
 
 
-def judge(reports: Sequence[SliceReport], sp_size: int) -> Verdict:
+def judge(found: Sequence[tuple[SliceReport, tuple[SequencePlan, ...]]], sp_size: int) -> Verdict:
     """The verdict on all groups.
 
     Args:
-        reports: Of every rank of the world.
+        found: Of every rank of the world its report, and plans that may divide the model.
         sp_size: P; consecutive ranks form a group.
     """
+    reports = [report for report, _ in found]
     reason = next((report.reason for report in reports if report.reason is not None), None)
     moved = next((report.moved for report in reports if report.moved is not None), None)
+    plans = found[0][1] if all(each == found[0][1] for _, each in found) else ()
+    if moved is not None:
+        # A loss that says nothing on one rank does not take back what another one saw.
+        reason = None
     if reason is not None or moved is not None:
-        return Verdict(moved=moved, reason=reason)
+        return Verdict(moved=moved, reason=reason, fails=any(report.fails for report in reports), plans=plans)
     misfit = max(report.misfit for report in reports)
     names: set[str] = set.intersection(*(set(report.counts) for report in reports))
     worst: tuple[float, ...] = ()
@@ -137,7 +236,8 @@ def judge(reports: Sequence[SliceReport], sp_size: int) -> Verdict:
         names = {name for name in names if _explains(group, name)}
     half = any(report.is_half for report in reports)
     additive = misfit <= (HALF if half else GRADIENTS)
-    return Verdict(additive, frozenset(names) if additive else frozenset(), worst, misfit, is_coarse=half)
+    explained = frozenset(names) if additive else frozenset()
+    return Verdict(additive, explained, worst, misfit, is_coarse=half, plans=plans)
 
 
 def _explains(group: Sequence[SliceReport], name: str) -> bool:

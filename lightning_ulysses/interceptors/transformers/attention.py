@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from lightning_ulysses.attention.attend import Softmax
-from lightning_ulysses.attention.call import AttentionCall, local_mask_error
+from lightning_ulysses.attention.call import AttentionCall
+from lightning_ulysses.attention.call_mask import covers_sequence, local_mask_error
 from lightning_ulysses.attention.explicit import Extras
 from lightning_ulysses.attention.route import intercept
 from lightning_ulysses.context import LocalBatch, SequenceContext
@@ -53,18 +54,26 @@ def _names(root: nn.Module) -> list[str]:
 
 
 def _call_spec(
-    batch: LocalBatch, known: MaskSpec | None, attention_mask: Tensor | None, is_causal: bool, window: int | None
-) -> MaskSpec:
+    batch: LocalBatch,
+    known: MaskSpec | None,
+    attention_mask: Tensor | None,
+    is_causal: bool,
+    window: int | None,
+    has_padding: bool,
+) -> tuple[MaskSpec, Tensor | None]:
+    """The spec and the bias of a call; ``has_padding`` if the step's batch has a padding mask."""
     layout = batch.layout
     if known is not None:
-        return known
+        return known, None
     if attention_mask is None:
-        return MaskSpec(is_causal, window, layout.documents, num_padding=layout.num_padding)
-    # flash-attn takes the 2-D padding mask itself; then it is the slice of the batch's mask.
-    shard = batch.shards.get("attention_mask")
-    if shard is not None and attention_mask.dim() == 2 and attention_mask.shape == shard.shape:
-        return MaskSpec(is_causal, window, layout.documents, layout.valid, layout.num_padding)
-    raise local_mask_error(attention_mask, layout)
+        return MaskSpec(is_causal, window, layout.documents, num_padding=layout.num_padding), None
+    # flash-attn takes the 2-D padding mask itself; then it is the slice of the batch's mask, or all of it.
+    if attention_mask.dim() == 2 and has_padding and attention_mask.shape[1] in (*layout.shares, layout.seq_len):
+        return MaskSpec(is_causal, window, layout.documents, layout.valid, layout.num_padding), None
+    # A mask of the whole sequence tells by itself what each token sees.
+    if not covers_sequence(attention_mask, layout):
+        raise local_mask_error(attention_mask, layout)
+    return MaskSpec(False, window, num_padding=layout.num_padding), attention_mask
 
 
 def _stranger(module: nn.Module) -> UlyssesError:
@@ -127,12 +136,14 @@ def _wrap(
             window = kwargs.get("sliding_window") if name not in _MASKED and causal else None
             softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
             extras = None if softcap is None and sinks is None else Extras(softcap, sinks)
-            spec = _call_spec(batch, known, attention_mask, causal, window)
+            running = context.place.batch
+            has_padding = running is not None and "attention_mask" in running.shards
+            spec, bias = _call_spec(batch, known, attention_mask, causal, window, has_padding)
             # Only the first call of each class: the check runs the model's own function.
             if name == "eager" and (type(module), original) not in tried:
                 check_formula(original, module, query, key, value, scaling, extras, **kwargs)
                 tried.add((type(module), original))
-            return Softmax(spec, None, scaling, dropout, extras)
+            return Softmax(spec, bias, scaling, dropout, extras)
 
         return AttentionCall(query, key, value, meaning, attention_mask, takes_memory=False, write=_write)
 

@@ -86,20 +86,24 @@ def install_masks(context: SequenceContext, handle: Handle, names: tuple[str, ..
     from transformers.masking_utils import AttentionMaskInterface
 
     def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-        @context.takes_over(original)
+        @context.takes_over(original, outside_regions=True)
         def describe_mask(*args: Any, **kwargs: Any) -> Any:
-            # Answers of a trial take no mask.
             if context.place.trial is not None:
-                return None
-            # `takes_over` calls this only if a batch is described.
-            batch = context.place.region
+                # What answers on a slice takes no mask.
+                return original(*args, **kwargs) if context.mesh.sp_size == 1 else None
+            whole = context.awaits_region
+            batch = context.place.region or whole
             if batch is None:
                 return original(*args, **kwargs)
             call = inspect.signature(original).bind(*args, **kwargs)
             call.apply_defaults()
             values = {**call.arguments, **call.arguments.get("kwargs", {})}
-            # On one rank a mask that cannot be described is built by transformers, which has the whole sequence.
-            if context.mesh.sp_size == 1 and not _KNOWN_MASKS.issuperset(_mask_parts(values["mask_function"])):
+            # Where the sequence is whole, a mask that cannot be described is built by transformers.
+            is_known = _KNOWN_MASKS.issuperset(_mask_parts(values["mask_function"]))
+            if (context.mesh.sp_size == 1 or whole is not None) and not is_known:
+                return original(*args, **kwargs)
+            # Outside of the regions of a plan, another sequence than the batch may have a mask.
+            if whole is not None and {values["q_length"], values["kv_length"]} != {whole.layout.seq_len}:
                 return original(*args, **kwargs)
             padding = values.get("attention_mask")
             spec = _spec_from_mask_function(values["mask_function"], batch, padding is not None)

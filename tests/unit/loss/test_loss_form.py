@@ -67,7 +67,7 @@ def outcome(rank: int, make: Any, batches: list[Any], strategy: dict[str, Any]) 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            result: Any = fit_rank(rank, make, batches, SplitRun(strategy=strategy))
+            result: Any = fit_rank(rank, make, batches, SplitRun(strategy={"split": "batch", **strategy}))
         except UlyssesError as error:
             result = str(error)
     return result, " ".join(str(w.message) for w in caught if "training_step" in str(w.message))
@@ -101,8 +101,6 @@ def test_class_weights_are_refused(pool: ProcessPool, settings: dict[str, Any]) 
 
 
 TRIED = {
-    "sum": (partial(Returning, "sum"), PAIRS, "a loss that is a sum"),
-    "num_items_in_batch": (Items, [token_batch(1, 33, 2, "uneven")], "a loss that is a sum"),
     "weighted by token": (partial(Returning, "weighted by token"), PAIRS, "no tensor of the batch"),
     "part over all": (partial(Returning, "with a part over all tokens"), PAIRS, "no mean over tokens"),
     "not linear": (partial(Returning, "not linear"), PAIRS, "no mean over tokens"),
@@ -112,9 +110,34 @@ TRIED = {
 @pytest.mark.parametrize("case", TRIED)
 def test_the_trial_of_the_step_refuses_them_all(pool: ProcessPool, case: str) -> None:
     make, batches, part = TRIED[case]
-    for settings in ({}, {"targets": "shift_labels" if make is Items else "1"}):
+    for settings in ({}, {"targets": "1"}):
         for error, _ in pool.run(outcome, make, batches, settings, world_size=2):
             assert isinstance(error, str) and part in error, error
+
+
+SUMS = {
+    "sum": (partial(Returning, "sum"), [pair_batch(seed, 33, 2, "uneven") for seed in range(2)], "1"),
+    "num_items_in_batch": (Items, [token_batch(seed, 33, 2, "uneven") for seed in range(2)], "labels"),
+}
+
+
+@pytest.mark.parametrize("case", SUMS)
+@pytest.mark.parametrize(
+    "run", [SplitRun(4, 2), SplitRun(trainer={"accumulate_grad_batches": 2})], ids=["dp", "accumulated"]
+)
+def test_sums_are_those_of_one_process(pool: ProcessPool, case: str, run: SplitRun) -> None:
+    """Added up over slices, averaged over groups and micro-batches."""
+    make, batches, _ = SUMS[case]
+    reference = fit_single(make, [batches], lambda batch: 1.0)
+    for result in fit_split(pool, make, batches, run):
+        assert compare(result, reference).largest <= BOUND, compare(result, reference)
+
+
+@pytest.mark.parametrize("case", SUMS)
+def test_sums_have_no_targets(pool: ProcessPool, case: str) -> None:
+    make, batches, targets = SUMS[case]
+    for error, _ in pool.run(outcome, make, batches[:1], {"targets": targets}, world_size=2):
+        assert "no mean over targets of the batch" in error and "leave targets out" in error
 
 
 def test_a_sum_over_the_number_of_tokens_is_exact(pool: ProcessPool) -> None:

@@ -1,0 +1,190 @@
+"""Decides where the sequence of each kind of step is split: in the batch, or inside the model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_ulysses import regions
+from lightning_ulysses.batch.clock import Clock
+from lightning_ulysses.batch.pipeline import BatchPipeline
+from lightning_ulysses.batch.whole import WholeBatch
+from lightning_ulysses.checks.trial.messages import (
+    advice,
+    chosen,
+    refusal,
+    unsplittable,
+    warn_logged,
+    warn_unchecked,
+    why_blocks,
+)
+from lightning_ulysses.checks.trial.trial import Step, StepTrial
+from lightning_ulysses.checks.trial.verdict import Verdict
+from lightning_ulysses.config import UlyssesConfig
+from lightning_ulysses.context import SequenceContext
+from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.geometry.batch_keys import BatchRules
+from lightning_ulysses.geometry.split_plan import SequencePlan
+from lightning_ulysses.loss.logged import LoggedValues
+from lightning_ulysses.loss.weights import StepWeights
+from lightning_ulysses.patching.handle import Handle
+
+
+class SplitChoice:
+    """Tries the first step of each kind, and has all of them split in the way that was exact.
+
+    Args:
+        settings: The strategy's settings.
+        context: Where the step stands.
+        pipeline: Reads batches.
+        weights: Weights losses.
+        device: Where the module is.
+
+    Attributes:
+        found: What the trial found in the running step, raised where nothing can say more of it.
+        logged: Exchanges what steps log whose batch is cut.
+        advice: What to say if the step fails that could not be tried.
+    """
+
+    def __init__(
+        self,
+        settings: UlyssesConfig,
+        context: SequenceContext,
+        pipeline: BatchPipeline,
+        weights: StepWeights,
+        device: torch.device,
+    ) -> None:
+        self._settings = settings
+        self._context = context
+        self._pipeline = pipeline
+        self._weights = weights
+        self._device = device
+        self.logged = LoggedValues(context.mesh, device)
+        self._handle = Handle()
+        self._module: nn.Module = nn.Identity()
+        self._forget: Callable[[], None] = _nothing
+        self._trials: dict[str, StepTrial] = {}
+        self._plans: dict[str, SequencePlan | None] = {}
+        self._is_open = False
+        self.found: UlyssesError | None = None
+        self.advice: str | None = None
+        self.say: Callable[[str], None] = logging.getLogger("lightning_ulysses").info
+
+    def install(self, module: nn.Module, forget: Callable[[], None] | None) -> Handle:
+        """Begins to try steps of ``module``.
+
+        Args:
+            module: The user's.
+            forget: Called after each try, for whoever keeps count of the module calls of a step.
+
+        Returns:
+            A handle whose ``remove()`` takes the hooks of all plans off.
+        """
+        settings = self._settings
+        self._module, self._forget = module, forget or _nothing
+        wanted = settings.check_model or settings.split == "blocks"
+        # A plan of the user's own says where to split.
+        self._is_open = self._context.mesh.sp_size > 1 and wanted and settings.plan is None
+        if self._is_open and settings.split != "batch":
+            self._pipeline.fall_back(whole_rules(settings.rules), always=settings.split == "blocks")
+        return self._handle
+
+    def plan(self, kind: str) -> SequencePlan | None:
+        """Where the model is split in steps of a kind; None if the batch is cut."""
+        return self._plans.get(kind, self._settings.plan)
+
+    def prepare(self, kind: str, batch: WholeBatch, move: Callable[[Any], Any]) -> None:
+        """Takes a few tokens of the first batch of a kind of step."""
+        if self._is_open and kind not in self._plans:
+            rules = self._settings.rules
+            trial = StepTrial(self._context, self._module, self._device, rules, whole_rules(rules))
+            trial.prepare(batch, move)
+            self._trials[kind] = trial
+
+    def choose(self, clock: Clock, step: Step) -> bool:
+        """Tries a step on these tokens; a collective, once for each kind.
+
+        Args:
+            clock: Where the run stands.
+            step: Calls the user's step on inputs.
+
+        Returns:
+            Whether the batch must be read again, since the model is split inside.
+
+        Raises:
+            UlyssesError: On every rank, if the batch cannot be cut nor the model split.
+        """
+        trial = self._trials.pop(clock.kind, None)
+        if trial is None:
+            return False
+        with self._context.cutting():
+            verdict = trial.run(step)
+        self._forget()
+        by_targets = self._weights.by_targets
+        is_mean = bool(verdict.names) if by_targets else verdict.averages
+        is_exact = verdict.is_known and (is_mean or verdict.adds_up)
+        cuts = self._settings.split != "blocks" and not trial.is_whole
+        # Where nothing is known, the batch is cut: the step may still run, or say itself what is wrong.
+        stays = cuts and (is_exact or not verdict.shows_fault)
+        if not stays and verdict.is_recorded and self._settings.split != "batch":
+            for plan in trial.plans:
+                fits = trial.fits(step, plan)
+                self._forget()
+                if fits:
+                    self._split_inside(clock, plan, trial, step, verdict)
+                    return True
+        self._plans[clock.kind] = None
+        self._pipeline.use(clock.kind, self._settings.rules)
+        self.logged.of_kinds[clock.kind] = trial.log_rules
+        if not cuts:
+            raise self._pipeline.unread.get(clock.kind) or unsplittable(type(self._module).__name__, trial.fault)
+        if trial.log_rules.unknown and self._context.mesh.rank == 0:
+            warn_logged(trial.log_rules.unknown, type(self._module).__name__, clock.kind)
+        if clock.is_training:
+            self._judge(trial, verdict, is_exact)
+        return False
+
+    def _judge(self, trial: StepTrial, verdict: Verdict, is_exact: bool) -> None:
+        """What follows for a training step whose batch is cut."""
+        name = type(self._module).__name__
+        plan = trial.plans[0] if trial.plans and self._settings.split == "batch" else None
+        if verdict.reason is not None:
+            if verdict.reason and self._context.mesh.rank == 0:
+                warn_unchecked(verdict.reason, name)
+            self.advice = advice(plan)
+        elif not is_exact:
+            self.found = refusal(verdict, name, plan)
+        elif verdict.adds_up and not verdict.is_coarse:
+            self._weights.add_up()
+        elif not verdict.is_coarse:
+            self._weights.settle_targets(verdict.names)
+
+    def _split_inside(self, clock: Clock, plan: SequencePlan, trial: StepTrial, step: Step, verdict: Verdict) -> None:
+        same = next((known for known in self._plans.values() if known == plan), None)
+        if same is None:
+            self._handle.add(regions.install(self._context, self._module, plan).remove)
+            # Graphs that were compiled without the hooks would run on without them.
+            torch.compiler.reset()
+        self._plans[clock.kind] = same or plan
+        self._pipeline.use(clock.kind, whole_rules(self._settings.rules))
+        names: frozenset[str] = frozenset()
+        if clock.is_training and self._weights.by_targets:
+            names = trial.targets_by_rows(step)
+            self._forget()
+            self._weights.settle_rows(names)
+        if self._context.mesh.rank == 0:
+            self.say(chosen(clock.kind, plan, why_blocks(verdict, trial.is_whole), names))
+
+
+def whole_rules(rules: BatchRules) -> BatchRules:
+    """The same rules for a batch that every rank gets whole."""
+    return replace(rules, pad_to_multiple_of=None, keeps_all=True)
+
+
+def _nothing() -> None:
+    return None

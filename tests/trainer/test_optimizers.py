@@ -1,0 +1,128 @@
+"""Clipping where users ask for it, and optimizers that ZeRO cannot run exactly."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from exact import BOUND
+from models import HandWritten, count_targets, pair_batch
+from torch import Tensor
+
+from lightning_ulysses import UlyssesError
+from lightning_ulysses.checks.optimizer import check_elementwise
+from lightning_ulysses.testing import SplitRun, compare, fit_single, fit_split, split_loader, split_trainer
+from lightning_ulysses.testing.processes import ProcessPool
+
+PAIRS = [pair_batch(seed, 33, 2, "uneven") for seed in range(2)]
+
+
+class ClipsByHand(HandWritten):
+    def __init__(self) -> None:
+        super().__init__(manual=True)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = self._loss(batch)
+        if self._trainer is not None:
+            optimizer: Any = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            self.clip_gradients(optimizer, gradient_clip_val=0.1, gradient_clip_algorithm="norm")
+            optimizer.step()
+        return loss
+
+
+class ClipsInHook(HandWritten):
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        self.clip_gradients(optimizer, gradient_clip_val=0.1, gradient_clip_algorithm="norm")
+
+
+@pytest.mark.parametrize("make", [ClipsByHand, ClipsInHook])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_clipping_is_real(pool: ProcessPool, make: Any, stage: int) -> None:
+    wanted = fit_single(HandWritten, [[batch] for batch in PAIRS], count_targets, clip=0.1)
+    unclipped = fit_single(HandWritten, [[batch] for batch in PAIRS], count_targets)
+    for result in fit_split(pool, make, PAIRS, SplitRun(strategy={"stage": stage})):
+        assert compare(result, wanted).step <= BOUND < compare(result, unclipped).step
+
+
+class ClipsByValue(HandWritten):
+    def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        self.clip_gradients(optimizer, gradient_clip_val=0.1, gradient_clip_algorithm="value")
+
+
+class Stepping(HandWritten):
+    def __init__(self, what: str) -> None:
+        super().__init__(manual=what == "two")
+        self.what = what
+
+    def configure_optimizers(self) -> Any:
+        if self.what == "none":
+            return None
+        if self.what == "two":
+            return [torch.optim.SGD(self.embed.parameters(), 0.1), torch.optim.SGD(self.head.parameters(), 0.1)]
+        if self.what == "adafactor":
+            return torch.optim.Adafactor(self.parameters(), lr=0.1)
+        return RowNormed(self.parameters(), {"lr": 0.1})
+
+
+class RowNormed(torch.optim.Optimizer):
+    """Divides by the norm of each row, as LARS, LAMB and Muon do by larger parts."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                size = parameter.grad.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+                parameter.sub_(group["lr"] * parameter.grad / size)
+
+
+class SignSGD(torch.optim.Optimizer):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.sub_(group["lr"] * parameter.grad.sign())
+
+
+def refused(rank: int, make: Any) -> str:
+    run = SplitRun()
+    with pytest.raises(UlyssesError) as caught:
+        split_trainer(run).fit(make(), split_loader(PAIRS, run, rank))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "part"),
+    [
+        (ClipsByValue, "clip_gradients(gradient_clip_algorithm='value')"),
+        (partial(Stepping, "none"), "0 optimizers"),
+        (partial(Stepping, "two"), "2 optimizers"),
+        (partial(Stepping, "adafactor"), "Adafactor, whose step on a flat piece"),
+        (partial(Stepping, "rows"), "RowNormed, whose step on a flat piece"),
+    ],
+)
+def test_what_zero_cannot_do_is_refused_by_name(pool: ProcessPool, make: Any, part: str) -> None:
+    for text in pool.run(refused, make, world_size=2):
+        assert part in text
+
+
+def test_elementwise_optimizers_pass() -> None:
+    parameters = [torch.nn.Parameter(torch.randn(4, 3))]
+    for optimizer in (
+        SignSGD(parameters, {"lr": 0.1}),
+        torch.optim.Rprop(parameters),
+        torch.optim.AdamW(parameters, fused=True),
+    ):
+        check_elementwise(optimizer)
+    # The known ones are: tried, they pass as well.
+    for kind in (torch.optim.SGD, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adagrad):
+        check_elementwise(type("Mine", (kind,), {})(parameters, lr=0.1))  # type: ignore[operator]
+
+
+def test_an_optimizer_that_cannot_be_tried_is_warned_of() -> None:
+    optimizer = torch.optim.LBFGS([torch.nn.Parameter(torch.randn(3))])
+    with pytest.warns(UserWarning, match="LBFGS could not be tried"):
+        check_elementwise(optimizer)
