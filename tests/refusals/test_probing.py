@@ -121,7 +121,12 @@ def test_every_rank_refuses_what_cannot_be_split(pool: ProcessPool, case: str) -
 @pytest.mark.parametrize("run", [SplitRun(), SplitRun(4, 4, {"stage": 3})], ids=["two", "four, stage 3"])
 def test_by_default_they_are_split_inside(pool: ProcessPool, case: str, run: SplitRun) -> None:
     """What mixes tokens lies outside of the blocks that are split, or is given the whole sequence."""
-    make, _ = REFUSED[case]
+    make, parts = REFUSED[case]
+    if case == "rotary arange":
+        # Its attention counts positions inside, where no split is exact.
+        for error in pool.run(refused, make, run, world_size=run.world_size):
+            assert [part for part in parts if part not in str(error)] == [], error
+        return
     reference = fit_single(make, [[batch] for batch in PAIRS], count_targets)
     for result in fit_split(pool, make, PAIRS, run):
         assert compare(result, reference).largest <= BOUND, compare(result, reference)
