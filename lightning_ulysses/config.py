@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from lightning_ulysses.errors import UlyssesError, UlyssesValueError
@@ -77,6 +77,11 @@ def batch_rules(
     whole = frozenset(plan.whole) if plan is not None else frozenset()
     # With a join the loss is computed on the whole sequence, so every rank needs the whole batch.
     return BatchRules(dims, pad_to_multiple_of, ignore_index, whole, plan is not None and bool(plan.join))
+
+
+def whole_rules(rules: BatchRules) -> BatchRules:
+    """The same rules for a batch that every rank gets whole."""
+    return replace(rules, pad_to_multiple_of=None, keeps_all=True)
 
 
 def check_replicas(dp_shard_size: int | None, dp_replicate_size: int) -> None:

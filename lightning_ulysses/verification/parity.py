@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
 import pickle
 import sys
@@ -24,7 +26,12 @@ from lightning_ulysses.verification.report import Finding, ParityReport
 from lightning_ulysses.verification.run import Job, Record, has_parameters, run_single, run_split
 from lightning_ulysses.verification.shrink import cut_batch, shrink_module, without_checkpointing
 
-SETTINGS = ("sequence_dims", "loss_weighting", "targets", "ignore_index", "plan")
+SETTINGS = ("sequence_dims", "loss_weighting", "targets", "ignore_index", "plan", "split")
+
+_INSIDE = (
+    "split inside the model (split='blocks'), as training does by default: slices of the batch give another step, "
+    "which split='batch' explains"
+)
 
 
 def verify_parity(
@@ -50,8 +57,9 @@ def verify_parity(
         batch: A whole batch, or a list of them; B, S and the keys as the dataloader yields them.
         sp_size: P.
         steps: Batches to compare; all that were given if None.
-        strategy: ``sequence_dims``, ``loss_weighting``, ``targets``, ``ignore_index`` and ``plan`` of
-            `UlyssesDeepSpeedStrategy`; its other arguments do not change what a step computes.
+        strategy: ``sequence_dims``, ``loss_weighting``, ``targets``, ``ignore_index``, ``plan`` and ``split`` of
+            `UlyssesDeepSpeedStrategy`; its other arguments do not change what a step computes. Where neither ``plan``
+            nor ``split`` is given, a step that is not exact on slices of the batch is split inside the model as well.
         tolerance: The largest relative difference that counts as equal.
         layers: Builds transformers models anew with at most so many layers, from random weights: for a model too large
             for one process. One that ``configure_model`` builds never exists whole.
@@ -75,12 +83,57 @@ def verify_parity(
             "a module that returns its loss, so that nothing else steps between the two runs",
             "set automatic_optimization=True for the comparison and return the loss from training_step",
         )
+    settings = dict(strategy or {})
+    compare = functools.partial(
+        _compare,
+        module,
+        batch,
+        sp_size=sp_size,
+        steps=steps,
+        tolerance=tolerance,
+        layers=layers,
+        max_tokens=max_tokens,
+        accelerator=accelerator,
+    )
+    with nullcontext(pool) if pool is not None else ProcessPool(sp_size, timeout=600.0) as processes:
+        if settings.get("plan") is not None or settings.get("split", "auto") != "auto":
+            return compare(settings, processes)
+        cut: ParityReport | UlyssesError
+        try:
+            cut = compare({**settings, "split": "batch"}, processes)
+        except UlyssesError as error:
+            cut = error
+        if isinstance(cut, ParityReport) and cut.exact:
+            return cut
+        try:
+            inside = compare({**settings, "split": "blocks"}, processes)
+        except UlyssesError:
+            inside = None
+    if inside is not None and inside.exact:
+        return dataclasses.replace(inside, notes=(*inside.notes, _INSIDE))
+    if isinstance(cut, UlyssesError):
+        raise cut
+    return cut
+
+
+def _compare(
+    module: pl.LightningModule,
+    batch: Any,
+    strategy: dict[str, Any],
+    processes: ProcessPool,
+    *,
+    sp_size: int,
+    steps: int | None,
+    tolerance: float,
+    layers: int | None,
+    max_tokens: int,
+    accelerator: str,
+) -> ParityReport:
     with tempfile.TemporaryDirectory() as folder:
         job, seq_len, notes = _make_job(folder, batch, sp_size, steps, strategy, layers, max_tokens, accelerator)
         layout = read_batch(job.batches[0], job.rules, sp_size).layout
         notes += _save_module(module, Path(folder) / "module.pt", layers)
-        with nullcontext(pool) if pool is not None else ProcessPool(sp_size, timeout=600.0) as processes:
-            single, ranks = _run(job, processes)
+        single, ranks = _run(job, processes)
     notes += [note for note in single.notes if note not in notes]
     report = ParityReport(
         sp_size=sp_size,

@@ -21,7 +21,8 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_ulysses.batch.whole import read_batch
-from lightning_ulysses.config import batch_rules
+from lightning_ulysses.config import batch_rules, whole_rules
+from lightning_ulysses.context import current_context
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.geometry.batch_keys import BatchRules
 from lightning_ulysses.geometry.split_plan import read_plan
@@ -58,12 +59,13 @@ class Job:
     @property
     def rules(self) -> BatchRules:
         """How the strategy reads a batch."""
-        return batch_rules(
+        rules = batch_rules(
             self.strategy.get("sequence_dims"),
             None,
             self.strategy.get("ignore_index", -100),
             read_plan(self.strategy.get("plan")),
         )
+        return whole_rules(rules) if self.strategy.get("split") == "blocks" else rules
 
     def path(self, rank: int | None) -> Path:
         """The record of a rank; None stands for the run in one process."""
@@ -149,7 +151,9 @@ class _Keeper(pl.Callback):
     def _watched(self, step: Callable[..., Any], recorder: Recorder) -> Callable[..., Any]:
         @functools.wraps(step)
         def training_step(*args: Any, **kwargs: Any) -> Any:
-            if self.record.calls:
+            context = current_context()
+            # A trial of the step is no step.
+            if self.record.calls or (context is not None and context.place.takes_calls):
                 return step(*args, **kwargs)
             self.record.calls = recorder.calls
             watch = Watch(self.share, recorder.current) if self.share is not None else None

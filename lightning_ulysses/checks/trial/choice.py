@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,10 +24,9 @@ from lightning_ulysses.checks.trial.messages import (
 )
 from lightning_ulysses.checks.trial.trial import Step, StepTrial
 from lightning_ulysses.checks.trial.verdict import Verdict
-from lightning_ulysses.config import UlyssesConfig
+from lightning_ulysses.config import UlyssesConfig, whole_rules
 from lightning_ulysses.context import SequenceContext
 from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.geometry.batch_keys import BatchRules
 from lightning_ulysses.geometry.split_plan import SequencePlan
 from lightning_ulysses.loss.logged import LoggedValues
 from lightning_ulysses.loss.weights import StepWeights
@@ -179,11 +177,6 @@ class SplitChoice:
             self._weights.settle_rows(names)
         if self._context.mesh.rank == 0:
             self.say(chosen(clock.kind, plan, why_blocks(verdict, trial.is_whole), names))
-
-
-def whole_rules(rules: BatchRules) -> BatchRules:
-    """The same rules for a batch that every rank gets whole."""
-    return replace(rules, pad_to_multiple_of=None, keeps_all=True)
 
 
 def _nothing() -> None:

@@ -74,7 +74,7 @@ class ShiftsInside(HandWritten):
 
 
 def check(pool: ProcessPool, module: Any, batch: Any, **kwargs: Any) -> ParityReport:
-    report = verify_parity(module, batch, pool=pool, **kwargs)
+    report = verify_parity(module, batch, pool=pool, **{"strategy": {"split": "batch"}, **kwargs})
     print(report)
     return report
 
@@ -165,6 +165,14 @@ WRONG: dict[str, tuple[Any, Any, str, str | None, str, str]] = {
         "torch.nn.functional.scaled_dot_product_attention",
     ),
 }
+
+
+@pytest.mark.parametrize("case", ["arange", "labels shifted inside", "convolution"])
+def test_by_default_they_are_split_inside(pool: ProcessPool, case: str) -> None:
+    make, batch, *_ = WRONG[case]
+    report = verify_parity(make(), batch, pool=pool)
+    assert report.exact and report.finding is None
+    assert any("split inside the model" in note for note in report.notes) and "split='batch' explains" in str(report)
 
 
 @pytest.mark.parametrize("case", WRONG)
