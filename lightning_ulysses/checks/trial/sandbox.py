@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import builtins
+import functools
+import io
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -124,6 +127,26 @@ def _without_backward_hooks(root: nn.Module) -> Iterator[None]:
             module._backward_hooks, module._backward_pre_hooks = hooks, pre_hooks
 
 
+def _readonly_files(handle: Handle) -> None:
+    """Has a step fail that writes files, such as its predictions: nothing could take them back."""
+
+    def guarded(original: Any) -> Any:
+        @functools.wraps(original)
+        def opened(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+            if isinstance(mode, str) and set(mode) & set("wax+"):
+                raise OSError(f"a step that writes {file!r}")
+            return original(file, mode, *args, **kwargs)
+
+        return opened
+
+    def save(*args: Any, **kwargs: Any) -> None:
+        raise OSError("a step that calls torch.save")
+
+    for owner in (builtins, io):
+        handle.patch(owner, "open", guarded(owner.open))
+    handle.patch(torch, "save", save)
+
+
 def _quiet_functions(root: nn.Module) -> Handle:
     """Switches off what would differ between two runs, or run a part of the step twice."""
     handle = Handle()
@@ -163,7 +186,9 @@ def sandbox(root: nn.Module, device: torch.device) -> Iterator[dict[str, Any]]:
     with ExitStack() as stack:
         stack.enter_context(_methods_replaced(root, manual_backward=_ends, log=log, log_dict=log_dict))
         stack.enter_context(_without_backward_hooks(root))
-        stack.callback(_quiet_functions(root).remove)
+        quiet = _quiet_functions(root)
+        stack.callback(quiet.remove)
+        _readonly_files(quiet)
         stack.callback(uncompile_steps(root).remove)
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.autocast(device.type, enabled=False))

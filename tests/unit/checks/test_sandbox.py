@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter, defaultdict, deque
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -97,3 +98,24 @@ def test_a_step_that_fails_leaves_nothing_either() -> None:
     with pytest.raises(ZeroDivisionError), state_kept(module), sandbox(module, torch.device("cpu")):
         module.training_step(torch.ones(1, 2), 0)
     assert state(module) == before
+
+
+@pytest.mark.parametrize("write", ["open", "path", "torch"])
+def test_files_are_not_written(tmp_path: Path, write: str) -> None:
+    """What a step writes cannot be taken back: it is not tried."""
+    file = tmp_path / "predictions.csv"
+    file.write_text("kept")
+
+    def step() -> None:
+        assert file.read_text() == "kept"
+        if write == "open":
+            open(file, "a").write("twice")  # noqa: SIM115
+        elif write == "path":
+            file.write_text("other")
+        else:
+            torch.save(torch.zeros(1), file)
+
+    with sandbox(nn.Linear(1, 1), torch.device("cpu")), pytest.raises(OSError, match="a step that"):
+        step()
+    assert file.read_text() == "kept"
+    file.write_text("again")
