@@ -37,8 +37,10 @@ def test_recipe(pool: ProcessPool, name: str) -> None:
         assert split == RECIPES[name].split
 
 
-@pytest.mark.parametrize("name", ["padded", "shifted", "dpo", "nanogpt", "weighted", "vision"])
-@pytest.mark.parametrize("stage", [1, 3])
+GROUPS = {"padded": 1, "shifted": 3, "dpo": 3, "nanogpt": 1, "weighted": 3, "vision": 3}
+
+
+@pytest.mark.parametrize(("name", "stage"), GROUPS.items())
 def test_two_groups(pool: ProcessPool, name: str, stage: int) -> None:
     run = SplitRun(4, 2, {**RECIPES[name].strategy, "stage": stage})
     reference = wanted(name)

@@ -117,8 +117,12 @@ def test_every_rank_refuses_what_cannot_be_split(pool: ProcessPool, case: str) -
         assert [part for part in parts if part not in str(error)] == [], error
 
 
-@pytest.mark.parametrize("case", REFUSED)
-@pytest.mark.parametrize("run", [SplitRun(), SplitRun(4, 4, {"stage": 3})], ids=["two", "four, stage 3"])
+FOUR = SplitRun(4, 4, {"stage": 3})
+
+
+@pytest.mark.parametrize(
+    ("case", "run"), [*((case, SplitRun()) for case in REFUSED), ("convolution", FOUR), ("arange in the step", FOUR)]
+)
 def test_by_default_they_are_split_inside(pool: ProcessPool, case: str, run: SplitRun) -> None:
     """What mixes tokens lies outside of the blocks that are split, or is given the whole sequence."""
     make, parts = REFUSED[case]

@@ -70,8 +70,10 @@ HOW: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("run", [SplitRun(), SplitRun(3, 3, {"stage": 3})], ids=["two", "three, stage 3"])
+RUNS = [*((how, SplitRun()) for how in HOW), ("on step and on epoch", SplitRun(3, 3, {"stage": 3}))]
+
+
+@pytest.mark.parametrize(("how", "run"), RUNS)
 def test_logged_numbers_are_those_of_one_process(pool: ProcessPool, how: str, run: SplitRun) -> None:
     make = partial(Logging, **HOW[how])
     wanted = alone(make)

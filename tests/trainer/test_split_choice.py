@@ -172,8 +172,10 @@ class Encoding(HandWritten):
 KINDS = ("padding", "float padding", "causal", "causal and padding", "banded", "banded and padding", "for each head")
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("split", ["auto", "blocks"])
+SPLITS = [*((kind, "auto") for kind in KINDS), ("causal and padding", "blocks"), ("for each head", "blocks")]
+
+
+@pytest.mark.parametrize(("kind", "split"), SPLITS)
 def test_masks_of_multihead_attention(pool: ProcessPool, kind: str, split: str) -> None:
     """Of the whole sequence, made in the model, or a slice of the padding of the batch."""
     x, y = pair_batch(2, 33, 2, "uneven")
