@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -68,12 +68,12 @@ def excerpts(batch: WholeBatch, rules: BatchRules, sp_size: int, sizes: Collecti
             yield batch.template
 
 
-def most_filled(batches: Sequence[Any], rules: BatchRules, sp_size: int) -> Any:
+def most_filled(batches: Iterable[Any], rules: BatchRules, sp_size: int) -> Any:
     """The first batch in which every row has a target in every slice, else the one with most such pairs.
 
     Rows and slices without a target would hide which of them a loss depends on.
     """
-    best, most = batches[0], -1.0
+    best, most = None, -1.0
     for batch in batches:
         filled = _filled(read_batch(batch, rules, sp_size), rules.ignore_index)
         if filled == 1.0:

@@ -86,8 +86,9 @@ class StepTrial:
         # Padding is nothing that the step in one process has.
         self._rules = replace(rules, pad_to_multiple_of=None)
         self._whole_rules = whole_rules
-        self._samples: list[_Sample] = []
-        self._by_rows: list[Inputs] = []
+        self._first: _Sample | None = None
+        self._all: Callable[[], _Sample] | None = None
+        self._by_rows: Callable[[], list[Inputs]] = list
         self._sample: _Sample | None = None
         self._recorder: Recorder | None = None
         self._logged: dict[str, Any] = {}
@@ -101,7 +102,7 @@ class StepTrial:
     @property
     def is_whole(self) -> bool:
         """Whether the batch cannot be cut."""
-        return self._samples[0].part is None
+        return self._first is not None and self._first.part is None
 
     def prepare(self, batch: WholeBatch, move: Callable[[Any], Any]) -> None:
         """Takes an excerpt of a batch, and moves it to the device in all forms in which the step will be tried."""
@@ -123,18 +124,21 @@ class StepTrial:
             )
 
         sizes = {size for parameter in self._module.parameters() for size in parameter.shape}
-        shorts = list(excerpts(batch, rules, mesh.sp_size, sizes))
-        best = most_filled(shorts, rules, mesh.sp_size)
+        best = most_filled(excerpts(batch, rules, mesh.sp_size, sizes), rules, mesh.sp_size)
+        is_small = batch.rows * batch.layout.seq_len <= _SMALL
+
+        def by_rows() -> list[Inputs]:
+            shorts = [*excerpts(batch, rules, mesh.sp_size, sizes), *([batch.template] if is_small else [])]
+            return [read(rows, self._whole_rules, 1, False) for rows in most_uneven(shorts, self._whole_rules)]
+
         # Evaluation runs in inference mode, whose tensors no gradient can be taken of.
         with torch.inference_mode(False), state_kept(self._module):
-            self._samples = [sample(best)]
-            if best is not batch.template and batch.rows * batch.layout.seq_len <= _SMALL:
-                # For a step that needs all of its batch: its classes may be places in the sequence.
-                self._samples.append(sample(batch.template))
-            halves = most_uneven(
-                [*shorts, batch.template] if batch.rows * batch.layout.seq_len <= _SMALL else shorts, self._whole_rules
-            )
-            self._by_rows = [read(rows, self._whole_rules, 1, False) for rows in halves]
+            self._first = sample(best)
+        # Most steps need neither of these.
+        self._by_rows = by_rows
+        if is_small and best is not batch.template:
+            # For a step that needs all of its batch: its classes may be places in the sequence.
+            self._all = lambda: sample(batch.template)
 
     def run(self, step: Step) -> Verdict:
         """Runs the step on the excerpt, whole and on this rank's slice; a collective.
@@ -142,11 +146,13 @@ class StepTrial:
         Args:
             step: Calls the user's step on inputs.
         """
-        for sample in self._samples:
-            self._sample = sample
-            verdict = self._run(step, sample)
-            if verdict.is_recorded:
-                break
+        assert self._first is not None
+        self._sample = self._first
+        verdict = self._run(step, self._sample)
+        if not verdict.is_recorded and self._all is not None:
+            with torch.inference_mode(False), state_kept(self._module):
+                self._sample = self._all()
+            verdict = self._run(step, self._sample)
         self.plans = verdict.plans
         return verdict
 
@@ -198,8 +204,9 @@ class StepTrial:
         """
         names: frozenset[str] = frozenset()
         try:
-            with self._tried():
-                whole, *parts = [(self._alone(step, *inputs).recording, inputs[1]) for inputs in self._by_rows]
+            with self._tried(), state_kept(self._module):
+                read = self._by_rows()
+                whole, *parts = [(self._alone(step, *inputs).recording, inputs[1]) for inputs in read]
                 names = names_of_rows(whole[0], parts, not computes_precisely(self._module))
         except Exception:
             names = frozenset()
