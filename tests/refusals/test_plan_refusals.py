@@ -322,6 +322,6 @@ def test_verify_follows_a_plan(pool: ProcessPool) -> None:
 
 
 def test_verify_points_to_a_plan(pool: ProcessPool) -> None:
-    report = verify_parity(LitModule(loss="given"), TEXT[0], pool=pool)
+    report = verify_parity(LitModule(loss="given"), TEXT[0], strategy={"split": "batch"}, pool=pool)
     assert not report.exact and report.finding is not None
     assert report.finding.kind == "positions" and "plan=" in report.finding.fix, report
