@@ -79,6 +79,8 @@ class StepWeights:
         # How often a rank's loss counts where all have the same weight: P times if slices add up to the whole.
         self._times = 1
         self._resolver = TargetResolver(config.targets, self._agree)
+        # Tensors that gave the first batch the same weights, of which one is settled.
+        self._tied: frozenset[str] = frozenset()
         self._window: LossWindow | None = None
         # The counts that the dataloader took ahead for this window.
         self._plan: AccumulationWindow | None = None
@@ -125,6 +127,7 @@ class StepWeights:
             self._check_named(settled, names)
         self._by_targets = bool(names)
         if names and settled is None:
+            self._tied = names
             # Labels are more likely targets than all tokens.
             self._resolver.settled = next((name for name in _FIRST if name in names), max(names))
 
@@ -142,7 +145,8 @@ class StepWeights:
         """Sums over data-parallel ranks, for the names that all of them have."""
         if self._mesh.dp_group is None:
             return dict(totals)
-        names = [self._resolver.settled] if self._resolver.settled is not None else self._shared_names(totals)
+        settled = self._resolver.settled
+        names = sorted(self._tied | {settled}) if settled is not None else self._shared_names(totals)
         # NaN for a missing name makes the sum NaN on all ranks, so that all of them raise in `check`.
         shared = torch.tensor([totals.get(name, math.nan) for name in names], dtype=torch.float64, device=self._device)
         dist.all_reduce(shared, group=self._mesh.dp_group)
@@ -180,6 +184,7 @@ class StepWeights:
                 self._resolver.check(self._window.totals)
         else:
             self._window.index += 1
+        self._check_tied(counts)
         planned = self._plan.counts if self._plan is not None else ()
         if planned and dict(planned[self._window.index]) != dict(counts):
             raise UlyssesError(
@@ -203,6 +208,23 @@ class StepWeights:
         self._resolver.proven = names
         if len(names) == 1:
             self._resolver.settled = next(iter(names))
+
+    def _check_tied(self, counts: Mapping[str, float]) -> None:
+        """Raises `UlyssesError` on every rank if tensors that fitted alike weight some micro-batch differently."""
+        if len(self._tied) < 2 or self._window is None:
+            return
+        totals = self._window.totals
+        weights = {round(counts.get(name, 0.0) / totals[name], 9) for name in self._tied if totals.get(name)}
+        if int(self._agree(torch.tensor([len(weights) <= 1], dtype=torch.int64))):
+            return
+        names = sorted(name.removesuffix(KEPT) for name in self._tied)
+        raise UlyssesError(
+            f"micro-batches of one step that {names} weight differently, while the first batch did not show which of "
+            "them the loss is a mean over",
+            "to know it",
+            f"set targets to one of {names} in the strategy, or loss_weighting='none' to average micro-batches and "
+            "groups as Lightning does",
+        )
 
     @staticmethod
     def _check_named(settled: str, names: frozenset[str]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_ulysses import UlyssesDeepSpeedStrategy, UlyssesError
 from lightning_ulysses.testing import SplitRun, compare, fit_single, fit_split, split_loader, split_trainer
 from lightning_ulysses.testing.processes import ProcessPool
+from lightning_ulysses.testing.runs import StepRecorder
 
 BATCH = token_batch(3, 33, 4, "uneven")
 
@@ -93,6 +94,40 @@ def test_blocks_by_choice(pool: ProcessPool, settings: dict[str, Any]) -> None:
     for run in (SplitRun(4, 2, settings), SplitRun(strategy=settings, trainer={"accumulate_grad_batches": 2})):
         for result in fit_split(pool, LlamaModule, batches, run):
             assert compare(result, wanted).largest <= BOUND
+
+
+class Unshifted(HandWritten):
+    """Positions of its own, and every label counts: rows do not tell labels from shifted ones."""
+
+    def __init__(self) -> None:
+        super().__init__(positions="own")
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch["input_ids"]).flatten(0, 1), batch["labels"].flatten())
+
+
+def fit_lengths(rank: int, settings: dict[str, Any]) -> Any:
+    batches = [token_batch(seed, seq_len, 2) for seed, seq_len in ((1, 33), (2, 17))]
+    run = SplitRun(strategy=settings, trainer={"accumulate_grad_batches": 2})
+    recorder = StepRecorder()
+    try:
+        split_trainer(run, [recorder]).fit(Unshifted(), split_loader(batches, run, rank))
+    except UlyssesError as error:
+        return str(error)
+    return recorder.result()
+
+
+def test_tensors_that_fitted_alike_and_do_not_any_more_are_named(pool: ProcessPool) -> None:
+    for text in pool.run(fit_lengths, {}, world_size=2):
+        assert "weight differently" in text and "set targets to one of ['labels', 'shift_labels', 'tokens']" in text
+    batches = [token_batch(seed, seq_len, 2) for seed, seq_len in ((1, 33), (2, 17))]
+    for settings, count in (
+        ({"targets": "labels"}, lambda b: b["labels"].numel()),
+        ({"loss_weighting": "none"}, lambda b: 1),
+    ):
+        wanted = fit_single(Unshifted, [batches], count)
+        for result in pool.run(fit_lengths, settings, world_size=2):
+            assert compare(result, wanted).largest <= BOUND, compare(result, wanted)
 
 
 class NoBlocks(HandWritten):
