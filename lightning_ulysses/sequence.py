@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_ulysses.context import LocalBatch, SequenceContext, current_context, eager_while_live
+from lightning_ulysses.divided import Divided
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.exchange.gather import join_sequence
 from lightning_ulysses.geometry.layout import SequenceLayout
@@ -87,12 +88,14 @@ def sequence_positions(x: Tensor, dim: int = 1) -> Tensor:
 def gather_sequence(x: Tensor, dim: int = 1) -> Tensor:
     """The whole sequence from this rank's slice: (B, S_r, ...) -> (B, S, ...), the same on every rank of the group.
 
-    Every rank of the sequence-parallel group must call it. Gradients do not flow through it. If nothing is split, ``x``
-    is returned as it is.
+    Every rank of the sequence-parallel group must call it. Gradients do not flow through it, except where a plan has left
+    ``x`` divided. If nothing is split, ``x`` is returned as it is.
 
     Raises:
         UlyssesError: If a batch is split and the length of ``x`` along ``dim`` is not this rank's share.
     """
+    if isinstance(x, Divided):
+        return x.whole()
     context = current_context()
     batch = _cut_batch(context, x.shape[dim])
     if context is None or batch is None or context.mesh.sp_group is None:

@@ -25,6 +25,7 @@ from lightning_ulysses.checks.optimizer import check_elementwise, clipping_error
 from lightning_ulysses.checks.trainer import check_trainer, no_output
 from lightning_ulysses.config import UlyssesConfig, batch_rules, check_deepspeed_config, check_replicas, check_stage
 from lightning_ulysses.context import LocalBatch
+from lightning_ulysses.divided import joined
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.exchange.mesh import SequenceMesh, resolve_sizes
 from lightning_ulysses.geometry.split_plan import read_plan
@@ -257,7 +258,7 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
         tried = partial(self._forward_redirection, module, module, name)
         batch = self.core.try_step(clock, lambda batch: tried(batch, *args, **kwargs), batch)
         with self.core.step(clock, name):
-            return getattr(super(), name)(batch, *args, **kwargs)
+            return joined(getattr(super(), name)(batch, *args, **kwargs))
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:

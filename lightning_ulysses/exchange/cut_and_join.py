@@ -68,7 +68,20 @@ class _Join(torch.autograd.Function):
         return sum_slices(grads[0], *ctx.place), None, None, None, None
 
 
-def join(part: Tensor, dim: int, layout: SequenceLayout, rank: int, group: dist.ProcessGroup) -> Tensor:
-    """(..., S_r, ...) -> (..., S, ...) on every rank, with gradients; a collective in forward and backward."""
-    whole: Tensor = _Join.apply(part, dim, layout.shares, rank, group)
+def join_shares(part: Tensor, dim: int, shares: tuple[int, ...], rank: int, group: dist.ProcessGroup) -> Tensor:
+    """(..., S_r, ...) -> (..., S, ...) on every rank, with gradients; a collective in forward and backward.
+
+    Args:
+        part: This rank's slice.
+        dim: The dimension that carries the sequence.
+        shares: Tokens of each rank; one of them may be 0.
+        rank: Of this process in the group.
+        group: The group.
+    """
+    whole: Tensor = _Join.apply(part, dim, shares, rank, group)
     return whole
+
+
+def join(part: Tensor, dim: int, layout: SequenceLayout, rank: int, group: dist.ProcessGroup) -> Tensor:
+    """`join_shares` of the slices of a layout."""
+    return join_shares(part, dim, layout.shares, rank, group)

@@ -34,6 +34,7 @@ class SequencePlan:
             rank gets the whole batch.
         is_family: Whether the plan fits several models. Patterns and inputs that a model lacks are then ignored.
         is_absolute: Whether patterns are relative to the LightningModule itself.
+        is_divided: Whether what follows the join sees whole sequences and computes slices of them; see `divided`.
     """
 
     split: Mapping[str, Dims]
@@ -42,6 +43,7 @@ class SequencePlan:
     whole: tuple[str, ...] = ()
     is_family: bool = False
     is_absolute: bool = False
+    is_divided: bool = False
 
     def __post_init__(self) -> None:
         if not self.split:
@@ -51,6 +53,8 @@ class SequencePlan:
             raise _error(
                 "both join and whole", "drop whole: where the sequence is joined again, every rank gets the whole batch"
             )
+        if self.is_divided and not self.join:
+            raise _error("divided and no join", "drop divided: nothing is joined that could stay divided")
         if not self.join and not self.whole:
             raise _error(
                 "neither join nor whole, so that the model would get a batch that is cut already",
@@ -79,7 +83,10 @@ SHIPPED: dict[str, SequencePlan] = {
     ),
 }
 
-_FORM = "{'split': {submodule: {input: dim}}, 'join': {submodule: dim}, 'local': [submodule], 'whole': [batch key]}"
+_FORM = (
+    "{'split': {submodule: {input: dim}}, 'join': {submodule: dim}, 'local': [submodule], 'whole': [batch key], "
+    "'divided': bool}"
+)
 
 
 def _error(got: str, fix: str) -> UlyssesError:
@@ -104,7 +111,7 @@ def read_plan(plan: str | Mapping[str, Any] | SequencePlan | None) -> SequencePl
         return SHIPPED[plan]
     if not isinstance(plan, Mapping):
         raise _error(f"the value {plan!r}", "write a mapping")
-    unknown = sorted(set(map(str, plan)) - {"split", "join", "local", "whole"})
+    unknown = sorted(set(map(str, plan)) - {"split", "join", "local", "whole", "divided"})
     if unknown:
         raise _error(f"the keys {unknown}", f"drop or rename {unknown[0]!r}")
     return SequencePlan(
@@ -112,6 +119,7 @@ def read_plan(plan: str | Mapping[str, Any] | SequencePlan | None) -> SequencePl
         join={name: _outputs(name, dims) for name, dims in _mapping("join", plan.get("join")).items()},
         local=_names("local", plan.get("local")),
         whole=_names("whole", plan.get("whole")),
+        is_divided=_flag("divided", plan.get("divided", False)),
     )
 
 
@@ -133,6 +141,12 @@ def _dims(key: str, name: str, value: Any) -> dict[str, int]:
 
 def _outputs(name: str, value: Any) -> dict[str, int]:
     return {ONLY_OUTPUT: value} if type(value) is int else _dims("join", name, value)
+
+
+def _flag(key: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _error(f"{key}={value!r}", f"write {key} as true or false")
+    return value
 
 
 def _names(key: str, value: Any) -> tuple[str, ...]:

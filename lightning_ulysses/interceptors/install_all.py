@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_ulysses import regions
 from lightning_ulysses.context import SequenceContext
+from lightning_ulysses.divided import aware, touched
 from lightning_ulysses.interceptors import (
     flash_attn,
     torch_dropout,
@@ -20,7 +21,7 @@ from lightning_ulysses.interceptors import (
 from lightning_ulysses.interceptors.peft import check_adapters
 from lightning_ulysses.loss import targets
 from lightning_ulysses.patching.handle import Handle
-from lightning_ulysses.upstream.deepspeed import keep_checkpoint_inputs
+from lightning_ulysses.upstream.deepspeed import keep_checkpoint_inputs, touch_through
 
 
 def install_interceptors(context: SequenceContext, module: nn.Module, zero_stage_3: bool) -> Handle:
@@ -53,6 +54,10 @@ def _install(handle: Handle, context: SequenceContext, module: nn.Module, zero_s
     torch.compiler.reset()
     handle.add(torch.compiler.reset)
     handle.add(keep_checkpoint_inputs().remove)
+    if zero_stage_3:
+        # Its functions ask no tensor that stands for a sequence.
+        handle.add(touch_through(touched).remove)
+        handle.patch(torch.nn.functional, "linear", aware("linear", torch.nn.functional.linear))
     handle.add(targets.install(context).remove)
     handle.add(torch_dropout.install(context).remove)
     handle.add(torch_sdpa.install(context, module).remove)

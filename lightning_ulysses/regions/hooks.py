@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_ulysses.context import LocalBatch, Place, SequenceContext
+from lightning_ulysses.divided import Divided, Division, joined
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.exchange.cut_and_join import cut, join
 from lightning_ulysses.geometry.layout import SequenceLayout
@@ -47,6 +48,8 @@ class Splitter:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The forward pre-hook."""
         context = self._context
+        # What an earlier region left divided, such as the output of an encoder.
+        args, kwargs = joined(args), joined(kwargs)
         given = self._inputs.get(args, kwargs)
         leaves = {key: self._tensors(key, value) for key, value in given.items()}
         region = context.region
@@ -158,12 +161,14 @@ class Joiner:
         context: Tells what is split at this moment.
         name: Name of the submodule.
         dims: The outputs to join, with the dimension of the sequence in each.
+        is_divided: Whether they are joined only where they must be.
     """
 
-    def __init__(self, context: SequenceContext, name: str, dims: Mapping[str, int]) -> None:
+    def __init__(self, context: SequenceContext, name: str, dims: Mapping[str, int], is_divided: bool) -> None:
         self._context = context
         self._name = name
         self._dims = dims
+        self._is_divided = is_divided
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         """The forward hook."""
@@ -205,6 +210,8 @@ class Joiner:
         if not -part.dim() <= dim < part.dim() or part.shape[dim] != share:
             raise self._refusal(part, f"this rank's share, {share}, along dimension {dim}")
         assert mesh.sp_group is not None
+        if self._is_divided:
+            return Divided(part, Division(dim % part.dim(), ((*layout.starts, layout.seq_len),), mesh))
         return join(part, dim, layout, mesh.sp_rank, mesh.sp_group)
 
     def _check_whole(self, output: Any) -> None:
@@ -292,7 +299,7 @@ def install(context: SequenceContext, root: nn.Module, plan: SequencePlan) -> Ha
         for name, (module, dims) in inputs.items()
     ]
     joiners = [
-        (module, Joiner(context, name, dims))
+        (module, Joiner(context, name, dims, plan.is_divided))
         for pattern, dims in plan.join.items()
         for name, module in matcher.find("join", pattern)
     ]

@@ -104,6 +104,25 @@ def keep_checkpoint_inputs() -> Handle:
     return handle
 
 
+def touch_through(touch: Callable[[Callable[[Any], Any], Any], Any]) -> Handle:
+    """Has ZeRO-3 hook its backward to inputs and outputs of submodules by way of ``touch(function, tensor)``.
+
+    It applies a `torch.autograd.Function` that changes nothing to each of them (``runtime/zero/parameter_offload.py``,
+    ``apply_to_tensors_only``), and such a function asks no tensor that stands for another one.
+    """
+    handle, module = Handle(), sys.modules.get("deepspeed.runtime.zero.parameter_offload")
+    if module is None:
+        return handle
+    original = module.apply_to_tensors_only
+
+    @functools.wraps(original)
+    def apply(function: Callable[[Any], Any], value: Any, **kwargs: Any) -> Any:
+        return original(functools.partial(touch, function), value, **kwargs)
+
+    handle.patch(module, "apply_to_tensors_only", apply)
+    return handle
+
+
 def _is_float(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_floating_point()
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from typing import Any
+
 import pytest
+import torch
 from exact import BOUND
-from recipes import RECIPES
+from lightning.pytorch import Callback, LightningModule, Trainer
+from recipes import RECIPES, VOCAB
+from torch import Tensor
 
 from lightning_ulysses import UlyssesDeepSpeedStrategy
+from lightning_ulysses.geometry.shares import even_shares
 from lightning_ulysses.testing import SplitRun, StepResult, compare, fit_single, split_loader, split_trainer
 from lightning_ulysses.testing.processes import ProcessPool
 from lightning_ulysses.testing.runs import StepRecorder
@@ -46,3 +53,39 @@ def test_two_groups(pool: ProcessPool, name: str, stage: int) -> None:
     reference = wanted(name)
     for result, _ in pool.run(fit, name, run, world_size=4):
         assert compare(result, reference).largest <= BOUND, compare(result, reference)
+
+
+class LargestLogits(Callback):
+    """Tokens of the largest scores (..., V) that the second batch keeps for its backward."""
+
+    tokens = 0
+
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.watch = ExitStack()
+        if batch_idx:
+            self.watch.enter_context(torch.autograd.graph.saved_tensors_hooks(self.keep, lambda tensor: tensor))
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        if tensor.shape[-1:] == (VOCAB,) and tensor.is_floating_point():
+            self.tokens = max(self.tokens, tensor.numel() // VOCAB)
+        return tensor
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.watch.close()
+
+
+def largest_logits(rank: int, name: str, run: SplitRun) -> int:
+    recipe, count = RECIPES[name], LargestLogits()
+    trainer = split_trainer(run, [count])
+    trainer.fit(recipe.make(), split_loader([recipe.batch(seed) for seed in (1, 2)], run, rank))
+    return count.tokens
+
+
+@pytest.mark.parametrize(("name", "size"), [("dpo", 2), ("shifted", 4)])
+def test_logits_stay_divided(pool: ProcessPool, name: str, size: int) -> None:
+    """What a step keeps of its logits shrinks with P, also where its loss needs the whole sequence."""
+    B, S = next(iter(RECIPES[name].batch(2).values())).shape
+    # The control: one process keeps them all, except those of the last token, which has no label.
+    assert pool.run(largest_logits, name, SplitRun(1, 1), world_size=1)[0] >= B * (S - 1)
+    for rank, tokens in enumerate(pool.run(largest_logits, name, SplitRun(size, size), world_size=size)):
+        assert 0 < tokens <= B * even_shares(S, size)[rank]

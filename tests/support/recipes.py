@@ -581,7 +581,8 @@ def table() -> str:
         "differ by at most 1e-5. `tests/parity/test_recipes.py` runs every row; `python tests/support/recipes.py`\n"
         "writes this file.\n\n"
         "Split in the batch, each process computes its slice of everything. Split in the blocks, the repeated blocks\n"
-        "of the model are divided, and what comes before and after them is computed whole by each process.\n\n"
+        "of the model are divided, each process computes what comes before them on the whole sequence, and what comes\n"
+        "after stays divided.\n\n"
         "| Recipe | Split in | Micro-batches weighted by |\n| --- | --- | --- |\n"
     )
     rows = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -106,7 +106,8 @@ class BlockFinder:
         found = []
         if blocks:
             last = {block.parent: block for block in blocks}
-            found.append(self._plan(blocks, list(last.values())))
+            at_last = self._plan(blocks, list(last.values()))
+            found += [replace(at_last, is_divided=True), at_last]
             # What happens between two blocks is that of the whole sequence.
             found.append(self._plan(blocks, blocks))
         if attending:
@@ -134,7 +135,8 @@ def written(plan: SequencePlan) -> dict[str, Any]:
     """A plan as a user would write it."""
     join = {name: outputs.get(ONLY_OUTPUT, dict(outputs)) for name, outputs in plan.join.items()}
     local = {"local": list(plan.local)} if plan.local else {}
-    return {"split": {name: dict(dims) for name, dims in plan.split.items()}, "join": join, **local}
+    divided = {"divided": True} if plan.is_divided else {}
+    return {"split": {name: dict(dims) for name, dims in plan.split.items()}, "join": join, **local, **divided}
 
 
 def _dims(values: Mapping[str, Any], length: int) -> dict[str, int]:

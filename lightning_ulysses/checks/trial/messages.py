@@ -73,10 +73,12 @@ def why_blocks(verdict: Verdict, is_whole: bool) -> str:
 def chosen(kind: str, plan: SequencePlan, why: str, names: frozenset[str]) -> str:
     """One line on a model that is split inside."""
     weighted = f", weighted by the targets of {sorted(names)[0].removesuffix(KEPT)!r}" if names else ""
+    costs = "Before and after, every rank computes the whole sequence"
+    if plan.is_divided:
+        costs = "Before, every rank computes the whole sequence; after it each keeps to its slice"
     return (
-        f"Ulysses splits {'/'.join(plan.split)} in steps of {kind!r}, since {why}. Before and after, every rank "
-        f"computes the whole sequence{weighted}; that costs its time and memory. split='batch' in the strategy "
-        "forbids it."
+        f"Ulysses splits {'/'.join(plan.split)} in steps of {kind!r}, since {why}. {costs}{weighted}; that costs its "
+        "time and memory. split='batch' in the strategy forbids it."
     )
 
 

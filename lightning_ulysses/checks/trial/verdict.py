@@ -108,11 +108,13 @@ def disagreement(whole: Recording, draws: Sequence[bool], part: Rehearsal, sp_si
     bound = HALF if half else INPUTS
     if len(part.returned) != len(whole.outputs):
         return f"{len(part.returned)} attention calls, and {len(whole.outputs)} on the whole"
+    if len(part.recording.gradients) != len(whole.gradients):
+        return "a loss without a gradient"
     for number, span in enumerate(part.spans):
         pairs = [*zip("qkv", whole.inputs[number], part.recording.inputs[number], strict=True)]
         if not draws[number]:
             pairs.append(("output", whole.outputs[number], part.returned[number]))
-        if whole.gradients and part.recording.gradients:
+        if whole.gradients:
             found = part.recording.gradients[number] / (1 if span is None else sp_size)
             pairs.append(("gradient", whole.gradients[number], found))
         for name, a, b in pairs:
