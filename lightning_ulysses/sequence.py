@@ -88,8 +88,8 @@ def sequence_positions(x: Tensor, dim: int = 1) -> Tensor:
 def gather_sequence(x: Tensor, dim: int = 1) -> Tensor:
     """The whole sequence from this rank's slice: (B, S_r, ...) -> (B, S, ...), the same on every rank of the group.
 
-    Every rank of the sequence-parallel group must call it. Gradients do not flow through it, except where a plan has left
-    ``x`` divided. If nothing is split, ``x`` is returned as it is.
+    Every rank of the sequence-parallel group must call it. Gradients do not flow through it, except where a plan has
+    left ``x`` divided. If nothing is split, ``x`` is returned as it is.
 
     Raises:
         UlyssesError: If a batch is split and the length of ``x`` along ``dim`` is not this rank's share.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from lightning_ulysses.exchange.mesh import SequenceMesh
 # A function, its arguments and keyword arguments. Answers NotImplemented where only the joined sequence will do.
 Rule = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
-_RULES: dict[str, Rule] = {}
 # What a tensor knows without its elements.
 _FACTS = """
 shape dtype device layout ndim names size dim ndimension numel nelement element_size get_device is_cuda is_cpu is_mps
@@ -118,6 +117,7 @@ class Divided(Tensor):
     `exchange.cut_and_join` says: the backward of every exchange is its adjoint.
     """
 
+    rules: ClassVar[dict[str, Rule]] = {}
     local: Tensor
     division: Division
 
@@ -181,8 +181,8 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
     def register(function: Rule) -> Rule:
         for name in names:
-            assert name not in _RULES, name
-            _RULES[name] = function
+            assert name not in Divided.rules, name
+            Divided.rules[name] = function
         return function
 
     return register
@@ -236,7 +236,7 @@ def changes_first(name: str) -> bool:
 
 
 def _run(name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    rule = _RULES.get(name) or _RULES.get(name.strip("_"))
+    rule = Divided.rules.get(name) or Divided.rules.get(name.strip("_"))
     answer = NotImplemented if rule is None else rule(func, args, kwargs)
     return _joined(func, name, args, kwargs) if answer is NotImplemented else answer
 
