@@ -20,6 +20,7 @@ from lightning_ulysses.checks.trial import SplitChoice, explained, state_kept
 from lightning_ulysses.config import UlyssesConfig
 from lightning_ulysses.context import LocalBatch, SequenceContext, activate, current_context
 from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.exchange.agreement import RunningDigest
 from lightning_ulysses.exchange.mesh import SequenceMesh
 from lightning_ulysses.interceptors.install_all import install_interceptors
 from lightning_ulysses.loss.evidence import LossWatch
@@ -140,6 +141,11 @@ class SequenceParallel:
         """
         looks_ahead = self.settings.loss_weighting == "tokens"
         return self._pipeline.wrap(dataloader, now, looks_ahead=looks_ahead, limit=limit, prepare=prepare)
+
+    @property
+    def batches(self) -> RunningDigest:
+        """The hash of all batches that were received, the same on all ranks of a group."""
+        return self._pipeline.same.running
 
     @property
     def local(self) -> LocalBatch:

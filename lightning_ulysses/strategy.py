@@ -217,7 +217,9 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
         self._clip_val = float(trainer.gradient_clip_val or 0.0)
         # Lightning's does nothing: DeepSpeed clips by its config alone.
         vars(self.precision_plugin)["clip_gradients"] = self._clip_gradients
-        agree_on_gradients(self.deepspeed_engine.optimizer, module, self.root_device)
+        agree_on_gradients(
+            self.deepspeed_engine.optimizer, module, self.root_device, self.core.batches, self.mesh.sp_size
+        )
         upstream_lightning.set_device_mesh(module, self.mesh.device_mesh)
         forget = partial(upstream_deepspeed.forget_trace, self.deepspeed_engine)
         self.core.install(module, gathers_parameters=self.zero_stage_3, forget=forget, say=rank_zero_info)

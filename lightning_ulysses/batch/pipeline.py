@@ -13,16 +13,13 @@ from lightning_ulysses.batch.clock import Clock
 from lightning_ulysses.batch.loader import SeededLoader, TrainLoader
 from lightning_ulysses.batch.random_streams import named_stream
 from lightning_ulysses.batch.recognition import entries_of
-from lightning_ulysses.batch.same_batch import check_same_batch
+from lightning_ulysses.batch.same_batch import SameBatches
 from lightning_ulysses.batch.whole import WholeBatch, read_batch
 from lightning_ulysses.context import LocalBatch
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.exchange.mesh import SequenceMesh
 from lightning_ulysses.geometry.batch_keys import KEPT, BatchRules
 from lightning_ulysses.loss.accumulation import AccumulationWindow
-
-# First batches of training and of evaluation that are compared over a group.
-_COMPARED = 3
 
 
 def _same(batch: Any) -> Any:
@@ -76,7 +73,7 @@ def fill_mask(local: LocalBatch, name: str) -> None:
 
 
 class BatchPipeline:
-    """Wraps dataloaders, reads batches, compares the first ones over a group, and cuts them.
+    """Wraps dataloaders, reads batches, compares them over a group, and cuts them.
 
     Args:
         rules: The rules for reading a batch.
@@ -95,7 +92,7 @@ class BatchPipeline:
         self._mesh = mesh
         self._device = device
         self._seed = seed
-        self._compared = {True: 0, False: 0}
+        self.same = SameBatches(mesh, device)
         self._train_loader: TrainLoader | None = None
         self._evaluations = 0
 
@@ -161,15 +158,13 @@ class BatchPipeline:
         return read_batch(batch, self._fallback, self._mesh.sp_size)
 
     def read(self, batch: Any, clock: Clock) -> WholeBatch:
-        """Reads a batch. The first batches of training and of evaluation are compared over the group.
+        """Reads a batch. It is compared over the group, see `SameBatches`.
 
         Raises:
             UlyssesError: If the batch cannot be read for certain, or the ranks of a group hold different batches.
         """
         whole = self._read(batch, clock.kind)
-        self._compared[clock.is_training] += 1
-        if self._compared[clock.is_training] <= _COMPARED:
-            check_same_batch(whole, self._mesh, self._device, everywhere=clock.is_training)
+        self.same.check(whole, clock.kind, everywhere=clock.is_training)
         return whole
 
     def cut(

@@ -1,40 +1,77 @@
-"""Checks that all ranks of a group hold the same batch."""
+"""Checks that all ranks of a group hold the same batches."""
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from lightning_ulysses.batch.recognition import entries_of
 from lightning_ulysses.batch.whole import WholeBatch
-from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.exchange.agreement import fingerprint, from_all
+from lightning_ulysses.exchange.agreement import RunningDigest, different_batches, digest, fingerprint, from_all
 from lightning_ulysses.exchange.mesh import SequenceMesh
 
+# The first batches of each stage are compared by themselves, and later ones by what was added up to them.
+_FIRST, _EVERY = 3, 10
+# Elements of a large tensor, such as an image, that count.
+_MOST = 2**20
 
-def check_same_batch(whole: WholeBatch, mesh: SequenceMesh, device: torch.device, everywhere: bool) -> None:
-    """Compares the batch over the ranks of a group, by length and fingerprint; a collective.
+
+def _digest(batch: Any) -> int:
+    """A hash of all tensors and numbers of a batch, cut or not."""
+    leaves = tree_leaves(entries_of(batch))
+    numbers = [leaf for leaf in leaves if isinstance(leaf, (int, float))]
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    shapes = [tuple(tensor.shape) for tensor in tensors]
+    return fingerprint(tensors, _MOST) ^ digest(numbers, shapes)
+
+
+class SameBatches:
+    """Compares batches over the ranks of a group.
+
+    In training at ZeRO stages 1 and 2, `running` is compared in each step as well, by a collective that is there
+    anyway; see `upstream.zero_buckets`.
 
     Args:
-        whole: This rank's batch.
         mesh: Sizes and groups.
         device: The device for collectives.
-        everywhere: Whether the exchange spans the world. Then all ranks raise together, and no group waits for one that
-            stopped. This requires equally many batches on all data-parallel ranks.
 
-    Raises:
-        UlyssesError: On every rank of the group, or of the world with ``everywhere``, if a group holds different
-            batches.
+    Attributes:
+        running: The hash of all batches so far.
     """
-    if mesh.sp_group is None:
-        return
-    # The length is for the message; the fingerprint compares all values.
-    mine = torch.tensor([whole.layout.seq_len, fingerprint(whole.tensors.values())], dtype=torch.int64, device=device)
-    received = from_all(mine, None if everywhere else mesh.sp_group)
-    for group in received.split(mesh.sp_size):
-        if not bool((group == group[0]).all()):
-            raise UlyssesError(
-                "ranks of one sequence-parallel group that hold different batches (sequence lengths "
-                f"{group[:, 0].tolist()})",
-                "the same batch on every rank of a group, since each of them trains on its slice of it",
-                "leave use_distributed_sampler at True, or give the sampler num_replicas and rank from "
-                "trainer.strategy.distributed_sampler_kwargs, and make the dataset deterministic",
-            )
+
+    def __init__(self, mesh: SequenceMesh, device: torch.device) -> None:
+        self._mesh = mesh
+        self._device = device
+        self._kind, self._count = "", 0
+        self.running = RunningDigest()
+
+    def check(self, whole: WholeBatch, kind: str, everywhere: bool) -> None:
+        """Takes note of a batch; for the first ones of each stage and for some later ones a collective.
+
+        Args:
+            whole: This rank's batch.
+            kind: Of its step.
+            everywhere: Whether the exchange spans the world. Then all ranks raise together, and no group waits for one
+                that stopped. This requires equally many batches on all data-parallel ranks.
+
+        Raises:
+            UlyssesError: On every rank of the group, or of the world with ``everywhere``, if a group holds different
+                batches.
+        """
+        if self._mesh.sp_group is None:
+            return
+        self._count = self._count + 1 if kind == self._kind else 1
+        self._kind = kind
+        self.running.add(_digest(whole.template))
+        if self._count > _FIRST and self._count % _EVERY:
+            return
+        # The length is for the message; the hash compares all values.
+        numbers = [whole.layout.seq_len, self.running.number]
+        mine = torch.tensor(numbers, dtype=torch.int64, device=self._device)
+        received = from_all(mine, None if everywhere else self._mesh.sp_group)
+        for group in received.split(self._mesh.sp_size):
+            if not bool((group == group[0]).all()):
+                raise different_batches(f" (sequence lengths {group[:, 0].tolist()})")

@@ -20,7 +20,7 @@ from lightning_ulysses.batch.recognition import (
 )
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.geometry.batch_keys import KEPT, LABEL_KEYS, MASK_KEYS, SEQUENCE_KEYS, BatchRules
-from lightning_ulysses.geometry.documents import document_runs, valid_runs
+from lightning_ulysses.geometry.documents import document_runs, sequences_without_cache, valid_runs
 from lightning_ulysses.geometry.layout import SequenceLayout
 
 
@@ -207,6 +207,7 @@ def read_batch(batch: Any, rules: BatchRules, sp_size: int) -> WholeBatch:
         documents=document_runs(entries, positions, rows, seq_len + amount, mask) if dims else None,
         valid=valid_runs(mask),
         num_padding=amount,
+        uncached=sequences_without_cache(positions, rows) if dims else None,
     )
     hidden: set[str] = set()
     if is_mapping or rules.keeps_all:

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_ulysses.errors import UlyssesError
+
 # Keeps hashes non-negative and within int64.
 _MASK = 2**62 - 1
 
@@ -43,9 +45,11 @@ def digest(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2s(repr(parts).encode(), digest_size=8).digest(), "little") & _MASK
 
 
-def _fingerprint(tensor: Tensor) -> int:
+def _fingerprint(tensor: Tensor, most: int | None) -> int:
     # (...) -> (elements,); complex numbers count as two elements.
     values = tensor.detach().flatten()
+    if most is not None and values.numel() > most:
+        values = values[:: -(-values.numel() // most)]
     if values.is_floating_point() or values.is_complex():
         values = torch.view_as_real(values).flatten() if values.is_complex() else values
         # The bits of a float64 as an integer, so that floats are compared exactly. Other floats convert without loss.
@@ -56,12 +60,38 @@ def _fingerprint(tensor: Tensor) -> int:
     return int(((values ^ (values >> 17)) * (index * 2654435761 | 1)).sum()) if values.numel() else 0
 
 
-def fingerprint(tensors: Iterable[Tensor]) -> int:
-    """A hash of the exact values of some tensors, in order. Different values hardly ever share it."""
+def fingerprint(tensors: Iterable[Tensor], most: int | None = None) -> int:
+    """A hash of the exact values of some tensors, in order. Different values hardly ever share it.
+
+    Args:
+        tensors: Any.
+        most: Of larger tensors about so many elements count, at equal distances; None for all of them.
+    """
     number = 0
     for tensor in tensors:
-        number = (number * 31 + _fingerprint(tensor)) & _MASK
+        number = (number * 31 + _fingerprint(tensor, most)) & _MASK
     return number
+
+
+class RunningDigest:
+    """A hash of everything that was added so far."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def add(self, number: int) -> None:
+        """Adds a hash; the order counts."""
+        self.number = (self.number * 1_000_003 + number) & _MASK
+
+
+def different_batches(which: str = "") -> UlyssesError:
+    """For ranks of a group that hold different batches."""
+    return UlyssesError(
+        f"ranks of one sequence-parallel group that hold different batches{which}",
+        "the same batch on every rank of a group, since each of them trains on its slice of it",
+        "leave use_distributed_sampler at True, or give the sampler num_replicas and rank from "
+        "trainer.strategy.distributed_sampler_kwargs, and make the dataset deterministic",
+    )
 
 
 def summary(tensor: Tensor) -> Tensor:

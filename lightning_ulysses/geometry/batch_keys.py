@@ -14,7 +14,7 @@ MASK_KEYS = ("loss_mask", "shift_loss_mask")
 
 
 # Tensors (B, S) that are cut without a setting.
-SEQUENCE_KEYS = ("input_ids", *LABEL_KEYS, "position_ids", "attention_mask", "token_type_ids", *MASK_KEYS)
+SEQUENCE_KEYS = ("input_ids", *LABEL_KEYS, "position_ids", "attention_mask", "token_type_ids", "seq_idx", *MASK_KEYS)
 
 
 # These describe the whole row, so every rank gets them as they are.

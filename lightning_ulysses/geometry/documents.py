@@ -15,11 +15,12 @@ from lightning_ulysses.geometry.layout import Runs, cu_seqlens_to_runs, runs_fro
 def _restarts(positions: Tensor, kept: Tensor) -> Tensor:
     """(B, S) bool: the tokens that start a new document.
 
-    A kept token continues its document if its position is that of the previous kept token plus one. Positions may also
-    count the padding between the two. Padding itself may have any position and never starts a document.
+    A kept token does so if its position is lower than that of the previous kept token, or if both have the position at
+    which the row begins: a document of one token. Positions that jump ahead go on in the same document. Padding itself
+    may have any position and never starts a document.
 
     Example:
-        Positions 0 1 2 0 1 mark documents of 3 and 2 tokens.
+        Positions 0 1 2 0 1 mark documents of 3 and 2 tokens, and 0 1 2 9 10 none.
 
     Args:
         positions: (B, S).
@@ -31,14 +32,40 @@ def _restarts(positions: Tensor, kept: Tensor) -> Tensor:
     # Moved by one, this is the previous kept token of each token.
     before = torch.nn.functional.pad(last[:, :-1], (1, 0), value=-1)
     step = positions - positions.gather(1, before.clamp_min(0))
+    first = positions.gather(1, kept.int().argmax(dim=1, keepdim=True))
     # The first kept token of a row (before == -1) starts no new document: it belongs to the first one.
-    return kept & (before >= 0) & (step != 1) & (step != places - before)
+    return kept & (before >= 0) & ((step < 0) | ((step == 0) & (positions == first)))
+
+
+def _runs(begins: Tensor) -> tuple[Runs, ...]:
+    """For each row of (B, S) bool, which marks where documents begin, the documents."""
+    return tuple(runs_from_starts(row.nonzero().flatten().tolist(), begins.shape[1]) for row in begins)
+
+
+def sequences_without_cache(positions: Tensor | None, rows: int) -> tuple[Runs, ...] | None:
+    """What transformers takes for documents where a call has no mask and no cache: every step but one of 1 begins one.
+
+    Source: transformers ``masking_utils.find_packed_sequence_indices``.
+
+    Args:
+        positions: ``position_ids``.
+        rows: B.
+
+    Returns:
+        Runs for each row, or None if every row is one document.
+    """
+    if positions is None or positions.dim() > 2:
+        return None
+    # (S,) or (1, S) or (B, S) -> (B, S)
+    positions = positions.expand(rows, -1)
+    begins = torch.nn.functional.pad(positions.diff(dim=1) != 1, (1, 0))
+    return _runs(begins) if bool(begins.any()) else None
 
 
 def document_runs(
     entries: Mapping[str, Any], positions: Tensor | None, rows: int, seq_len: int, attention_mask: Tensor | None = None
 ) -> tuple[Runs, ...] | None:
-    """The documents of each row, from ``cu_seqlens``, or else from ``position_ids`` that do not grow by one.
+    """The documents of each row, from ``cu_seqlens``, or else from ``position_ids`` that restart.
 
     Padding belongs to the document before it. Left padding belongs to the first document.
 
@@ -53,7 +80,8 @@ def document_runs(
         Runs for each row, or None if every row is one document.
 
     Raises:
-        UlyssesError: If ``cu_seqlens`` comes with several rows or does not fit them.
+        UlyssesError: If ``cu_seqlens`` comes with several rows or does not fit them, or if every token would be a
+            document of its own.
     """
     cu_seqlens = next((entries[key] for key in ("cu_seqlens", "cu_seq_lens_q") if entries.get(key) is not None), None)
     if isinstance(cu_seqlens, Tensor):
@@ -71,11 +99,20 @@ def document_runs(
     positions = positions.expand(rows, -1)
     if attention_mask is None or attention_mask.dim() != 2:
         attention_mask = torch.ones_like(positions)
-    begins = _restarts(positions, attention_mask.bool().expand(rows, -1))
+    kept = attention_mask.bool().expand(rows, -1)
+    begins = _restarts(positions, kept)
     # None instead of one run for each row: attention then needs no document mask.
     if not bool(begins.any()):
         return None
-    return tuple(runs_from_starts(row.nonzero().flatten().tolist(), seq_len) for row in begins)
+    # The first kept token of a row begins its first document.
+    if int(begins.sum() + kept.any(dim=1).sum()) == int(kept.sum()):
+        raise UlyssesError(
+            f"position_ids of shape {tuple(positions.shape)} that never grow ({positions[0, :4].tolist()}...), so that "
+            "every token is a document of its own",
+            "positions that count up within each document: 0 1 2 3 0 1 marks documents of 4 and 2 tokens",
+            "leave position_ids out of the batch if each row is one document, or count each document's tokens from 0",
+        )
+    return _runs(begins)
 
 
 def valid_runs(attention_mask: Tensor | None) -> tuple[Runs, ...] | None:

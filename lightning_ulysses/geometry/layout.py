@@ -27,6 +27,7 @@ class SequenceLayout:
         valid: For each row the runs of tokens that a 2-D attention mask keeps. ``None`` without such a mask.
         num_padding: Tokens that this package added at the end of each row to reach a multiple. No real token may attend
             to them.
+        uncached: Other documents, which transformers sees in calls without a mask and without a cache.
 
     Raises:
         UlyssesError: If S < P.
@@ -37,6 +38,7 @@ class SequenceLayout:
     documents: tuple[Runs, ...] | None = None
     valid: tuple[Runs, ...] | None = None
     num_padding: int = 0
+    uncached: tuple[Runs, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.seq_len < self.sp_size:

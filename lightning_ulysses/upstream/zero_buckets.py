@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import nn
 
 from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.exchange.agreement import digest, same_on_all
+from lightning_ulysses.exchange.agreement import RunningDigest, different_batches, digest, from_all
 
 # (parameter group, index in the group)
 _Key = tuple[int, int]
@@ -54,20 +54,27 @@ class GradientAgreement:
         optimizer: DeepSpeed's optimizer.
         module: The user's module, for the names of parameters.
         device: The device of the collectives.
+        batches: The hash of the batches so far, which is compared along with the gradients.
+        sp_size: P; consecutive ranks form a group.
     """
 
-    def __init__(self, optimizer: Any, module: nn.Module, device: torch.device) -> None:
+    def __init__(
+        self, optimizer: Any, module: nn.Module, device: torch.device, batches: RunningDigest, sp_size: int
+    ) -> None:
         self._optimizer = optimizer
         self._reduce = optimizer.reduce_ipg_grads
         self._names = {id(parameter): name for name, parameter in module.named_parameters()}
         self._device = device
+        self._batches = batches
+        self._sp_size = sp_size
 
     def __call__(self, comm_dtype: torch.dtype | None = None) -> None:
         """Sums the gradients in the buckets. A collective, which all ranks call in turn; the last call has no dtype.
 
         Raises:
             UlyssesError: On every rank, if the ranks' buckets hold different parameters and cannot be completed: more
-                gradients follow, or one bucket is too small for all.
+                gradients follow, or one bucket is too small for all. Also if the ranks of a group had different
+                batches.
         """
         buckets = self._optimizer.ipg_buckets
         chosen = [bucket for dtype, bucket in buckets.items() if comm_dtype in (None, dtype)]
@@ -93,8 +100,13 @@ class GradientAgreement:
         ]
 
     def _same_everywhere(self, keys: list[_Key], pending: list[_Key]) -> bool:
-        mine = torch.tensor([[digest(keys, pending)]], dtype=torch.int64, device=self._device)
-        return bool(same_on_all(mine, None))
+        numbers = [digest(keys, pending), self._batches.number]
+        # (W, 2) -> (W, 2) on the host
+        everyone = from_all(torch.tensor(numbers, dtype=torch.int64, device=self._device), None).cpu()
+        for group in everyone[:, 1].split(self._sp_size):
+            if bool((group != group[0]).any()):
+                raise different_batches()
+        return bool((everyone[:, 0] == everyone[0, 0]).all())
 
     def _complete(self, buckets: Sequence[Any], pending: list[_Key], is_last: bool) -> None:
         """Adds the pending gradients, and zeros for parameters that have a gradient on other ranks only."""
@@ -130,8 +142,10 @@ class GradientAgreement:
         )
 
 
-def agree_on_gradients(optimizer: Any, module: nn.Module, device: torch.device) -> None:
+def agree_on_gradients(
+    optimizer: Any, module: nn.Module, device: torch.device, batches: RunningDigest, sp_size: int
+) -> None:
     """Installs a `GradientAgreement` for several ranks and stage 1 or 2. It lives as long as the optimizer."""
     if dist.get_world_size() > 1 and hasattr(optimizer, "reduce_ipg_grads"):
-        agreement = GradientAgreement(optimizer, module, device)
+        agreement = GradientAgreement(optimizer, module, device, batches, sp_size)
         optimizer.reduce_ipg_grads = functools.wraps(agreement._reduce)(lambda comm_dtype=None: agreement(comm_dtype))

@@ -132,6 +132,7 @@ def _compare(
     with tempfile.TemporaryDirectory() as folder:
         job, seq_len, notes = _make_job(folder, batch, sp_size, steps, strategy, layers, max_tokens, accelerator)
         layout = read_batch(job.batches[0], job.rules, sp_size).layout
+        is_cut = bool(notes)
         notes += _save_module(module, Path(folder) / "module.pt", layers)
         single, ranks = _run(job, processes)
     notes += [note for note in single.notes if note not in notes]
@@ -145,6 +146,7 @@ def _compare(
         split_grad_norms=tuple(norm(gradients) for gradients in ranks[0].gradients),
         parameter_errors=gradient_errors(single.gradients, ranks[0].gradients),
         notes=tuple(notes),
+        is_cut=is_cut,
     )
     if report.exact and not any(rank.error for rank in ranks):
         return report

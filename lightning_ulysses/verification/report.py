@@ -42,6 +42,10 @@ class Finding:
     line: str | None = None
 
 
+# What a model computes from positions may change at a length that was not reached.
+_UNCHECKED = "NOT CHECKED: longer sequences; set max_tokens (--max_tokens) to the length of the batch"
+
+
 @dataclass(frozen=True)
 class ParityReport:
     """One process compared with P, on the same weights and batches.
@@ -58,6 +62,7 @@ class ParityReport:
             gradient below 1 % of the whole norm is compared with that 1 %, since rounding alone moves it.
         finding: Why the runs differ; None if they do not.
         notes: What was changed for the comparison.
+        is_cut: Whether batches are longer than what was compared of them.
     """
 
     sp_size: int
@@ -70,6 +75,7 @@ class ParityReport:
     parameter_errors: dict[str, float] = field(default_factory=dict)
     finding: Finding | None = None
     notes: tuple[str, ...] = ()
+    is_cut: bool = False
 
     @property
     def loss_error(self) -> float:
@@ -124,6 +130,7 @@ class ParityReport:
             "parameters": {name: number(error) for name, error in self.parameter_errors.items()},
             "finding": None if finding is None else dict(vars(finding)),
             "notes": list(self.notes),
+            "is_cut": self.is_cut,
         }
 
     def _rows(self) -> list[tuple[str, str, str, str]]:
@@ -149,7 +156,9 @@ class ParityReport:
             lines += [f"  {error:.1e}  {name}" for name, error in self.worst()]
         lines += ["", *(f"note: {note}" for note in self.notes)] if self.notes else [""]
         if self.exact:
-            return "\n".join([*lines, f"EXACT: every difference is at most {self.tolerance:g}"])
+            where = f" on {self.seq_len} tokens" if self.is_cut else ""
+            lines.append(f"EXACT{where}: every difference is at most {self.tolerance:g}")
+            return "\n".join([*lines, _UNCHECKED] if self.is_cut else lines)
         return "\n".join([*lines, *self._explain()])
 
     def _explain(self) -> list[str]:

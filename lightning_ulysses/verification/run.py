@@ -246,8 +246,9 @@ def _hides_documents(batch: Any) -> bool:
     """Whether documents are marked in a way that transformers by itself does not see."""
     keys = batch if isinstance(batch, Mapping) else {}
     positions = keys.get("position_ids")
+    edges = next((keys[key] for key in ("cu_seqlens", "cu_seq_lens_q") if keys.get(key) is not None), None)
     # (documents + 1,); a cut may have left a single one.
-    several = "cu_seqlens" in keys and keys["cu_seqlens"].unique().numel() > 2
+    several = edges is not None and edges.unique().numel() > 2
     return several and (positions is None or bool((positions.diff(dim=-1) > 0).all()))
 
 

@@ -162,6 +162,11 @@ BATCHES: dict[str, tuple[Any, dict[str, Any], tuple[str, ...]]] = {
         {},
         ("batch['position_ids'] of shape (3, 2, 33)", "sequence_dims={'position_ids': ...}"),
     ),
+    "positions that stay": (
+        {"input_ids": ones(2, 33), "position_ids": 0 * ones(2, 33)},
+        {},
+        ("position_ids of shape (2, 33) that never grow ([0, 0, 0, 0]...)", "leave position_ids out of the batch"),
+    ),
     "no such key": ({"input_ids": ones(2, 33)}, {"dims": {"tokens": 1}}, ("sequence_dims={'tokens': 1}", "'0', '1'")),
     "no such dimension": (
         {"x": ones(2, 33)},

@@ -63,7 +63,11 @@ def _refill(value: Any, content: Any) -> None:
 def attributes_kept(root: nn.Module) -> Iterator[None]:
     """Restores the attributes of ``root`` and its submodules, and what their containers and the user's objects hold."""
     before = [
-        (module, {name: value for name, value in vars(module).items() if name not in _INTERNAL}, dict(module._modules))
+        (
+            module,
+            {name: value for name, value in vars(module).items() if name not in _INTERNAL},
+            [(held, dict(held)) for held in (module._modules, module._buffers)],
+        )
         for module in root.modules()
     ]
     found: dict[int, Any] = {}
@@ -72,14 +76,16 @@ def attributes_kept(root: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for module, saved, children in before:
+        for module, saved, held in before:
             # Not setattr: it would register parameters and submodules again.
             now = vars(module)
             for name in [name for name in now if name not in saved and name not in _INTERNAL]:
                 del now[name]
             now.update(saved)
-            if module._modules != children:
-                _refill(module._modules, children)
+            # Submodules and buffers that the forward replaced.
+            for now_held, content in held:
+                if _is_changed(now_held, content):
+                    _refill(now_held, content)
         for value, content in contents:
             if _is_changed(value, content):
                 _refill(value, content)

@@ -30,6 +30,7 @@ from lightning_ulysses.interceptors.transformers.masks import install_masks
 from lightning_ulysses.interceptors.transformers.model_inputs import supply_inputs
 from lightning_ulysses.interceptors.transformers.positions import Numbering
 from lightning_ulysses.interceptors.transformers.router_loss import check_router, install_router
+from lightning_ulysses.interceptors.transformers.temperature import install as install_temperature
 from lightning_ulysses.patching.handle import Handle
 
 if TYPE_CHECKING:
@@ -241,6 +242,7 @@ def install(context: SequenceContext, root: nn.Module, *, sync_steps: bool = Fal
         # After the hooks above, since these hooks may replace the positions that those supply.
         numbering.install(root, handle)
         install_router(context, handle, models)
+        install_temperature(context, root, handle)
     except BaseException:
         handle.remove()
         raise

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,6 +33,22 @@ _KNOWN_MASKS = {
     "packed_sequence_mask_function",
 }
 
+# These masks have the documents that transformers finds in positions; flash-attn finds those that begin at 0.
+_PACKED = ("sdpa", "eager", "flex_attention")
+
+
+@dataclass
+class PackedCall:
+    """What the running call of a model does in one process, noted by `supply_inputs`.
+
+    Attributes:
+        is_found: Whether transformers finds documents in its positions: they are the batch's, and there is no cache.
+        is_supplied: Whether the call said nothing of a cache.
+    """
+
+    is_found: bool = False
+    is_supplied: bool = False
+
 
 def _mask_parts(mask_function: Callable[..., Any]) -> dict[str, Any]:
     """The factory functions of which a mask function is composed, with the values that each closes over."""
@@ -50,7 +67,9 @@ def _mask_parts(mask_function: Callable[..., Any]) -> dict[str, Any]:
     return parts
 
 
-def _spec_from_mask_function(mask_function: Callable[..., Any], batch: LocalBatch, has_padding: bool) -> MaskSpec:
+def _spec_from_mask_function(
+    mask_function: Callable[..., Any], batch: LocalBatch, has_padding: bool, is_packed: bool
+) -> MaskSpec:
     """The spec of a mask function over the whole sequence. Documents and padding come from the layout of the batch."""
     parts = _mask_parts(mask_function)
     unknown = set(parts) - _KNOWN_MASKS
@@ -73,7 +92,7 @@ def _spec_from_mask_function(mask_function: Callable[..., Any], batch: LocalBatc
     return MaskSpec(
         causal=causal,
         window=window,
-        documents=layout.documents,
+        documents=layout.uncached if is_packed else layout.documents,
         valid=layout.valid if has_padding else None,
         num_padding=layout.num_padding,
         ahead=ahead,
@@ -85,7 +104,7 @@ def install_masks(context: SequenceContext, handle: Handle, names: tuple[str, ..
     """Replaces the mask functions registered under ``names``."""
     from transformers.masking_utils import AttentionMaskInterface
 
-    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         @context.takes_over(original, outside_regions=True)
         def describe_mask(*args: Any, **kwargs: Any) -> Any:
             if context.place.trial is not None:
@@ -106,7 +125,9 @@ def install_masks(context: SequenceContext, handle: Handle, names: tuple[str, ..
             if whole is not None and {values["q_length"], values["kv_length"]} != {whole.layout.seq_len}:
                 return original(*args, **kwargs)
             padding = values.get("attention_mask")
-            spec = _spec_from_mask_function(values["mask_function"], batch, padding is not None)
+            running = context.place.batch or batch
+            is_packed = padding is None and name in _PACKED and running.notes.of(PackedCall).is_found
+            spec = _spec_from_mask_function(values["mask_function"], batch, padding is not None, is_packed)
             seed = torch.ones(1, dtype=torch.bool, device=values.get("device", "cpu"))
             batch.notes.of(MaskTable)[seed] = spec
             # (1,) -> (1, 1, 1, 1) -> (B, 1, S_r, S_r) in the memory of one element: models may look at the shape.
@@ -117,4 +138,4 @@ def install_masks(context: SequenceContext, handle: Handle, names: tuple[str, ..
     registry: dict[str, Any] = AttentionMaskInterface._global_mapping
     for name in names:
         if name in registry:
-            handle.patch_item(registry, name, wrap(registry[name]))
+            handle.patch_item(registry, name, wrap(name, registry[name]))

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from lightning_ulysses.context import LocalBatch, SequenceContext
 from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.interceptors.transformers.masks import PackedCall
 from lightning_ulysses.interceptors.transformers.positions import Numbering
 from lightning_ulysses.loss.evidence import LossEvidence, TargetEvidence
+from lightning_ulysses.notes import known
 from lightning_ulysses.patching.outside_graphs import eager
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ def supply_inputs(context: SequenceContext, model: PreTrainedModel, numbering: N
                     "a model that can be told the positions of its tokens",
                     "train it without sequence parallelism (sp_size=1)",
                 )
+        note_packing(batch, given)
         # A key/value cache would hold the keys of one slice only, and cost memory.
         if takes_cache and given.get("use_cache") is None:
             added["use_cache"] = False
@@ -53,12 +56,22 @@ def supply_inputs(context: SequenceContext, model: PreTrainedModel, numbering: N
             added |= shifted_labels(batch, labels, given, shifts, takes_any, name)
         return (args, {**kwargs, **added}) if added else None
 
+    def note_packing(batch: LocalBatch, given: dict[str, Any]) -> None:
+        layout, note = batch.layout, batch.notes.of(PackedCall)
+        if layout.uncached == layout.documents or (note.is_supplied and given.get("use_cache") is not None):
+            # In the latter case a model around this one has taken note already.
+            return
+        note.is_supplied = given.get("use_cache") is None
+        cached = takes_cache and _is_cached(model, given)
+        note.is_found = not cached and _is_own(given.get("position_ids"), batch.shards.get("position_ids"))
+
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         batch = context.described
         if batch is not None:
             return supply(batch, args, kwargs)
         # Outside of a region of a plan the model is whole, but a cache would reach into the blocks that are split.
         if context.plan is not None and context.place.batch is not None and takes_cache:
+            note_packing(context.place.batch, {**signature.bind_partial(*args, **kwargs).arguments, **kwargs})
             return None if kwargs.get("use_cache") is not None else (args, {**kwargs, "use_cache": False})
         return None
 
@@ -72,6 +85,21 @@ def _positions(batch: LocalBatch, tokens: Tensor, rank: int) -> Tensor:
     begin = batch.layout.starts[rank]
     # (S_r,) -> (1, S_r)
     return torch.arange(begin, begin + tokens.shape[1], device=tokens.device).unsqueeze(0)
+
+
+def _is_cached(model: PreTrainedModel, given: dict[str, Any]) -> bool:
+    """Whether a call fills a cache in one process; see transformers ``generic.merge_with_config_defaults``."""
+    configs = model.config, model.config.get_text_config()
+    wanted = (given.get("use_cache"), *(getattr(config, "use_cache", None) for config in configs))
+    is_wanted = next((bool(each) for each in wanted if each is not None), False)
+    return is_wanted and not (model.training and torch.is_grad_enabled() and model.is_gradient_checkpointing)
+
+
+def _is_own(positions: Any, shard: Tensor | None) -> bool:
+    """Whether positions of a call are those of the batch."""
+    if shard is None or not isinstance(positions, Tensor):
+        return False
+    return positions in known([shard]) or _same(positions, shard)
 
 
 def shifted_labels(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.geometry.documents import document_runs, valid_runs
+from lightning_ulysses.geometry.documents import document_runs, sequences_without_cache, valid_runs
 from lightning_ulysses.geometry.layout import Runs, SequenceLayout, cu_seqlens_to_runs, runs_from_starts
 
 relaxed = settings(deadline=None, max_examples=150)
@@ -84,8 +84,11 @@ def test_cu_seqlens_that_do_not_fit_are_refused(edges: list[int]) -> None:
 def test_documents_from_positions(rows: list[list[int]], offset: int) -> None:
     seq_len = sum(rows[0])
     positions = torch.tensor([restarting(lengths) for lengths in rows]) + offset
+    if seq_len > 1 and all(length == 1 for lengths in rows for length in lengths):
+        with pytest.raises(UlyssesError, match="every token is a document of its own"):
+            document_runs({}, positions, len(rows), seq_len)
+        return
     runs = document_runs({}, positions, len(rows), seq_len)
-    # A document of one token that is followed by one of one token restarts at the same position.
     if all(len(lengths) == 1 for lengths in rows):
         assert runs is None
         return
@@ -116,6 +119,8 @@ def padded_positions(lengths: list[int], gaps: list[int], fill: str) -> tuple[li
 @relaxed
 @given(row_lengths, st.data(), st.sampled_from(["counts", "stays", "fixed"]))
 def test_padding_is_no_document(lengths: list[int], data: st.DataObject, fill: str) -> None:
+    # Documents of one token alone are refused.
+    lengths = [*lengths, 2]
     gaps = data.draw(st.lists(st.integers(0, 4), min_size=len(lengths) + 1, max_size=len(lengths) + 1))
     positions, kept, begins = padded_positions(lengths, gaps, fill)
     seq_len = len(kept)
@@ -135,9 +140,21 @@ def test_positions_that_go_on_over_padding_mark_no_documents(rows: list[list[boo
     assert document_runs({}, positions.masked_fill(mask == 0, 1), len(rows), 9, mask) is None
 
 
-def test_a_mask_of_one_row_and_a_jump_ahead() -> None:
+def test_jumps_ahead_are_no_documents_but_for_a_call_without_mask_and_cache() -> None:
     positions, mask = torch.tensor([[0, 0, 1, 9, 9, 10]]), torch.tensor([[0, 1, 1, 1, 0, 1]])
-    assert document_runs({}, positions, 2, 6, mask) == (((0, 3), (3, 6)),) * 2
+    assert document_runs({}, positions, 2, 6, mask) is None
+    assert sequences_without_cache(positions, 2) == (((0, 1), (1, 3), (3, 4), (4, 6)),) * 2
+    assert document_runs({}, torch.tensor([[2, 3, 40, 2, 2, 3]]), 1, 6) == (((0, 3), (3, 4), (4, 6)),)
+    assert sequences_without_cache(torch.arange(7, 12), 3) is None
+
+
+@pytest.mark.parametrize("mask", [None, torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])])
+def test_positions_that_never_grow_are_refused(mask: Tensor | None) -> None:
+    for positions in (torch.zeros(2, 5, dtype=torch.int64), torch.full((1, 5), 7)):
+        with pytest.raises(UlyssesError, match=r"never grow .* leave position_ids out"):
+            document_runs({}, positions, 2, 5, mask)
+    # A row of padding beside another one does no harm.
+    assert document_runs({}, torch.tensor([[0, 1, 2, 0, 1], [0] * 5]), 2, 5) is not None
 
 
 def test_positions_shared_by_all_rows() -> None:

@@ -95,7 +95,8 @@ def test_a_transformers_model_is_exact(pool: ProcessPool) -> None:
     for layer in module.model.model.layers:
         layer.self_attn.attention_dropout = 0.1
     report = check(pool, module, token_batch(1, 200, 2, "uneven"), layers=1, max_tokens=33)
-    assert report.exact and report.seq_len == 33
+    assert report.exact and report.seq_len == 33 and report.is_cut
+    assert "EXACT on 33 tokens: " in str(report) and "NOT CHECKED: longer sequences; set max_tokens" in str(report)
     notes = "\n".join(report.notes)
     for part in ("S = 200 to 33 tokens", "model built anew with 1 layers", "dropout on", "attention_dropout=0.1"):
         assert part in notes and part in str(report)
