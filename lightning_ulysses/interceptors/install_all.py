@@ -11,7 +11,7 @@ from lightning_ulysses import regions
 from lightning_ulysses.context import SequenceContext
 from lightning_ulysses.interceptors import (
     flash_attn,
-    torch_dropout,
+    torch_draws,
     torch_flex,
     torch_multihead,
     torch_sdpa,
@@ -54,7 +54,7 @@ def _install(handle: Handle, context: SequenceContext, module: nn.Module, zero_s
     handle.add(torch.compiler.reset)
     handle.add(keep_checkpoint_inputs().remove)
     handle.add(targets.install(context).remove)
-    handle.add(torch_dropout.install(context).remove)
+    handle.add(torch_draws.install(context, module).remove)
     handle.add(torch_sdpa.install(context, module).remove)
     handle.add(torch_multihead.install(context).remove)
     handle.add(flash_attn.install(context, module).remove)
