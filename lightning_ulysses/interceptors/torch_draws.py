@@ -37,10 +37,12 @@ _FILLS = (
 
 
 def _ordered_like(x: Tensor, shape: list[int]) -> Tensor:
-    """An empty tensor whose dimensions lie in memory as those of ``x`` do: numbers are drawn in that order."""
-    strides = x.stride()
+    """An empty tensor whose dimensions lie in memory as those of one like ``x`` do: numbers are drawn in that order."""
+    # The strides of a new tensor say nothing of a dimension of length 1, and those of an expanded one nothing at all.
+    strides = x.stride() if 0 not in x.stride() else torch.empty_like(x).stride()
     order = sorted(range(x.dim()), key=lambda dim: -strides[dim])
     empty = torch.empty([shape[dim] for dim in order], dtype=x.dtype, device=x.device)
+    # (in the order of memory) -> (in the order of x)
     return empty.permute([order.index(dim) for dim in range(x.dim())])
 
 
@@ -74,8 +76,7 @@ def _like(original: Function, find: Find) -> Draw:
         if cut is None:
             return None
         is_leaf = kwargs.pop("requires_grad", False)
-        # In the order in which a tensor like this one would lie; `input` may be a view that is spread out.
-        template = _ordered_like(torch.empty_like(input), cut.whole(input.shape))
+        template = _ordered_like(input, cut.whole(input.shape))
         return cut.take(original(template, *args, **kwargs)).requires_grad_(is_leaf)
 
     return draw
@@ -111,7 +112,7 @@ def _mask(original: Function, find: Find) -> Draw:
         if cut is None:
             return None
         with torch.no_grad():
-            ones = _ordered_like(torch.empty_like(input), cut.whole(input.shape)).fill_(1.0)
+            ones = _ordered_like(input, cut.whole(input.shape)).fill_(1.0)
             own = cut.take(original(ones, p, True))
         return input.mul_(own) if inplace else input * own
 
