@@ -83,7 +83,9 @@ class DrawTable:
     def __init__(self) -> None:
         # None for a line that draws the same for all slices.
         self._dims: dict[Site, int | None] = {}
+        # Lines that draw along different dimensions, and lines of which the user knows that they are ambiguous.
         self._unclear: set[Site] = set()
+        self._warned: set[Site] = set()
         self._recorded: list[Drawn] | None = None
         self._expected: Iterator[Drawn] | None = None
 
@@ -152,18 +154,19 @@ class DrawTable:
             dim = self._dims[site]
             if dim is None or (dim in dims and shape[dim] and shape[dim] % share == 0):
                 return dim
-        for length in (share, rows * share):
-            found = [dim for dim in dims if shape[dim] == length]
-            if len(found) > 1:
-                found = [1 if 1 in found else found[0]]
-                self._warn(site, shape, share, found[0])
-            if found:
-                return found[0]
-        return None
+        # (B, S_r, ...) before (B * S_r, ...), and both before others
+        wanted = [(1, share), (0, rows * share), *((dim, share) for dim in dims)]
+        if shape[0] != rows:
+            wanted = wanted[1:]
+        found = [dim for dim, length in wanted if dim in dims and shape[dim] == length]
+        if len({*found}) > 1:
+            self._warn(site, shape, share, found[0])
+        return found[0] if found else None
 
     def _warn(self, site: Site, shape: tuple[int, ...], share: int, dim: int) -> None:
-        self._dims[site] = dim
-        self._unclear.discard(site)
+        if site in self._warned:
+            return
+        self._warned.add(site)
         warnings.warn(
             f"{site[0]} at {site[2]}:{site[3]} draws {shape}, of which several dimensions are as long as the {share} "
             f"tokens of a slice. Dimension {dim} is taken for the sequence. Set check_model=True in the strategy to "

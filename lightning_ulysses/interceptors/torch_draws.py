@@ -180,12 +180,17 @@ def _wrapped(context: SequenceContext, original: Function, name: str, kind: Call
     def find(shape: tuple[int, ...], dims: Any = None) -> Cut | None:
         return context.notes.of(DrawTable).find(context, name, shape, dims)
 
-    taken = kind(original, find)
+    def alone(*args: Any, **kwargs: Any) -> Any:
+        # Under a function mode, functions of torch.nn.functional call themselves by their names, and so `choose`.
+        with context.plain():
+            return original(*args, **kwargs)
+
+    taken = kind(alone, find)
     is_dropout = "dropout" in name
 
     def draw(*args: Any, **kwargs: Any) -> Any:
         drawn = taken(*args, **kwargs)
-        return original(*args, **kwargs) if drawn is None else drawn
+        return alone(*args, **kwargs) if drawn is None else drawn
 
     outside = eager(draw)
 
