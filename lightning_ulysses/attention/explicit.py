@@ -13,6 +13,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+# Bound at import: heads of one rank are no slice of the sequence, whose draws are taken over.
+from torch.nn.functional import dropout as _dropout
 from torch.utils.checkpoint import checkpoint
 
 # Queries in a block: the scores of one block exist at a time.
@@ -93,7 +96,7 @@ def _block(
         weights = torch.cat([scores, sink], dim=-1).softmax(dim=-1)[..., :-1]
     else:
         weights = scores.softmax(dim=-1)
-    weights = torch.nn.functional.dropout(weights.to(v.dtype), dropout_p)
+    weights = _dropout(weights.to(v.dtype), dropout_p)
     # (B, heads, H / heads, S_q, S_k) -> (B, heads, H / heads * S_q, S_k)
     rows = weights.flatten(2, 3)
     # (B, heads, H / heads * S_q, D_v) -> (B, heads, H / heads, S_q, D_v) -> (B, H, S_q, D_v)

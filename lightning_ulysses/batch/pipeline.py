@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -181,14 +181,11 @@ class BatchPipeline:
         return local_batch(whole, self._mesh.sp_rank, move, self._device, stand_in=is_training, targets=targets)
 
     def drawing(self, where: str, clock: Clock) -> AbstractContextManager[None]:
-        """A context with random numbers that the ranks of a group share, and that a resumed run draws again.
+        """A context with random numbers that do not depend on P, and that a resumed run draws again.
 
         Some draws of a step concern the whole sample. If ranks drew different noise levels, they would train on
         different samples. If they dropped different layers, they would deadlock.
         """
-        # On one rank there is nothing to share, and the user's own seeding stays in effect.
-        if self._mesh.sp_size == 1:
-            return nullcontext()
         when = (clock.epoch, clock.batch)
         if not clock.is_training:
             # Evaluation has no counter that a run restores, so calls are counted within the process.

@@ -6,7 +6,7 @@ import hashlib
 import random
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -55,3 +55,15 @@ def named_stream(*name: object, device: torch.device | None = None) -> Iterator[
         if "numpy" in sys.modules:
             sys.modules["numpy"].random.seed(seed)
         yield
+
+
+def step_stream(seed: int, dp_rank: int, batch: int, epoch: int = 0) -> AbstractContextManager[None]:
+    """The random numbers of a training step on the CPU, for a process without the strategy.
+
+    Args:
+        seed: The run's.
+        dp_rank: Of the data-parallel group whose batch it is.
+        batch: Number of training batches that the group has used, over all epochs.
+        epoch: Number of epochs finished.
+    """
+    return named_stream(seed, dp_rank, "train", "training_step", epoch, batch)

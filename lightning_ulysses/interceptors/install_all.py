@@ -13,7 +13,7 @@ from lightning_ulysses.divided import aware, touched
 from lightning_ulysses.interceptors import (
     flash_attn,
     highest_position,
-    torch_dropout,
+    torch_draws,
     torch_flex,
     torch_multihead,
     torch_sdpa,
@@ -60,8 +60,8 @@ def _install(handle: Handle, context: SequenceContext, module: nn.Module, zero_s
         handle.add(touch_through(touched).remove)
         handle.patch(torch.nn.functional, "linear", aware("linear", torch.nn.functional.linear))
     handle.add(targets.install(context).remove)
-    handle.add(torch_dropout.install(context).remove)
     handle.add(highest_position.install(context, module).remove)
+    handle.add(torch_draws.install(context, module).remove)
     handle.add(torch_sdpa.install(context, module).remove)
     handle.add(torch_multihead.install(context).remove)
     handle.add(flash_attn.install(context, module).remove)

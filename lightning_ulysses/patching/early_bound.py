@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -24,15 +24,18 @@ _LEAVE_ALONE = ("torch", "lightning_ulysses")
 _WRAPPERS = {staticmethod, functools.partial}
 
 
-def _replaced(value: Any, original: Callable[..., Any], replacement: Callable[..., Any]) -> Any:
-    """``value`` with ``replacement`` in place of ``original``; ``value`` itself if it holds another function."""
-    if value is original:
-        return replacement
-    if isinstance(value, staticmethod) and value.__func__ is original:
-        return staticmethod(replacement)
-    if isinstance(value, functools.partial) and value.func is original:
-        return functools.partial(replacement, *value.args, **value.keywords)
-    return value
+def _replaced(value: Any, functions: Mapping[int, Callable[..., Any]]) -> Any:
+    """``value`` with a replacement in place of the function that it holds; ``value`` itself if that has none.
+
+    Args:
+        value: A function, or an object that holds one.
+        functions: Replacements by the id of the original.
+    """
+    if type(value) is staticmethod and id(value.__func__) in functions:
+        return staticmethod(functions[id(value.__func__)])
+    if type(value) is functools.partial and id(value.func) in functions:
+        return functools.partial(functions[id(value.func)], *value.args, **value.keywords)
+    return functions.get(id(value), value)
 
 
 def _owners(root: nn.Module) -> list[Any]:
@@ -59,21 +62,33 @@ def compiled_copies(root: nn.Module, original: Callable[..., Any]) -> list[Calla
 
 
 def rebind(handle: Handle, root: nn.Module, original: Callable[..., Any], replacement: Callable[..., Any]) -> None:
-    """Puts ``replacement`` wherever ``original`` is held, and registers the undo with ``handle``.
+    """`rebind_all` for one function."""
+    rebind_all(handle, root, {original: replacement})
+
+
+def rebind_all(handle: Handle, root: nn.Module, functions: Mapping[Callable[..., Any], Callable[..., Any]]) -> None:
+    """Puts replacements wherever their originals are held, and registers the undo with ``handle``.
 
     Searches the globals of every imported module except torch's. Also searches the attributes of every submodule of
     ``root`` and of its classes. A ``functools.partial`` or ``staticmethod`` of the function counts too. Closures and
     default arguments are out of reach.
+
+    Args:
+        handle: Takes the undo.
+        root: The user's LightningModule.
+        functions: The replacement of each original.
     """
+    # By id: a value of a module need not be hashable.
+    by_id = {id(original): replacement for original, replacement in functions.items()}
     for owner in _owners(root):
         values = list(vars(owner).values())
         # There are about a hundred thousand values. This check compares them in C instead of in a Python loop.
-        if id(original) not in map(id, values) and _WRAPPERS.isdisjoint(map(type, values)):
+        if by_id.keys().isdisjoint(map(id, values)) and _WRAPPERS.isdisjoint(map(type, values)):
             continue
         # type() and not isinstance(), which reads __class__: that may make a lazy object load itself.
-        found = [(n, v) for n, v in list(vars(owner).items()) if v is original or type(v) in _WRAPPERS]
+        found = [(n, v) for n, v in list(vars(owner).items()) if id(v) in by_id or type(v) in _WRAPPERS]
         for name, value in found:
-            new = _replaced(value, original, replacement)
+            new = _replaced(value, by_id)
             if new is not value:
                 _put(handle, owner, name, value, new)
 

@@ -19,10 +19,15 @@ class Handle:
     def patch(self, owner: Any, name: str, replacement: Any) -> None:
         """Sets ``owner.name`` until `remove`. If somebody has patched it again since, that patch stays."""
         original = getattr(owner, name)
+        is_inherited = isinstance(owner, type) and name not in vars(owner)
         setattr(owner, name, replacement)
 
         def undo() -> None:
-            if getattr(owner, name) is replacement:
+            if getattr(owner, name) is not replacement:
+                return
+            if is_inherited:
+                delattr(owner, name)
+            else:
                 setattr(owner, name, original)
 
         self.add(undo)

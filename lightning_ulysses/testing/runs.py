@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from lightning_ulysses.batch.random_streams import step_stream
 from lightning_ulysses.strategy import UlyssesDeepSpeedStrategy
 from lightning_ulysses.testing.processes import ProcessPool
 
@@ -165,6 +167,8 @@ def fit_single(
     count: Callable[[Any], float],
     *,
     clip: float | None = None,
+    seed: int | None = None,
+    dp_size: int = 1,
 ) -> StepResult:
     """The reference: one process, no Trainer, no strategy.
 
@@ -173,21 +177,26 @@ def fit_single(
         steps: For each optimizer step the whole micro-batches of all data-parallel groups.
         count: Returns the number of targets of a micro-batch; its loss is the mean over them.
         clip: Largest gradient norm.
+        seed: Has steps draw what the strategy has them draw in a run with this seed. By default they go on with the
+            process's own generators.
+        dp_size: Data-parallel groups, to which micro-batches are dealt in turn; each draws numbers of its own.
     """
     module = make()
     module.train()
     optimizer: Any = module.configure_optimizers()
     before = {name: p.detach().float().clone() for name, p in module.named_parameters()}
-    losses, norms = [], []
+    losses, norms, number = [], [], -1
     for batches in steps:
         total = sum(count(batch) for batch in batches)
         optimizer.zero_grad()
         value = 0.0
         for batch in batches:
+            number += 1
             # A mean over no target would be NaN.
             if not count(batch):
                 continue
-            output: Any = module.training_step(batch, 0)
+            with nullcontext() if seed is None else step_stream(seed, number % dp_size, number // dp_size):
+                output: Any = module.training_step(batch, 0)
             loss = (output["loss"] if isinstance(output, dict) else output) * (count(batch) / total)
             loss.backward()
             value += float(loss.detach())

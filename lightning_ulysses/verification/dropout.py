@@ -1,17 +1,11 @@
-"""Switches dropout off in both runs, since ranks draw other random numbers than one process would."""
+"""Switches dropout of attention off in both runs: each rank draws for its own heads, other than one process would."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
-
-from lightning_ulysses.patching.handle import Handle
 
 _NAMES = ("dropout", "pdrop", "drop_path", "layerdrop")
 
@@ -20,15 +14,18 @@ def _probability(value: Any) -> bool:
     return isinstance(value, float) and 0.0 < value <= 1.0
 
 
-def silence_modules(root: nn.Module) -> list[str]:
-    """Sets every dropout probability below ``root`` to 0.
+def silence_attention(root: nn.Module) -> list[str]:
+    """Sets dropout probabilities below ``root`` to 0 that attention may use.
+
+    Those are numbers that modules or their configurations hold, and dropout layers inside of attention. Other dropout
+    layers draw as in one process.
 
     Returns:
         A note that names them, if there were any.
     """
     found: list[str] = []
     for name, module in root.named_modules():
-        if isinstance(module, _DropoutNd) and module.p > 0:
+        if isinstance(module, _DropoutNd) and module.p > 0 and "att" in name.lower():
             found.append(f"{name} (p={module.p:g})")
             module.p = 0.0
         for holder, where in ((module, name), (getattr(module, "config", None), f"{name}.config")):
@@ -40,24 +37,3 @@ def silence_modules(root: nn.Module) -> list[str]:
         return []
     more = f" and {len(found) - 4} more" if len(found) > 4 else ""
     return [f"dropout on, switched off for the comparison: {', '.join(found[:4])}{more}"]
-
-
-@contextmanager
-def dropout_off(notes: list[str]) -> Iterator[None]:
-    """Makes ``torch.nn.functional.dropout`` return its input, and notes every call that would have dropped."""
-    original = torch.nn.functional.dropout
-
-    @functools.wraps(original)
-    def dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
-        note = f"dropout on, switched off for the comparison: torch.nn.functional.dropout(p={p:g})"
-        if training and p > 0 and note not in notes:
-            notes.append(note)
-        return input
-
-    handle = Handle()
-    functional: Any = torch.nn.functional
-    handle.patch(functional, "dropout", dropout)
-    try:
-        yield
-    finally:
-        handle.remove()

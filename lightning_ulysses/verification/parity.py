@@ -49,7 +49,7 @@ def verify_parity(
 ) -> ParityReport:
     """Runs a module in one process and split over P, from the same weights, and compares loss and gradients.
 
-    Both runs are in float32 with dropout switched off and change no weights, so that every batch is compared on the
+    Both runs are in float32 with dropout of attention off and change no weights, so that every batch is compared on the
     same ones. ``module`` itself stays as it is: the processes work on copies.
 
     Args:

@@ -28,7 +28,7 @@ _REASONS = {
         "use batch['shift_labels'], which is shifted before the cut, and keep all logits",
     ),
     "random": (
-        "dropout, or other random numbers that the step draws: ranks draw others than one process would",
+        "dropout of attention, or other random numbers that are not those that one process would draw",
         "set the probability to 0 for this comparison; in training such a difference is only another draw",
     ),
     "targets": (

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from lightning_ulysses.batch.random_streams import named_stream
 from lightning_ulysses.batch.whole import read_batch
 from lightning_ulysses.config import batch_rules, whole_rules
 from lightning_ulysses.context import current_context
@@ -29,7 +30,7 @@ from lightning_ulysses.geometry.split_plan import read_plan
 from lightning_ulysses.regions.notes import RegionSizes
 from lightning_ulysses.strategy import UlyssesDeepSpeedStrategy
 from lightning_ulysses.testing import QUIET
-from lightning_ulysses.verification.dropout import dropout_off, silence_modules
+from lightning_ulysses.verification.dropout import silence_attention
 from lightning_ulysses.verification.record import Call, Recorder, Suspect, Watch
 from lightning_ulysses.verification.shrink import fewer_layers
 
@@ -111,7 +112,7 @@ def _prepare(job: Job, weights: Path, save: bool, notes: list[str]) -> pl.Lightn
         if any(p.is_floating_point() and p.dtype != torch.float32 for p in self.parameters()):
             notes.append("computed in float32, whatever the dtype of the weights")
             self.float()
-        notes.extend(silence_modules(self))
+        notes.extend(silence_attention(self))
         for each in self.modules():
             config: Any = getattr(each, "config", None)
             if hasattr(config, "use_cache"):
@@ -140,20 +141,28 @@ class _Keeper(pl.Callback):
         self.record = record
         self.share = share
         self.recorder: Recorder | None = None
+        self._steps = 0
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # Behind the strategy's own hooks, and so with what they supply.
         self.recorder = Recorder(pl_module)
         module: Any = pl_module
-        module.training_step = self._watched(module.training_step, self.recorder)
+        module.training_step = self._watched(module.training_step, self.recorder, pl_module.device)
 
-    def _watched(self, step: Callable[..., Any], recorder: Recorder) -> Callable[..., Any]:
+    def _watched(self, step: Callable[..., Any], recorder: Recorder, device: torch.device) -> Callable[..., Any]:
         @functools.wraps(step)
         def training_step(*args: Any, **kwargs: Any) -> Any:
             context = current_context()
             # A trial of the step is no step.
-            if self.record.calls or (context is not None and context.place.takes_calls):
+            if context is not None and context.place.takes_calls:
+                return step(*args, **kwargs)
+            self._steps += 1
+            with named_stream("verify", self._steps, device=device):
+                return watched(*args, **kwargs)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            if self.record.calls:
                 return step(*args, **kwargs)
             self.record.calls = recorder.calls
             watch = Watch(self.share, recorder.current) if self.share is not None else None
@@ -226,8 +235,7 @@ def _fit(job: Job, strategy: Any, batches: list[Any], keeper: _Keeper, save: boo
         **QUIET,
     )
     torch.manual_seed(_SEED)
-    with dropout_off(keeper.record.notes):
-        trainer.fit(module, DataLoader(batches, batch_size=None, collate_fn=_same))  # type: ignore[arg-type]
+    trainer.fit(module, DataLoader(batches, batch_size=None, collate_fn=_same))  # type: ignore[arg-type]
 
 
 def _finish(record: Record, path: Path, run: Callable[[], None]) -> None:

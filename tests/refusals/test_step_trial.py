@@ -263,12 +263,10 @@ class ByHand(HandWritten):
         logits = F.dropout(self(x), 0.1, self.training)
         self.seen(logits.detach().mean())
         self.log("mean", logits.mean())
-        if self.loss_name == "noise":
-            # In the shape of the slice: every slice draws the same numbers.
-            return F.cross_entropy((logits + torch.rand_like(logits)).flatten(0, 1), y.flatten())
         if self.loss_name == "noise before":
             hidden = self.embed(x)
-            hidden = hidden + 0.1 * torch.rand_like(hidden)
+            # By the length of the slice.
+            hidden = hidden + torch.rand_like(hidden) / hidden.shape[1]
             for block in self.blocks:
                 hidden = block(hidden)
             return F.cross_entropy(self.head(hidden).flatten(0, 1), y.flatten())

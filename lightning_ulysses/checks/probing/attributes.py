@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from types import FunctionType, ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 # Attributes of every nn.Module, such as its hooks and submodules.
@@ -89,3 +90,15 @@ def attributes_kept(root: nn.Module) -> Iterator[None]:
         for value, content in contents:
             if _is_changed(value, content):
                 _refill(value, content)
+
+
+@contextmanager
+def generators_kept(root: nn.Module) -> Iterator[None]:
+    """Puts back the states of generators that modules hold."""
+    values = (value for module in root.modules() for value in vars(module).values())
+    states = [(value, value.get_state()) for value in values if isinstance(value, torch.Generator)]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)

@@ -20,7 +20,7 @@ from torch import nn
 from lightning_ulysses.attention.route import AttentionTally
 from lightning_ulysses.attention.stand_in import KeepApart
 from lightning_ulysses.batch.random_streams import kept_streams
-from lightning_ulysses.checks.probing.attributes import attributes_kept
+from lightning_ulysses.checks.probing.attributes import attributes_kept, generators_kept
 from lightning_ulysses.checks.probing.calls import Call, choose_length, has_dim
 from lightning_ulysses.checks.probing.compiled import (
     call_around,
@@ -222,6 +222,7 @@ class ModelProbe:
         with (
             uncompiled,
             kept_streams(self._device),
+            generators_kept(self._root),
             self._context.tried(self._stand_in, batch, is_probed=True),
             record(call.module) as recording,
         ):

@@ -47,7 +47,7 @@ def _moved(moved: tuple[int, str, float], module: str, joined: str) -> NoTokenMe
         "the whole sequence and a slice of it",
         "a step in which a token's queries, keys and values are its own: the same random numbers, positions and "
         "scales on a slice as on the whole",
-        "draw noise in the shape of a sample and not of the slice, and take positions from "
+        "draw with functions of torch, scale by the length of the whole sequence, and take positions from "
         f"lightning_ulysses.sequence_positions(x); or {joined}",
     )
 

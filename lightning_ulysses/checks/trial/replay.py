@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from lightning_ulysses.attention.call import AttentionCall
 from lightning_ulysses.checks.trial.blocks import BlockFinder
 from lightning_ulysses.context import SequenceContext
+from lightning_ulysses.interceptors.draw_table import Drawn
 
 
 @dataclass
@@ -36,6 +37,8 @@ class Recording:
     def note(self, call: AttentionCall, answer: Any, value: Tensor | None = None) -> Any:
         """Keeps the first tensor in ``answer``, or ``value`` in its place, as a leaf."""
         self.inputs.append((call.q.detach(), call.k.detach(), call.v.detach()))
+        # Dropout inside of attention draws differently in each kind of run, and what follows must not.
+        _reseed(len(self.inputs), call.q)
         leaves, spec = tree_flatten(answer)
         index = _first_tensor(leaves)
         # Outside of any graph that the caller may have switched off, so that its own grad mode decides what follows.
@@ -60,12 +63,14 @@ class Recorder:
         context: Tells what is split at this moment.
         blocks: Is told of each attention call.
         draws: For each call whether it drew random numbers, so that it would return something else again.
+        drawn: What the step drew by itself; see `interceptors.draw_table`.
     """
 
     context: SequenceContext
     blocks: BlockFinder | None = None
     recording: Recording = field(default_factory=Recording)
     draws: list[bool] = field(default_factory=list)
+    drawn: list[Drawn] = field(default_factory=list)
 
     def answer(self, call: AttentionCall, plain: Callable[[], Any]) -> Any:
         """See `context.Trial`."""
@@ -157,6 +162,13 @@ def _first_tensor(leaves: list[Any]) -> int:
 
 def _random_state(like: Tensor) -> Tensor:
     return torch.cuda.get_rng_state(like.device) if like.is_cuda else torch.get_rng_state()
+
+
+def _reseed(number: int, like: Tensor) -> None:
+    torch.default_generator.manual_seed(number)
+    if like.is_cuda:
+        with torch.cuda.device(like.device):
+            torch.cuda.manual_seed(number)
 
 
 def cut_dim(whole: Tensor, part: Tensor) -> int | None:

@@ -16,12 +16,10 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from lightning_ulysses.batch.random_streams import named_stream
-from lightning_ulysses.checks.probing.attributes import attributes_kept
+from lightning_ulysses.checks.probing.attributes import attributes_kept, generators_kept
 from lightning_ulysses.checks.probing.compiled import uncompile_steps
 from lightning_ulysses.patching.handle import Handle
 from lightning_ulysses.regions.recompute import replace_checkpoints
-
-_DROPS = ("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "feature_alpha_dropout")
 
 
 class StepEnds(Exception):
@@ -38,10 +36,6 @@ class StepEnds(Exception):
 
 def _ends(loss: Tensor, *args: Any, **kwargs: Any) -> None:
     raise StepEnds(loss)
-
-
-def _same(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    return input
 
 
 def _directly(function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -150,9 +144,6 @@ def _readonly_files(handle: Handle) -> None:
 def _quiet_functions(root: nn.Module) -> Handle:
     """Switches off what would differ between two runs, or run a part of the step twice."""
     handle = Handle()
-    functional: Any = torch.nn.functional
-    for name in _DROPS:
-        handle.patch(functional, name, _same)
     replace_checkpoints(root, handle, lambda original: _directly)
     return handle
 
@@ -160,7 +151,7 @@ def _quiet_functions(root: nn.Module) -> Handle:
 @contextmanager
 def state_kept(root: nn.Module) -> Iterator[None]:
     """Inside, ``root`` may run its hooks: attributes, buffers and metrics are as before afterwards."""
-    with attributes_kept(root), _metrics_kept(root), _tensors_kept(root), _flags_kept(root):
+    with attributes_kept(root), _metrics_kept(root), _tensors_kept(root), _flags_kept(root), generators_kept(root):
         yield
 
 

@@ -35,6 +35,7 @@ from lightning_ulysses.context import LocalBatch, SequenceContext
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.geometry.batch_keys import BatchRules
 from lightning_ulysses.geometry.split_plan import SequencePlan
+from lightning_ulysses.interceptors.draw_table import DrawTable
 from lightning_ulysses.loss.evidence import LossEvidence
 from lightning_ulysses.loss.logged import Logged, LogRules, find_rules, is_number
 from lightning_ulysses.regions.notes import RegionTally
@@ -186,7 +187,8 @@ class StepTrial:
         try:
             with self._tried(), self._split_by(plan), state_kept(self._module):
                 inputs, local = self._sample.planned()
-                with repeatable(self._device), context.rehearsed(plan, local, rehearsal), torch.enable_grad():
+                draws = self._draws.replaying(recorder.drawn)
+                with repeatable(self._device), draws, context.rehearsed(plan, local, rehearsal), torch.enable_grad():
                     self._differentiate(step, inputs, rehearsal.recording)
                 half = not computes_precisely(self._module)
                 size = context.mesh.sp_size
@@ -211,6 +213,10 @@ class StepTrial:
         except Exception:
             names = frozenset()
         return frozenset.intersection(*self._from_all(names))
+
+    @property
+    def _draws(self) -> DrawTable:
+        return self._context.notes.of(DrawTable)
 
     def _from_all(self, mine: Any) -> list[Any]:
         everyone: list[Any] = [None] * self._context.mesh.world_size
@@ -249,7 +255,7 @@ class StepTrial:
 
     def _alone(self, step: Step, inputs: Any, local: LocalBatch, blocks: BlockFinder | None = None) -> Recorder:
         recorder = Recorder(self._context, blocks)
-        with self._context.alone():
+        with self._context.alone(), self._draws.recording(recorder.drawn):
             self._try(step, inputs, local, recorder, recorder.recording)
         return recorder
 
@@ -257,7 +263,8 @@ class StepTrial:
         assert self._recorder is not None
         inputs, local = part
         replay = Replay(self._context, self._recorder.recording, local.layout.spans[self._context.mesh.sp_rank])
-        self._try(step, inputs, local, replay, replay.recording)
+        with self._draws.replaying(self._recorder.drawn):
+            self._try(step, inputs, local, replay, replay.recording)
         logged = Logged(self._recorder.recording.logged, replay.recording.logged, local.counts)
         if local.notes.of(LossEvidence).has_whole_part:
             return SliceReport(local.counts, reason="a part of the loss is that of the whole batch"), logged
