@@ -21,6 +21,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_ulysses.batch.clock import Clock
+from lightning_ulysses.checks.hooks import HookWatch
 from lightning_ulysses.checks.optimizer import check_elementwise, clipping_error, no_optimizer
 from lightning_ulysses.checks.trainer import check_trainer, no_output
 from lightning_ulysses.config import UlyssesConfig, batch_rules, check_deepspeed_config, check_replicas, check_stage
@@ -33,6 +34,7 @@ from lightning_ulysses.sequence_parallel import SequenceParallel
 from lightning_ulysses.upstream import deepspeed as upstream_deepspeed
 from lightning_ulysses.upstream import lightning as upstream_lightning
 from lightning_ulysses.upstream.zero_buckets import agree_on_gradients
+from lightning_ulysses.upstream.zero_masters import MasterCopy
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -121,6 +123,8 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
         self._core: SequenceParallel | None = None
         self._base_seed = 0
         self._clip_val = 0.0
+        self._watch: HookWatch | None = None
+        self._masters: MasterCopy | None = None
 
     @property
     def mesh(self) -> SequenceMesh:
@@ -220,6 +224,28 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
         upstream_lightning.set_device_mesh(module, self.mesh.device_mesh)
         forget = partial(upstream_deepspeed.forget_trace, self.deepspeed_engine)
         self.core.install(module, gathers_parameters=self.zero_stage_3, forget=forget, say=rank_zero_info)
+        self._masters = MasterCopy(self.deepspeed_engine.optimizer)
+        self._watch = HookWatch(module, self._flat_parameters, self.root_device, self.zero_stage_3)
+        if trainer.training:
+            upstream_deepspeed.inside(self.deepspeed_engine, "backward", self._in_backward)
+            upstream_deepspeed.inside(self.deepspeed_engine, "step", self._in_step)
+            self._watch.start()
+
+    def _flat_parameters(self) -> list[Tensor]:
+        return [tensor for group in self.deepspeed_engine.optimizer.param_groups for tensor in group["params"]]
+
+    @contextmanager
+    def _in_backward(self) -> Generator[None, None, None]:
+        assert self._watch is not None
+        with self._watch.in_backward(), self.core.backward():
+            yield
+
+    @contextmanager
+    def _in_step(self) -> Generator[None, None, None]:
+        assert self._watch is not None and self._masters is not None
+        with self._watch.in_optimizer_step():
+            self._masters.carry_edits()
+            yield
 
     @override
     def _init_optimizers(self) -> tuple[Any, Any]:
@@ -255,9 +281,11 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
         module, clock = self._module_and_trainer[0], replace(self._now(), is_boundary=is_boundary)
         # By way of the module's own call, around which ZeRO-3 gathers parameters, and not of the engine's.
         tried = partial(self._forward_redirection, module, module, name)
-        batch = self.core.try_step(clock, lambda batch: tried(batch, *args, **kwargs), batch)
-        with self.core.step(clock, name):
-            return getattr(super(), name)(batch, *args, **kwargs)
+        assert self._watch is not None
+        with self._watch.in_user_step(name):
+            batch = self.core.try_step(clock, lambda batch: tried(batch, *args, **kwargs), batch)
+            with self.core.step(clock, name):
+                return getattr(super(), name)(batch, *args, **kwargs)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -289,15 +317,25 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
         # Lightning has divided by it already; the window's own weights take its place.
         repeats = trainer.accumulate_grad_batches if module.automatic_optimization else 1
         loss = self.core.weigh(closure_loss * repeats)
-        with self.core.backward():
+        assert self._watch is not None
+        with self._watch.explained():
             return super().backward(loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     @override
     def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
-        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        assert self._watch is not None
+        with self._watch.explained():
+            output = super().optimizer_step(optimizer, closure, model, **kwargs)
         self.deepspeed_engine.optimizer.clip_grad = self._clip_val
         self.core.stepped()
         return output
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        assert self._watch is not None and self._masters is not None
+        with self._watch.closed():
+            self._masters.carry_edits()
+            super().save_checkpoint(checkpoint, *args, **kwargs)
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
@@ -315,6 +353,8 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
     @override
     def teardown(self) -> None:
         self._close()
+        if self._watch is not None:
+            self._watch.stop()
         vars(self.precision_plugin).pop("clip_gradients", None)
         upstream_deepspeed.restore_linear()
         super().teardown()
