@@ -28,6 +28,7 @@ from lightning_ulysses.config import UlyssesConfig, batch_rules, check_deepspeed
 from lightning_ulysses.context import LocalBatch
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.exchange.mesh import SequenceMesh, resolve_sizes
+from lightning_ulysses.export import keep_replaced, restore_replaced
 from lightning_ulysses.geometry.split_plan import read_plan
 from lightning_ulysses.loss.weights import StepWeights
 from lightning_ulysses.sequence_parallel import SequenceParallel
@@ -335,6 +336,8 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
         assert self._watch is not None and self._masters is not None
         with self._watch.closed():
             self._masters.carry_edits()
+            if not self.zero_stage_3:
+                keep_replaced(checkpoint, self._module_and_trainer[0])
             super().save_checkpoint(checkpoint, *args, **kwargs)
 
     @override
@@ -342,9 +345,17 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
         if not self.load_full_weights:
             upstream_deepspeed.allow_weights_only_load(self.deepspeed_engine)
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        restore_replaced(checkpoint)
         upstream_lightning.rescale_progress(checkpoint, self.mesh.dp_size)
         upstream_lightning.forget_train_loader(self._module_and_trainer[1])
         return checkpoint
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        super().load_model_state_dict(checkpoint, strict)
+        # DeepSpeed has loaded the trained weights; these were saved in their place.
+        if not self.zero_stage_3 and "state_dict" in checkpoint:
+            self._module_and_trainer[0].load_state_dict(checkpoint["state_dict"], strict=strict)
 
     def _close(self) -> None:
         if self._core is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch._dynamo import OptimizedModule
 
@@ -36,6 +37,17 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     _check_activation_checkpointing(getattr(trainer.strategy, "config", None) or {})
     if getattr(trainer.strategy, "zero_stage_3", False):
         _check_compiled(module)
+        _check_averaging(trainer)
+
+
+def _check_averaging(trainer: pl.Trainer) -> None:
+    for callback in getattr(trainer, "callbacks", ()):
+        if isinstance(callback, WeightAveraging):
+            raise UlyssesError(
+                f"{type(callback).__name__} with ZeRO stage 3",
+                "stage 1 or 2, where every rank holds the whole weights that it averages",
+                "set stage=2 in the strategy, or drop the callback",
+            )
 
 
 def _check_compiled(module: pl.LightningModule) -> None:
