@@ -256,7 +256,10 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
             count = 0 if isinstance(optimizers[0], _MockOptimizer) else len(optimizers)
             raise no_optimizer(f"{count} optimizers and {len(schedulers)} schedulers", type(module).__name__)
         if self.ulysses.check_model:
-            check_elementwise(optimizers[0])
+            assert isinstance(self.config, dict)
+            offload = self.config.get("zero_optimization", {}).get("offload_optimizer") or {}
+            stays = offload.get("device", "none") == "none"
+            check_elementwise(optimizers[0], self.root_device if stays else torch.device("cpu"))
         return optimizers[0], schedulers[0] if schedulers else None
 
     def _clip_gradients(
