@@ -22,6 +22,7 @@ from typing_extensions import override
 
 from lightning_ulysses.batch.clock import Clock
 from lightning_ulysses.checks.hooks import HookWatch
+from lightning_ulysses.checks.monitors import check_monitored
 from lightning_ulysses.checks.optimizer import check_elementwise, clipping_error, no_optimizer
 from lightning_ulysses.checks.trainer import check_trainer, no_output
 from lightning_ulysses.config import UlyssesConfig, batch_rules, check_deepspeed_config, check_replicas, check_stage
@@ -31,6 +32,7 @@ from lightning_ulysses.exchange.mesh import SequenceMesh, resolve_sizes
 from lightning_ulysses.export import keep_replaced, restore_replaced
 from lightning_ulysses.geometry.split_plan import read_plan
 from lightning_ulysses.loss.weights import StepWeights
+from lightning_ulysses.patching.handle import Handle
 from lightning_ulysses.sequence_parallel import SequenceParallel
 from lightning_ulysses.upstream import deepspeed as upstream_deepspeed
 from lightning_ulysses.upstream import lightning as upstream_lightning
@@ -126,6 +128,7 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
         self._clip_val = 0.0
         self._watch: HookWatch | None = None
         self._masters: MasterCopy | None = None
+        self._monitors = Handle()
 
     @property
     def mesh(self) -> SequenceMesh:
@@ -231,6 +234,8 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
             upstream_deepspeed.inside(self.deepspeed_engine, "backward", self._in_backward)
             upstream_deepspeed.inside(self.deepspeed_engine, "step", self._in_step)
             self._watch.start()
+            check = partial(check_monitored, self.root_device)
+            self._monitors = upstream_lightning.before_monitoring(trainer, check)
 
     def _flat_parameters(self) -> list[Tensor]:
         return [tensor for group in self.deepspeed_engine.optimizer.param_groups for tensor in group["params"]]
@@ -369,6 +374,7 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
         self._close()
         if self._watch is not None:
             self._watch.stop()
+        self._monitors.remove()
         vars(self.precision_plugin).pop("clip_gradients", None)
         upstream_deepspeed.restore_linear()
         super().teardown()
