@@ -8,12 +8,14 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from exact import BOUND
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from models import HandWritten, pair_batch
+from models import HandWritten, count_targets, pair_batch
 from torch import Tensor
 
 from lightning_ulysses import UlyssesError
-from lightning_ulysses.testing import SplitRun, split_loader, split_trainer
+from lightning_ulysses.callbacks import TokenCountMonitor
+from lightning_ulysses.testing import SplitRun, StepRecorder, StepResult, fit_single, split_loader, split_trainer
 from lightning_ulysses.testing.processes import ProcessPool
 
 BATCHES = [pair_batch(seed, 33, 1, "uneven") for seed in range(2)]
@@ -93,3 +95,32 @@ def test_values_that_a_step_logs_can_be_monitored(pool: ProcessPool, tmp_path: P
     ]
     found = pool.run(run, str(tmp_path), Logs("val_loss", sync=True), callbacks, world_size=2)
     assert found == ["", ""] and list(tmp_path.rglob("*.ckpt"))
+
+
+class Plain(HandWritten):
+    """Logs nothing itself."""
+
+
+def named(rank: int, folder: str) -> tuple[dict[str, float], str, StepResult]:
+    checkpoints = ModelCheckpoint(monitor="val_loss")
+    monitor = TokenCountMonitor(report=False, prog_bar=False, names={"validate/loss": "val_loss", "train/loss": "loss"})
+    settings = {"enable_checkpointing": True, "default_root_dir": folder, "max_steps": 1, "log_every_n_steps": 1}
+    recorder = StepRecorder()
+    trainer = split_trainer(SplitRun(trainer=settings), [monitor, checkpoints, recorder])
+    trainer.fit(Plain(), *(split_loader(BATCHES[:1], SplitRun(), rank) for _ in range(2)))
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return metrics, checkpoints.best_model_path, recorder.result()
+
+
+def test_the_monitor_logs_the_norm_and_names_that_are_chosen(pool: ProcessPool, tmp_path: Path) -> None:
+    wanted = fit_single(Plain, [BATCHES[:1]], count_targets)
+    for metrics, best, _ in pool.run(named, str(tmp_path), world_size=2):
+        assert abs(metrics["train/grad_norm"] / wanted.grad_norms[0] - 1) <= BOUND
+        assert abs(metrics["loss"] / wanted.losses[0] - 1) <= BOUND
+        assert "val_loss" in metrics and best.endswith(".ckpt")
+        assert not {"validate/loss", "train/loss"} & set(metrics)
+
+
+def test_only_what_is_logged_has_another_name() -> None:
+    with pytest.raises(UlyssesError, match="leave out 'val_loss'"):
+        TokenCountMonitor(names={"val_loss": "validate/loss"})
