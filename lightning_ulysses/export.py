@@ -1,17 +1,39 @@
-"""One file of weights from a sharded checkpoint, for programs without DeepSpeed and this package."""
+"""Weights of a sharded checkpoint: in one file for other programs, and those that hooks saved in place of others."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_ulysses.errors import UlyssesError
+
+#: Under it, a sharded checkpoint holds weights that callbacks or the module put in place of the trained ones.
+REPLACED = "ulysses_state_dict"
+
+
+def keep_replaced(checkpoint: dict[str, Any], module: nn.Module) -> None:
+    """Keeps the ``state_dict`` of a checkpoint if hooks replaced any of its weights, such as by their averages.
+
+    Lightning's DeepSpeedStrategy drops it, since DeepSpeed saves the trained weights by itself.
+    """
+    trained, found = module.state_dict(), checkpoint.get("state_dict") or {}
+    if any(trained[name].data_ptr() != tensor.data_ptr() for name, tensor in found.items() if name in trained):
+        checkpoint[REPLACED] = found
+
+
+def restore_replaced(checkpoint: dict[str, Any]) -> None:
+    """Gives a checkpoint the ``state_dict`` back that was kept."""
+    if REPLACED in checkpoint:
+        checkpoint["state_dict"] = checkpoint.pop(REPLACED)
 
 
 def load_weights(checkpoint: str | Path, prefix: str = "") -> dict[str, Tensor]:
     """The whole float32 weights of a checkpoint directory of any ZeRO stage, on the CPU.
+
+    Of a run with a callback that averages weights, these are the averages.
 
     Args:
         checkpoint: The directory that the Trainer saved.
@@ -33,6 +55,10 @@ def load_weights(checkpoint: str | Path, prefix: str = "") -> dict[str, Tensor]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     weights: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), "checkpoint")
+    # Averages that a callback saved in place of the trained weights.
+    for file in (Path(checkpoint) / "checkpoint").glob("mp_rank_00_model_states.pt"):
+        replaced = torch.load(file, map_location="cpu", weights_only=False, mmap=True).get(REPLACED, {})
+        weights.update({name: tensor.float() for name, tensor in replaced.items() if name in weights})
     chosen = {name[len(prefix) :]: tensor for name, tensor in weights.items() if name.startswith(prefix)}
     if not chosen:
         raise UlyssesError(

@@ -21,6 +21,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_ulysses.batch.clock import Clock
+from lightning_ulysses.checks.hooks import HookWatch
+from lightning_ulysses.checks.monitors import check_monitored
 from lightning_ulysses.checks.optimizer import check_elementwise, clipping_error, no_optimizer
 from lightning_ulysses.checks.trainer import check_trainer, no_output
 from lightning_ulysses.config import UlyssesConfig, batch_rules, check_deepspeed_config, check_replicas, check_stage
@@ -28,12 +30,15 @@ from lightning_ulysses.context import LocalBatch
 from lightning_ulysses.divided import joined
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.exchange.mesh import SequenceMesh, resolve_sizes
+from lightning_ulysses.export import keep_replaced, restore_replaced
 from lightning_ulysses.geometry.split_plan import read_plan
 from lightning_ulysses.loss.weights import StepWeights
+from lightning_ulysses.patching.handle import Handle
 from lightning_ulysses.sequence_parallel import SequenceParallel
 from lightning_ulysses.upstream import deepspeed as upstream_deepspeed
 from lightning_ulysses.upstream import lightning as upstream_lightning
 from lightning_ulysses.upstream.zero_buckets import agree_on_gradients
+from lightning_ulysses.upstream.zero_masters import MasterCopy
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -122,6 +127,9 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
         self._core: SequenceParallel | None = None
         self._base_seed = 0
         self._clip_val = 0.0
+        self._watch: HookWatch | None = None
+        self._masters: MasterCopy | None = None
+        self._monitors = Handle()
 
     @property
     def mesh(self) -> SequenceMesh:
@@ -223,6 +231,30 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
         upstream_lightning.set_device_mesh(module, self.mesh.device_mesh)
         forget = partial(upstream_deepspeed.forget_trace, self.deepspeed_engine)
         self.core.install(module, gathers_parameters=self.zero_stage_3, forget=forget, say=rank_zero_info)
+        self._masters = MasterCopy(self.deepspeed_engine.optimizer)
+        self._watch = HookWatch(module, self._flat_parameters, self.root_device, self.zero_stage_3)
+        if trainer.training:
+            upstream_deepspeed.inside(self.deepspeed_engine, "backward", self._in_backward)
+            upstream_deepspeed.inside(self.deepspeed_engine, "step", self._in_step)
+            self._watch.start()
+            check = partial(check_monitored, self.root_device)
+            self._monitors = upstream_lightning.before_monitoring(trainer, check)
+
+    def _flat_parameters(self) -> list[Tensor]:
+        return [tensor for group in self.deepspeed_engine.optimizer.param_groups for tensor in group["params"]]
+
+    @contextmanager
+    def _in_backward(self) -> Generator[None, None, None]:
+        assert self._watch is not None
+        with self._watch.in_backward(), self.core.backward():
+            yield
+
+    @contextmanager
+    def _in_step(self) -> Generator[None, None, None]:
+        assert self._watch is not None and self._masters is not None
+        with self._watch.in_optimizer_step():
+            self._masters.carry_edits()
+            yield
 
     @override
     def _init_optimizers(self) -> tuple[Any, Any]:
@@ -232,7 +264,10 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
             count = 0 if isinstance(optimizers[0], _MockOptimizer) else len(optimizers)
             raise no_optimizer(f"{count} optimizers and {len(schedulers)} schedulers", type(module).__name__)
         if self.ulysses.check_model:
-            check_elementwise(optimizers[0])
+            assert isinstance(self.config, dict)
+            offload = self.config.get("zero_optimization", {}).get("offload_optimizer") or {}
+            stays = offload.get("device", "none") == "none"
+            check_elementwise(optimizers[0], self.root_device if stays else torch.device("cpu"))
         return optimizers[0], schedulers[0] if schedulers else None
 
     def _clip_gradients(
@@ -258,9 +293,11 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
         module, clock = self._module_and_trainer[0], replace(self._now(), is_boundary=is_boundary)
         # By way of the module's own call, around which ZeRO-3 gathers parameters, and not of the engine's.
         tried = partial(self._forward_redirection, module, module, name)
-        batch = self.core.try_step(clock, lambda batch: tried(batch, *args, **kwargs), batch)
-        with self.core.step(clock, name):
-            return joined(getattr(super(), name)(batch, *args, **kwargs))
+        assert self._watch is not None
+        with self._watch.in_user_step(name):
+            batch = self.core.try_step(clock, lambda batch: tried(batch, *args, **kwargs), batch)
+            with self.core.step(clock, name):
+                return joined(getattr(super(), name)(batch, *args, **kwargs))
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -292,24 +329,44 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
         # Lightning has divided by it already; the window's own weights take its place.
         repeats = trainer.accumulate_grad_batches if module.automatic_optimization else 1
         loss = self.core.weigh(closure_loss * repeats)
-        with self.core.backward():
+        assert self._watch is not None
+        with self._watch.explained():
             return super().backward(loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     @override
     def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
-        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        assert self._watch is not None
+        with self._watch.explained():
+            output = super().optimizer_step(optimizer, closure, model, **kwargs)
         self.deepspeed_engine.optimizer.clip_grad = self._clip_val
         self.core.stepped()
         return output
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        assert self._watch is not None and self._masters is not None
+        with self._watch.closed():
+            self._masters.carry_edits()
+            if not self.zero_stage_3:
+                keep_replaced(checkpoint, self._module_and_trainer[0])
+            super().save_checkpoint(checkpoint, *args, **kwargs)
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         if not self.load_full_weights:
             upstream_deepspeed.allow_weights_only_load(self.deepspeed_engine)
         checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        restore_replaced(checkpoint)
         upstream_lightning.rescale_progress(checkpoint, self.mesh.dp_size)
         upstream_lightning.forget_train_loader(self._module_and_trainer[1])
         return checkpoint
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        super().load_model_state_dict(checkpoint, strict)
+        # DeepSpeed has loaded the trained weights; these were saved in their place.
+        if not self.zero_stage_3 and "state_dict" in checkpoint:
+            self._module_and_trainer[0].load_state_dict(checkpoint["state_dict"], strict=strict)
 
     def _close(self) -> None:
         if self._core is not None:
@@ -318,6 +375,9 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
     @override
     def teardown(self) -> None:
         self._close()
+        if self._watch is not None:
+            self._watch.stop()
+        self._monitors.remove()
         vars(self.precision_plugin).pop("clip_gradients", None)
         upstream_deepspeed.restore_linear()
         super().teardown()

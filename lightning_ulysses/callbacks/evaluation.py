@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -43,15 +44,33 @@ class EvaluationMonitor(pl.Callback):
 
     Args:
         prog_bar: Whether the progress bar shows the loss.
+        names: Other names for some of the values.
+
+    Raises:
+        UlyssesError: If ``names`` renames what is not logged.
     """
 
-    def __init__(self, prog_bar: bool = True) -> None:
+    #: The values that are logged, by their usual names.
+    logged: tuple[str, ...] = ("validate/loss", "validate/perplexity", "test/loss", "test/perplexity")
+
+    def __init__(self, prog_bar: bool = True, names: Mapping[str, str] | None = None) -> None:
+        unknown = sorted(set(names or {}) - set(self.logged))
+        if unknown:
+            raise UlyssesError(
+                f"names={dict(names or {})!r}",
+                f"some of {', '.join(self.logged)}, each with another name",
+                f"leave out {', '.join(map(repr, unknown))}",
+            )
         self.prog_bar = prog_bar
+        self.names = dict(names or {})
         self._evaluated: list[EvaluationLoss] = []
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         strategy_of(trainer)
+
+    def _name(self, name: str) -> str:
+        return self.names.get(name, name)
 
     def _add(self, trainer: pl.Trainer, outputs: Any, dataloader_idx: int) -> None:
         loss, live = _loss_of(outputs), strategy_of(trainer).local
@@ -63,8 +82,8 @@ class EvaluationMonitor(pl.Callback):
         for index, loss in found.items():
             suffix = "" if len(found) == 1 else f"/dataloader_{index}"
             # Already the same on all ranks. Without sync_dist, Lightning would warn at every evaluation.
-            pl_module.log(f"{stage}/loss{suffix}", loss, prog_bar=self.prog_bar, sync_dist=True)
-            pl_module.log(f"{stage}/perplexity{suffix}", loss.exp(), sync_dist=True)
+            pl_module.log(self._name(f"{stage}/loss") + suffix, loss, prog_bar=self.prog_bar, sync_dist=True)
+            pl_module.log(self._name(f"{stage}/perplexity") + suffix, loss.exp(), sync_dist=True)
         self._evaluated = []
 
     @override

@@ -51,6 +51,7 @@ class TokenCountMonitor(EvaluationMonitor):
     - ``validate/loss``, ``validate/perplexity``, ``test/loss``, ``test/perplexity``: over all targets of the
       evaluation, from the loss that the step returns. With several dataloaders, ``/dataloader_0`` and so on is
       appended. Checkpoints hold nothing of an unfinished evaluation, since Lightning does not continue it.
+    - ``train/grad_norm``: the 2-norm of the step's gradient before clipping, which DeepSpeed has computed.
     - ``tokens/global``: tokens that one optimizer step trained on, without padding.
     - ``tokens/padding_fraction``: padding divided by all tokens. Padding is what the strategy added, and what a 2-D
       ``attention_mask`` excludes. So is the last of several documents of a row, if this rank's part of it is one
@@ -77,10 +78,19 @@ class TokenCountMonitor(EvaluationMonitor):
             the GPU is known. Otherwise ``throughput/mfu`` is not logged.
         report: Whether to print the table and write the files.
         report_dir: Where to write them, instead of the log directory. Without either, only the table is printed.
+        names: Other names for some of the values. With ``{"validate/loss": "val_loss"}``, a program that monitors
+            ``val_loss`` goes on working.
 
     Raises:
-        UlyssesError: If ``peak_flops`` is not a positive number, or the Trainer has another strategy.
+        UlyssesError: If ``peak_flops`` is not a positive number, the Trainer has another strategy, or ``names`` renames
+            what is not logged.
     """
+
+    logged = (
+        *("train/loss", "train/loss_epoch", "train/perplexity", "train/grad_norm", *EvaluationMonitor.logged),
+        *("tokens/global", "tokens/padding_fraction", "tokens/imbalance"),
+        *("throughput/tokens_per_sec", "throughput/mfu", "memory/peak_gib"),
+    )
 
     def __init__(
         self,
@@ -88,6 +98,7 @@ class TokenCountMonitor(EvaluationMonitor):
         peak_flops: float | None = None,
         report: bool = True,
         report_dir: str | Path | None = None,
+        names: dict[str, str] | None = None,
     ) -> None:
         peak: object = peak_flops
         is_number = isinstance(peak, (int, float)) and not isinstance(peak, bool) and 0 < peak < math.inf
@@ -97,7 +108,7 @@ class TokenCountMonitor(EvaluationMonitor):
                 "a number, the operations per second of one device",
                 "set one such as 989e12, or none",
             )
-        super().__init__(prog_bar)
+        super().__init__(prog_bar, names)
         self.peak_flops = peak_flops
         self.report = report
         self.report_dir = report_dir
@@ -197,7 +208,8 @@ class TokenCountMonitor(EvaluationMonitor):
         if not math.isnan(seconds):
             self._recent = (self._recent[0] + sums, self._recent[1] + seconds)
         if _logs_follow(trainer, pl_module):
-            self._log_tokens(pl_module, counts, sums)
+            norm = strategy_of(trainer).deepspeed_engine.get_global_grad_norm()
+            self._log_tokens(pl_module, counts, sums, norm)
         if trainer.is_global_zero:
             self._history.add(trainer.global_step, seconds, counts)
             if self._history.waiting >= _READ_EVERY:
@@ -209,7 +221,7 @@ class TokenCountMonitor(EvaluationMonitor):
         self._waiting.append(sums)
         if len(self._waiting) >= _READ_EVERY:
             self._settle_epoch()
-        pl_module.log("train/loss", loss, prog_bar=self.prog_bar, batch_size=1)
+        pl_module.log(self._name("train/loss"), loss, prog_bar=self.prog_bar, batch_size=1)
 
     def _settle_epoch(self) -> None:
         """Adds the waiting steps to the mean over the epoch."""
@@ -220,7 +232,7 @@ class TokenCountMonitor(EvaluationMonitor):
             self._epoch_mean.update(sums[:, LOSS], sums[:, TARGETS] if self._ledger.by_targets else 1.0)
             self._waiting = []
 
-    def _log_tokens(self, pl_module: pl.LightningModule, counts: Tensor, sums: Tensor) -> None:
+    def _log_tokens(self, pl_module: pl.LightningModule, counts: Tensor, sums: Tensor, norm: Any) -> None:
         """Logs the values beside the loss. They stay on the device until a logger or the progress bar reads them."""
         assert self._ledger is not None
         most = counts.amax(dim=0)
@@ -231,6 +243,8 @@ class TokenCountMonitor(EvaluationMonitor):
             "tokens/imbalance": most[WORK] * len(counts) / sums[WORK],
             "memory/peak_gib": most[PEAK] / GIB,
         }
+        if norm is not None:
+            values["train/grad_norm"] = torch.as_tensor(norm)
         recent, seconds = self._recent
         if isinstance(recent, Tensor):
             real = recent[TOKENS] - recent[PADDING]
@@ -241,14 +255,14 @@ class TokenCountMonitor(EvaluationMonitor):
         self._recent = (0.0, 0.0)
         for name, value in values.items():
             shown = self.prog_bar and name == "throughput/tokens_per_sec"
-            pl_module.log(name, value.float(), prog_bar=shown, batch_size=1)
+            pl_module.log(self._name(name), value.float(), prog_bar=shown, batch_size=1)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._settle_epoch()
         if self._epoch_mean.update_called:
             # Already the same on all ranks. Without sync_dist, Lightning would warn.
-            pl_module.log("train/loss_epoch", self._epoch_mean.compute(), sync_dist=True)
+            pl_module.log(self._name("train/loss_epoch"), self._epoch_mean.compute(), sync_dist=True)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

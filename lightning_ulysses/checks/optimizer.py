@@ -22,10 +22,14 @@ _STEPS = 3
 _TOLERANCE = 1e-4
 
 
-def check_elementwise(optimizer: torch.optim.Optimizer) -> None:
+def check_elementwise(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
     """Refuses an optimizer whose step of a weight depends on the shape of its parameter, or on other weights.
 
     It is tried with its own settings on two small parameters, whole and as one flat piece.
+
+    Args:
+        optimizer: As the module returned it.
+        device: Where it will step.
 
     Raises:
         UlyssesError: With the class of the optimizer.
@@ -33,8 +37,15 @@ def check_elementwise(optimizer: torch.optim.Optimizer) -> None:
     kind = type(optimizer)
     if kind.__name__ in _ELEMENTWISE and kind.__module__.split(".")[0] in ("torch", "deepspeed"):
         return
+    expected = "one that updates each weight by its own gradient: ZeRO hands it flat pieces of all weights"
+    fix = "use torch.optim.AdamW, SGD or another elementwise optimizer"
     try:
-        whole, flat = _steps(optimizer, flat=False), _steps(optimizer, flat=True)
+        flat = _steps(optimizer, device, flat=True)
+    except Exception as failure:
+        got = f"the optimizer {kind.__name__}, which fails at a step on a flat piece of the weights ({failure!r})"
+        raise UlyssesError(got, expected, fix) from failure
+    try:
+        whole = _steps(optimizer, device, flat=False)
         distance = float((whole - flat).norm() / whole.norm().clamp_min(1e-30))
     except Exception as failure:
         warnings.warn(
@@ -47,15 +58,15 @@ def check_elementwise(optimizer: torch.optim.Optimizer) -> None:
         raise UlyssesError(
             f"the optimizer {kind.__name__}, whose step on a flat piece of the weights differs by {distance:.2g} from "
             "that on whole parameters",
-            "one that updates each weight by its own gradient: ZeRO hands it flat pieces of all weights",
-            "use torch.optim.AdamW, SGD or another elementwise optimizer",
+            expected,
+            fix,
         )
 
 
-def _steps(optimizer: torch.optim.Optimizer, flat: bool) -> Tensor:
+def _steps(optimizer: torch.optim.Optimizer, device: torch.device, flat: bool) -> Tensor:
     """What a few steps of a copy change in two parameters of 12 and 5 elements, (17,)."""
     random = torch.Generator().manual_seed(0)
-    numbers = torch.randn(_STEPS + 1, 17, generator=random)
+    numbers = torch.randn(_STEPS + 1, 17, generator=random).to(device)
     start, gradients = numbers[0], numbers[1:]
     # Settings as they are, without the user's parameters and their state.
     trial = copy.copy(optimizer)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.callbacks import LearningRateFinder, ModelPruning, WeightAveraging
+from lightning.pytorch.plugins import DeepSpeedPrecision
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch._dynamo import OptimizedModule
 
@@ -34,8 +36,33 @@ def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
         )
     _check_precision(trainer)
     _check_activation_checkpointing(getattr(trainer.strategy, "config", None) or {})
-    if getattr(trainer.strategy, "zero_stage_3", False):
+    is_partitioned = bool(getattr(trainer.strategy, "zero_stage_3", False))
+    _check_callbacks(trainer, is_partitioned)
+    if is_partitioned:
         _check_compiled(module)
+
+
+def _check_callbacks(trainer: pl.Trainer, is_partitioned: bool) -> None:
+    for callback in getattr(trainer, "callbacks", ()):
+        name = type(callback).__name__
+        if isinstance(callback, WeightAveraging) and is_partitioned:
+            raise UlyssesError(
+                f"{name} with ZeRO stage 3",
+                "stage 1 or 2, where every rank holds the whole weights that it averages",
+                "set stage=2 in the strategy, or drop the callback",
+            )
+        if isinstance(callback, ModelPruning):
+            raise UlyssesError(
+                name,
+                "parameters that stay in the modules in which the run began: ZeRO steps and gathers those",
+                "prune the weights after training, or before it in configure_model",
+            )
+        if isinstance(callback, LearningRateFinder):
+            raise UlyssesError(
+                f"{name}, which Tuner.lr_find uses as well",
+                "an optimizer that a scheduler of the finder can take over, which that of DeepSpeed is not",
+                "find the rate with a small model on one process without this strategy, or compare a few short runs",
+            )
 
 
 def _check_compiled(module: pl.LightningModule) -> None:
@@ -68,6 +95,13 @@ def _check_activation_checkpointing(config: dict[str, Any]) -> None:
 
 
 def _check_precision(trainer: pl.Trainer) -> None:
+    plugin = trainer.precision_plugin
+    if not isinstance(plugin, DeepSpeedPrecision):
+        raise UlyssesError(
+            f"plugins=[{type(plugin).__name__}(...)]",
+            "the precision plugin of DeepSpeed, whose engine runs backward and step",
+            "leave it out of plugins, and set Trainer(precision=...), such as 'bf16-mixed' or '32-true'",
+        )
     from deepspeed.accelerator import get_accelerator
 
     # DeepSpeed's view of the device counts, which may differ from torch's: it denies most CPUs float16.

@@ -6,7 +6,7 @@ import functools
 import gc
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -71,6 +71,18 @@ def forget_trace(engine: Any) -> None:
     if not coordinator.is_invalid_trace():
         coordinator._invalidate_trace()
     coordinator._clear_trace_structures()
+
+
+def inside(engine: Any, name: str, context: Callable[[], AbstractContextManager[None]]) -> None:
+    """Runs a method of an engine inside a context, for as long as the engine lives."""
+    original = getattr(engine, name)
+
+    @functools.wraps(original)
+    def method(*args: Any, **kwargs: Any) -> Any:
+        with context():
+            return original(*args, **kwargs)
+
+    setattr(engine, name, method)
 
 
 def checkpointing() -> Any:

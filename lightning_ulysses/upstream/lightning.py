@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+from lightning_ulysses.patching.handle import Handle
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -53,6 +58,42 @@ def rescale_progress(checkpoint: dict[str, Any], dp_size: int) -> None:
 def set_device_mesh(module: pl.LightningModule, mesh: torch.distributed.device_mesh.DeviceMesh | None) -> None:
     """Sets ``LightningModule.device_mesh``, as Lightning's ModelParallelStrategy does."""
     module._device_mesh = mesh
+
+
+def before_monitoring(trainer: pl.Trainer, check: Callable[[str, str, Any], None]) -> Handle:
+    """Calls a function whenever a run is about to act by a monitored value, on every rank.
+
+    ``ModelCheckpoint`` and ``EarlyStopping`` act by one, and ``ReduceLROnPlateau`` (``callbacks/model_checkpoint.py``,
+    ``callbacks/early_stopping.py``, ``loops/training_epoch_loop.py``).
+
+    Args:
+        trainer: The Trainer.
+        check: Is given the name of what acts, the name of the value, and the value; None if it is missing.
+    """
+    handle, loop = Handle(), trainer.fit_loop.epoch_loop
+
+    def guard(owner: Any, method: str, kind: str, monitor: str | None) -> None:
+        original = getattr(owner, method)
+
+        @functools.wraps(original)
+        def guarded(*args: Any) -> Any:
+            # A rank that failed is alone.
+            if not trainer.interrupted:
+                name = str(args[0] if monitor is None else monitor)
+                check(kind, name, trainer.callback_metrics.get(name))
+            return original(*args)
+
+        vars(owner)[method] = guarded
+        handle.add(lambda: vars(owner).pop(method, None) and None)
+
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        kind, monitor = type(callback).__name__, getattr(callback, "monitor", None)
+        if isinstance(callback, ModelCheckpoint) and monitor not in (None, "epoch", "step"):
+            guard(callback, "_monitor_candidates", kind, monitor)
+        elif isinstance(callback, EarlyStopping):
+            guard(callback, "_run_early_stopping_check", kind, monitor)
+    guard(loop, "_get_monitor_value", "ReduceLROnPlateau", None)
+    return handle
 
 
 class AcceptsCompiled:

@@ -109,6 +109,9 @@ def test_what_zero_cannot_do_is_refused_by_name(pool: ProcessPool, make: Any, pa
         assert part in text
 
 
+CPU = torch.device("cpu")
+
+
 def test_elementwise_optimizers_pass() -> None:
     parameters = [torch.nn.Parameter(torch.randn(4, 3))]
     for optimizer in (
@@ -116,13 +119,40 @@ def test_elementwise_optimizers_pass() -> None:
         torch.optim.Rprop(parameters),
         torch.optim.AdamW(parameters, fused=True),
     ):
-        check_elementwise(optimizer)
+        check_elementwise(optimizer, CPU)
     # The known ones are: tried, they pass as well.
     for kind in (torch.optim.SGD, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adagrad):
-        check_elementwise(type("Mine", (kind,), {})(parameters, lr=0.1))  # type: ignore[operator]
+        check_elementwise(type("Mine", (kind,), {})(parameters, lr=0.1), CPU)  # type: ignore[operator]
+
+
+class ScheduleFree(SignSGD):
+    """Steps only in its training mode, into which nobody puts the copy that ZeRO steps."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        if not self.param_groups[0].get("train_mode", False):
+            raise RuntimeError("Optimizer was not in train mode when step is called.")
+        super().step()
+
+
+def test_optimizers_that_fail_on_flat_pieces_are_refused() -> None:
+    parameters = [torch.nn.Parameter(torch.randn(4, 3))]
+    for optimizer, reason in (
+        (torch.optim.LBFGS(parameters), "closure"),
+        (torch.optim.Muon(parameters), "2D matrix"),
+        (ScheduleFree(parameters, {"lr": 0.1}), "train mode"),
+    ):
+        with pytest.raises(UlyssesError, match=f"{type(optimizer).__name__}, which fails at a step .*{reason}"):
+            check_elementwise(optimizer, CPU)
+
+
+class OneParameter(SignSGD):
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        assert len(self.param_groups[0]["params"]) == 1
+        super().step()
 
 
 def test_an_optimizer_that_cannot_be_tried_is_warned_of() -> None:
-    optimizer = torch.optim.LBFGS([torch.nn.Parameter(torch.randn(3))])
-    with pytest.warns(UserWarning, match="LBFGS could not be tried"):
-        check_elementwise(optimizer)
+    with pytest.warns(UserWarning, match="OneParameter could not be tried"):
+        check_elementwise(OneParameter([torch.nn.Parameter(torch.randn(3))], {"lr": 0.1}), CPU)

@@ -63,6 +63,35 @@ def test_lightning_keeps_its_progress_where_it_is_rescaled(trainer: L.Trainer) -
     upstream_lightning.rescale_progress({}, 4)
 
 
+def test_lightning_asks_for_monitored_values_at_three_places(trainer: L.Trainer) -> None:
+    from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+
+    assert parameters(ModelCheckpoint._monitor_candidates) == ["self", "trainer"]
+    assert parameters(EarlyStopping._run_early_stopping_check) == ["self", "trainer"]
+    assert parameters(trainer.fit_loop.epoch_loop._get_monitor_value) == ["key"]
+
+
+def test_lightning_calls_hooks_where_they_are_looked_for() -> None:
+    from lightning.pytorch.trainer import call
+
+    for function, owner in ((call._call_callback_hooks, "callback"), (call._call_lightning_module_hook, "pl_module")):
+        names = function.__code__.co_varnames
+        assert {"trainer", "hook_name", owner} <= set(names)
+    assert {"trainer", "hook_name"} <= set(parameters(call._call_strategy_hook))
+
+
+def test_deepspeed_keeps_its_copy_of_the_weights_where_edits_are_carried() -> None:
+    from deepspeed.runtime import bf16_optimizer
+    from deepspeed.runtime.zero import stage3, stage_1_and_2
+
+    for module, copied in (
+        (stage_1_and_2, "bit16_partitions[partition_id].data.copy_(fp32_partition.data)"),
+        (bf16_optimizer, "bf16_partitions[partition_id].data.copy_(fp32_partition.data)"),
+        (stage3, "fp32_partition.data.copy_(fp16_partitions.data)"),
+    ):
+        assert copied in inspect.getsource(module)
+
+
 def test_lightning_modules_have_a_device_mesh() -> None:
     module, mesh = HandWritten(), mock.sentinel.mesh
     assert module.device_mesh is None
