@@ -106,12 +106,21 @@ class Unshifted(HandWritten):
         return F.cross_entropy(self(batch["input_ids"]).flatten(0, 1), batch["labels"].flatten())
 
 
-def fit_lengths(rank: int, settings: dict[str, Any]) -> Any:
-    batches = [token_batch(seed, seq_len, 2) for seed, seq_len in ((1, 33), (2, 17))]
+class RowMean(Unshifted):
+    """KTO's form: a function of each row, and a mean over rows."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        # (B, S, V) -> (B, S) -> (B,)
+        each = F.cross_entropy(self(batch["input_ids"]).transpose(1, 2), batch["input_ids"], reduction="none")
+        return torch.sigmoid(each.mean(1) - 3).mean()
+
+
+def fit_lengths(rank: int, settings: dict[str, Any], make: Any = Unshifted, labels: str = "even") -> Any:
+    batches = [token_batch(seed, seq_len, 2, labels) for seed, seq_len in ((1, 33), (2, 17))]
     run = SplitRun(strategy=settings, trainer={"accumulate_grad_batches": 2})
     recorder = StepRecorder()
     try:
-        split_trainer(run, [recorder]).fit(Unshifted(), split_loader(batches, run, rank))
+        split_trainer(run, [recorder]).fit(make(), split_loader(batches, run, rank))
     except UlyssesError as error:
         return str(error)
     return recorder.result()
@@ -128,6 +137,13 @@ def test_tensors_that_fitted_alike_and_do_not_any_more_are_named(pool: ProcessPo
         wanted = fit_single(Unshifted, [batches], count)
         for result in pool.run(fit_lengths, settings, world_size=2):
             assert compare(result, wanted).largest <= BOUND, compare(result, wanted)
+
+
+def test_a_mean_over_rows_is_averaged_over_batches_of_any_length(pool: ProcessPool) -> None:
+    batches = [token_batch(seed, seq_len, 2, "uneven") for seed, seq_len in ((1, 33), (2, 17))]
+    wanted = fit_single(RowMean, [batches], lambda batch: 1)
+    for result in pool.run(fit_lengths, {}, RowMean, "uneven", world_size=2):
+        assert compare(result, wanted).largest <= BOUND, compare(result, wanted)
 
 
 class NoBlocks(HandWritten):

@@ -174,6 +174,9 @@ class SplitChoice:
         if clock.is_training and self._weights.by_targets:
             names = trial.targets_by_rows(step)
             self._forget()
+            if names == {"tokens"} and not verdict.is_additive:
+                # All tokens give rows equal weights, as a mean over rows does, and slices do not show a mean over them.
+                names = frozenset()
             self._weights.settle_rows(names)
         if self._context.mesh.rank == 0:
             self.say(chosen(clock.kind, plan, why_blocks(verdict, trial.is_whole), names))
