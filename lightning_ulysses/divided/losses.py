@@ -81,7 +81,8 @@ def _of_classes(func: Any, args: Any, kwargs: Any) -> Any:
         return each.mean()
     keeps = own_y != given["ignore_index"]
     weight = given["weight"]
-    counts = keeps.to(each.dtype) if weight is None else weight[own_y.clamp(0, len(weight) - 1)] * keeps
-    # A count in half precision would not be one.
-    total = sum_over_ranks(counts.double().sum(), division)
-    return each.sum() / total.to(torch.float32 if each.dtype.itemsize < 4 else each.dtype)
+    counts = keeps.double() if weight is None else weight[own_y.clamp(0, len(weight) - 1)] * keeps
+    # In half precision neither the count nor the sum would be exact.
+    total = sum_over_ranks(counts.sum(dtype=torch.float64), division)
+    precise = each.local.float() if each.dtype.itemsize < 4 else each.local
+    return (sum_over_ranks(precise.sum(), division) / total.to(precise.dtype)).to(each.dtype)

@@ -21,6 +21,7 @@ from lightning_ulysses.batch.whole import read_batch
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.testing.processes import ProcessPool, RemoteError
 from lightning_ulysses.verification.compare import compare_calls, gradient_errors, norm
+from lightning_ulysses.verification.optimizer_step import StepRecord, difference, step_single, step_split
 from lightning_ulysses.verification.reasons import explain, explain_failure, explain_refusal
 from lightning_ulysses.verification.report import Finding, ParityReport
 from lightning_ulysses.verification.run import Job, Record, has_parameters, run_single, run_split
@@ -50,7 +51,7 @@ def verify_parity(
     """Runs a module in one process and split over P, from the same weights, and compares loss and gradients.
 
     Both runs are in float32 with dropout of attention off and change no weights, so that every batch is compared on the
-    same ones. ``module`` itself stays as it is: the processes work on copies.
+    same ones. Two more runs then take one step of the module's own optimizer on the same gradients. ``module`` itself stays as it is: the processes work on copies.
 
     Args:
         module: The user's module. Its class has to be importable by other processes.
@@ -135,25 +136,25 @@ def _compare(
         is_cut = bool(notes)
         notes += _save_module(module, Path(folder) / "module.pt", layers)
         single, ranks = _run(job, processes)
-    notes += [note for note in single.notes if note not in notes]
-    report = ParityReport(
-        sp_size=sp_size,
-        seq_len=seq_len,
-        tolerance=tolerance,
-        losses=tuple(single.losses),
-        split_losses=tuple(ranks[0].losses),
-        grad_norms=tuple(norm(gradients) for gradients in single.gradients),
-        split_grad_norms=tuple(norm(gradients) for gradients in ranks[0].gradients),
-        parameter_errors=gradient_errors(single.gradients, ranks[0].gradients),
-        notes=tuple(notes),
-        is_cut=is_cut,
-    )
-    if report.exact and not any(rank.error for rank in ranks):
-        return report
+        notes += [note for note in single.notes if note not in notes]
+        report = ParityReport(
+            sp_size=sp_size,
+            seq_len=seq_len,
+            tolerance=tolerance,
+            losses=tuple(single.losses),
+            split_losses=tuple(ranks[0].losses),
+            grad_norms=tuple(norm(gradients) for gradients in single.gradients),
+            split_grad_norms=tuple(norm(gradients) for gradients in ranks[0].gradients),
+            parameter_errors=gradient_errors(single.gradients, ranks[0].gradients),
+            notes=tuple(notes),
+            is_cut=is_cut,
+        )
+        if report.exact and not any(rank.error for rank in ranks):
+            return _compare_step(report, job, processes)
     # A plan tells S only once it has split something.
     shares = next((rank.shares for rank in ranks if rank.shares), layout.shares)
     finding = _find(single, ranks, shares, tolerance, type(module).__name__)
-    return ParityReport(**{**vars(report), "finding": finding})
+    return dataclasses.replace(report, finding=finding)
 
 
 def _make_job(
@@ -241,7 +242,37 @@ def _run(job: Job, pool: ProcessPool) -> tuple[Record, list[Record]]:
     return single, _in_workers(job, pool, run_split, list(range(job.sp_size)))
 
 
-def _in_workers(job: Job, pool: ProcessPool, run: Any, ranks: list[Any]) -> list[Record]:
+def _compare_step(report: ParityReport, job: Job, pool: ProcessPool) -> ParityReport:
+    """The report with the step of the module's own optimizer."""
+    splits = _in_workers(job, pool, step_split, list(range(job.sp_size)), StepRecord, "-step")
+    errors = [split.error for split in splits if split.error is not None]
+    refusals = [error for error in errors if isinstance(error, UlyssesError)]
+    if refusals:
+        finding = Finding("optimizer", f"the strategy refuses it: {refusals[0].got}", refusals[0].fix)
+        return dataclasses.replace(report, step_error=math.inf, finding=finding)
+    if errors or not splits[0].after:
+        return dataclasses.replace(report, step_reason="the split run ended before it")
+    single = _in_workers(job, pool, step_single, [None], StepRecord, "-step")[0]
+    if single.error is not None or not single.after:
+        return dataclasses.replace(report, step_reason="one process ended before it")
+    error = difference(single, splits[0])
+    if error is None:
+        return dataclasses.replace(report, step_reason="the first one moves no weight, as in a warmup from 0")
+    if error <= report.tolerance:
+        return dataclasses.replace(report, step_error=error, step_reason=None)
+    finding = Finding(
+        "optimizer",
+        "the optimizer does something else with ZeRO's flat pieces than with whole parameters, or a hook changes the "
+        "step in one of the two runs",
+        "use an optimizer that treats each number by itself, such as torch.optim.AdamW, and clip with "
+        "Trainer(gradient_clip_val=...)",
+    )
+    return dataclasses.replace(report, step_error=error, step_reason=None, finding=finding)
+
+
+def _in_workers(
+    job: Job, pool: ProcessPool, run: Any, ranks: list[Any], record: Any = Record, of: str = ""
+) -> list[Any]:
     """The records of ``run``; one that failed says so, one that waited for it is empty."""
     try:
         pool.run(run, job, world_size=len(ranks))
@@ -252,13 +283,14 @@ def _in_workers(job: Job, pool: ProcessPool, run: Any, ranks: list[Any]) -> list
             "give smaller batches with max_tokens or fewer layers, or a pool with a longer timeout",
         ) from error
     except (RemoteError, EOFError, OSError) as error:
-        if not any(job.path(rank).is_file() for rank in ranks):
+        if not any(job.path(rank, of).is_file() for rank in ranks):
             raise UlyssesError(
                 f"worker processes that cannot start: {error}",
                 "processes that can import the module's class, and a script that may be imported",
                 "put what your script runs under `if __name__ == '__main__':`, or move the class to another file",
             ) from error
-    return [torch.load(job.path(rank), weights_only=False) if job.path(rank).is_file() else Record() for rank in ranks]
+    paths = [job.path(rank, of) for rank in ranks]
+    return [torch.load(path, weights_only=False) if path.is_file() else record() for path in paths]
 
 
 def _plain_failure(error: UlyssesError | str) -> UlyssesError:

@@ -26,7 +26,7 @@ class Finding:
 
     Attributes:
         kind: ``"positions"``, ``"labels"``, ``"mixing"``, ``"attention"``, ``"random"``, ``"targets"``, ``"refused"``,
-            ``"failed"`` or ``"unknown"``.
+            ``"failed"``, ``"optimizer"`` or ``"unknown"``.
         reason: The likely reason, in words.
         fix: What to change.
         module: The module where the difference arises, "" for the LightningModule itself; None if it is not known.
@@ -63,6 +63,8 @@ class ParityReport:
         finding: Why the runs differ; None if they do not.
         notes: What was changed for the comparison.
         is_cut: Whether batches are longer than what was compared of them.
+        step_error: The relative L2 difference of a step of the module's optimizer; None if it was not compared.
+        step_reason: Why it was not.
     """
 
     sp_size: int
@@ -76,6 +78,8 @@ class ParityReport:
     finding: Finding | None = None
     notes: tuple[str, ...] = ()
     is_cut: bool = False
+    step_error: float | None = None
+    step_reason: str | None = "loss and gradients come first"
 
     @property
     def loss_error(self) -> float:
@@ -95,9 +99,10 @@ class ParityReport:
 
     @property
     def exact(self) -> bool:
-        """Whether loss, gradient norm and every parameter's gradient agree."""
+        """Whether loss, gradient norm, every parameter's gradient and the optimizer's step agree."""
         complete = len(self.split_losses) == len(self.losses)
-        return complete and max(self.loss_error, self.grad_norm_error, self.gradient_error) <= self.tolerance
+        errors = (self.loss_error, self.grad_norm_error, self.gradient_error, self.step_error or 0.0)
+        return complete and max(errors) <= self.tolerance
 
     def worst(self, count: int = _WORST) -> list[tuple[str, float]]:
         """The parameters whose gradients differ most, the worst first."""
@@ -131,6 +136,10 @@ class ParityReport:
             "finding": None if finding is None else dict(vars(finding)),
             "notes": list(self.notes),
             "is_cut": self.is_cut,
+            "optimizer_step": {
+                "relative_error": None if self.step_error is None else number(self.step_error),
+                "not_checked": self.step_reason,
+            },
         }
 
     def _rows(self) -> list[tuple[str, str, str, str]]:
@@ -154,11 +163,16 @@ class ParityReport:
         if self.parameter_errors:
             lines += ["", f"gradients of {len(self.parameter_errors)} parameters, those that differ most:"]
             lines += [f"  {error:.1e}  {name}" for name, error in self.worst()]
+        if self.step_error is not None:
+            lines += ["", f"a step of the optimizer differs by {self.step_error:.1e}"]
         lines += ["", *(f"note: {note}" for note in self.notes)] if self.notes else [""]
         if self.exact:
             where = f" on {self.seq_len} tokens" if self.is_cut else ""
             lines.append(f"EXACT{where}: every difference is at most {self.tolerance:g}")
-            return "\n".join([*lines, _UNCHECKED] if self.is_cut else lines)
+            unchecked = [_UNCHECKED] if self.is_cut else []
+            if self.step_error is None:
+                unchecked.append(f"NOT CHECKED: the optimizer's step; {self.step_reason}")
+            return "\n".join([*lines, *unchecked])
         return "\n".join([*lines, *self._explain()])
 
     def _explain(self) -> list[str]:

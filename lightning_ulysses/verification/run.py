@@ -68,9 +68,14 @@ class Job:
         )
         return whole_rules(rules) if self.strategy.get("split") == "blocks" else rules
 
-    def path(self, rank: int | None) -> Path:
+    def path(self, rank: int | None, of: str = "") -> Path:
         """The record of a rank; None stands for the run in one process."""
-        return Path(self.folder) / ("single.pt" if rank is None else f"rank{rank}.pt")
+        return Path(self.folder) / (f"single{of}.pt" if rank is None else f"rank{rank}{of}.pt")
+
+    @property
+    def weights(self) -> Path:
+        """The weights that all runs begin with."""
+        return Path(self.folder) / "weights.pt"
 
 
 @dataclass
@@ -100,8 +105,8 @@ def _same(value: Any) -> Any:
     return value
 
 
-def _prepare(job: Job, weights: Path, save: bool, notes: list[str]) -> pl.LightningModule:
-    """The user's module with everything replaced that would change what is compared."""
+def prepare(job: Job, save: bool, notes: list[str], *, steps: bool = False) -> pl.LightningModule:
+    """The user's module without what would change what is compared; with ``steps`` it keeps its optimizer."""
     module: Any = torch.load(Path(job.folder) / "module.pt", map_location="cpu", weights_only=False)
     configure_model = module.configure_model
 
@@ -119,19 +124,38 @@ def _prepare(job: Job, weights: Path, save: bool, notes: list[str]) -> pl.Lightn
                 # With a cache, transformers attends across packed documents.
                 config.use_cache = False
         if save:
-            torch.save(self.state_dict(), weights)
+            torch.save(self.state_dict(), job.weights)
         else:
-            self.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+            self.load_state_dict(torch.load(job.weights, map_location="cpu", weights_only=True))
 
     def configure_optimizers(self: Any) -> Any:
         # Weights stay, so that every batch is compared on the same ones.
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.0)
 
     module.configure_model = MethodType(configure, module)
-    module.configure_optimizers = MethodType(configure_optimizers, module)
     module.configure_callbacks = lambda: []
-    module.optimizer_step = MethodType(pl.LightningModule.optimizer_step, module)
+    if not steps:
+        module.configure_optimizers = MethodType(configure_optimizers, module)
+        module.optimizer_step = MethodType(pl.LightningModule.optimizer_step, module)
     return module
+
+
+def whole_gradients(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, Tensor]:
+    """Gradients before an optimizer step, float32 on the CPU; empty on all ranks but the first."""
+    gradients = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if isinstance(trainer.strategy, UlyssesDeepSpeedStrategy):
+            from deepspeed.utils import safe_get_full_grad
+
+            gradient = safe_get_full_grad(parameter)
+        else:
+            gradient = parameter.grad
+        gradient = torch.zeros_like(parameter) if gradient is None else gradient
+        if trainer.global_rank == 0:
+            gradients[name] = gradient.detach().float().cpu().clone().view(parameter.shape)
+    return gradients
 
 
 class _Keeper(pl.Callback):
@@ -180,20 +204,7 @@ class _Keeper(pl.Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        gradients = {}
-        for name, parameter in pl_module.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            if isinstance(trainer.strategy, UlyssesDeepSpeedStrategy):
-                from deepspeed.utils import safe_get_full_grad
-
-                gradient = safe_get_full_grad(parameter)
-            else:
-                gradient = parameter.grad
-            gradient = torch.zeros_like(parameter) if gradient is None else gradient
-            if trainer.global_rank == 0:
-                gradients[name] = gradient.detach().float().cpu().clone().view(parameter.shape)
-        self.record.gradients.append(gradients)
+        self.record.gradients.append(whole_gradients(trainer, pl_module))
 
     @override
     def on_train_batch_end(
@@ -222,11 +233,13 @@ def _quiet() -> Iterator[None]:
             logging.disable(before)
 
 
-def _fit(job: Job, strategy: Any, batches: list[Any], keeper: _Keeper, save: bool) -> None:
-    module = _prepare(job, Path(job.folder) / "weights.pt", save, keeper.record.notes)
+def fit(
+    job: Job, module: pl.LightningModule, strategy: Any, devices: int, batches: list[Any], keeper: pl.Callback
+) -> None:
+    """Trains on each of some batches once."""
     trainer = pl.Trainer(
         accelerator=job.accelerator,
-        devices=1 if save else job.sp_size,
+        devices=devices,
         strategy=strategy,
         callbacks=[keeper],
         max_epochs=1,
@@ -238,7 +251,7 @@ def _fit(job: Job, strategy: Any, batches: list[Any], keeper: _Keeper, save: boo
     trainer.fit(module, DataLoader(batches, batch_size=None, collate_fn=_same))  # type: ignore[arg-type]
 
 
-def _finish(record: Record, path: Path, run: Callable[[], None]) -> None:
+def finish(record: Any, path: Path, run: Callable[[], None]) -> None:
     """Saves the record in any case; what was raised goes on, so that the pool ends ranks that wait for this one."""
     with _quiet():
         try:
@@ -260,20 +273,26 @@ def _hides_documents(batch: Any) -> bool:
     return several and (positions is None or bool((positions.diff(dim=-1) > 0).all()))
 
 
+def single_inputs(job: Job) -> tuple[list[Any], Any]:
+    """Batches and strategy of one process."""
+    # With the same derived keys, such as shift_labels, as a module gets under the strategy.
+    batches = [read_batch(batch, job.rules, 1).shard(0)[0] for batch in job.batches]
+    if any(_hides_documents(batch) for batch in batches):
+        return batches, UlyssesDeepSpeedStrategy(sp_size=1, check_model=False, **job.strategy)
+    return batches, "auto"
+
+
 def run_single(rank: int, job: Job) -> None:
     """One process, no split; saves weights and record for the others."""
     record = Record()
 
     def run() -> None:
-        # With the same derived keys, such as shift_labels, as a module gets under the strategy.
-        batches = [read_batch(batch, job.rules, 1).shard(0)[0] for batch in job.batches]
-        strategy: Any = "auto"
-        if any(_hides_documents(batch) for batch in batches):
+        batches, strategy = single_inputs(job)
+        if strategy != "auto":
             record.notes.append("in one process, the strategy (sp_size=1) keeps the documents of cu_seqlens apart")
-            strategy = UlyssesDeepSpeedStrategy(sp_size=1, check_model=False, **job.strategy)
-        _fit(job, strategy, batches, _Keeper(record, None), save=True)
+        fit(job, prepare(job, True, record.notes), strategy, 1, batches, _Keeper(record, None))
 
-    _finish(record, job.path(None), run)
+    finish(record, job.path(None), run)
 
 
 def run_split(rank: int, job: Job) -> None:
@@ -286,9 +305,9 @@ def run_split(rank: int, job: Job) -> None:
         share = read_batch(job.batches[0], job.rules, job.sp_size).layout.shares[rank]
         # The last rank alone: rank 0 begins where the sequence does, and so looks right where others do not.
         keeper = _Keeper(record, share if rank == job.sp_size - 1 else None)
-        _fit(job, strategy, job.batches, keeper, save=False)
+        fit(job, prepare(job, False, record.notes), strategy, job.sp_size, job.batches, keeper)
 
-    _finish(record, job.path(rank), run)
+    finish(record, job.path(rank), run)
 
 
 def has_parameters(module: nn.Module) -> bool:
