@@ -51,7 +51,8 @@ def verify_parity(
     """Runs a module in one process and split over P, from the same weights, and compares loss and gradients.
 
     Both runs are in float32 with dropout of attention off and change no weights, so that every batch is compared on the
-    same ones. Two more runs then take one step of the module's own optimizer on the same gradients. ``module`` itself stays as it is: the processes work on copies.
+    same ones. Two more runs take one step of the module's own optimizer on the same gradients. ``module`` itself stays
+    as it is: the processes work on copies.
 
     Args:
         module: The user's module. Its class has to be importable by other processes.
