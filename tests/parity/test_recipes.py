@@ -9,7 +9,8 @@ import pytest
 import torch
 from exact import BOUND
 from lightning.pytorch import Callback, LightningModule, Trainer
-from recipes import RECIPES, VOCAB
+from models import VOCAB
+from recipes import RECIPES
 from torch import Tensor
 
 from lightning_ulysses import UlyssesDeepSpeedStrategy
