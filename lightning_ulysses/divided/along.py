@@ -6,13 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from lightning_ulysses.divided.pointwise import on_slices
 from lightning_ulysses.divided.tensor import Divided, Division, name_of, rule
+from lightning_ulysses.exchange.cut_and_join import sum_over_ranks
 
 # Where functions take their dimension, and what it is by default; None for all of them, "" for a must.
 _DIM: dict[str, tuple[int, Any]] = {
@@ -33,29 +32,11 @@ _SUMS = {"sum", "mean", "nansum", "count_nonzero"}
 _MOVES = {name for name, (index, _) in _DIM.items() if index == -1}
 
 
-class _SumOverRanks(torch.autograd.Function):
-    # The backward is the adjoint: every rank has a part of the gradient of the sum.
-    @staticmethod
-    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        total = part.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        total = grads[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
-
-
-def sum_over_ranks(part: Tensor, division: Division) -> Tensor:
+def sum_of(part: Tensor, division: Division) -> Tensor:
     """Adds up what ranks have of a sum, with gradients; in float32 for half precision."""
     assert division.mesh.sp_group is not None
     precise = part.float() if part.is_floating_point() and part.dtype.itemsize < 4 else part
-    total: Tensor = _SumOverRanks.apply(precise, division.mesh.sp_group)
-    return total
+    return sum_over_ranks(precise, division.mesh.sp_group)
 
 
 @rule(*_DIM)
@@ -87,13 +68,13 @@ def _along(func: Any, args: Any, kwargs: Any) -> Any:
 def _sum(name: str, x: Divided, dims: set[int], kwargs: Any, rest: Any) -> Any:
     keepdim, division = kwargs.get("keepdim", rest[0] if rest else False), x.division
     if name == "count_nonzero":
-        return sum_over_ranks(x.local.ne(0).sum(sorted(dims)), division)
+        return sum_of(x.local.ne(0).sum(sorted(dims)), division)
     dtype = kwargs.get("dtype") or (torch.int64 if not x.dtype.is_floating_point and name == "sum" else x.dtype)
     if name == "mean" and not dtype.is_floating_point:
         return NotImplemented
     precise = torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
     part = (torch.nansum if name == "nansum" else torch.sum)(x.local, sorted(dims), keepdim=keepdim, dtype=precise)
-    total = sum_over_ranks(part, division)
+    total = sum_of(part, division)
     if name == "mean":
         count = 1
         for dim in dims:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ulysses.divided.along import sum_over_ranks
+from lightning_ulysses.divided.along import sum_of
 from lightning_ulysses.divided.pointwise import align, on_slices
 from lightning_ulysses.divided.tensor import Divided, rule
 
@@ -83,6 +83,6 @@ def _of_classes(func: Any, args: Any, kwargs: Any) -> Any:
     weight = given["weight"]
     counts = keeps.double() if weight is None else weight[own_y.clamp(0, len(weight) - 1)] * keeps
     # In half precision neither the count nor the sum would be exact.
-    total = sum_over_ranks(counts.sum(dtype=torch.float64), division)
+    total = sum_of(counts.sum(dtype=torch.float64), division)
     precise = each.local.float() if each.dtype.itemsize < 4 else each.local
-    return (sum_over_ranks(precise.sum(), division) / total.to(precise.dtype)).to(each.dtype)
+    return (sum_of(precise.sum(), division) / total.to(precise.dtype)).to(each.dtype)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from lightning_ulysses.divided.along import sum_over_ranks
+from lightning_ulysses.divided.along import sum_of
 from lightning_ulysses.divided.tensor import Divided, Division, divided_in, joined, rule
 
 
@@ -165,7 +165,7 @@ def _picked(x: Divided, rows: Tensor, tokens: Tensor) -> Any:
     # A rank without tokens has a row of zeros to look at.
     local = x.local if end > begin else x.local.new_zeros(len(x), 1, *x.shape[2:])
     found = local[rows, (tokens - begin).clamp(0, local.shape[1] - 1)]
-    return sum_over_ranks(torch.where(is_here, found, 0), division).to(x.dtype)
+    return sum_of(torch.where(is_here, found, 0), division).to(x.dtype)
 
 
 def _entries(index: Any, ndim: int) -> list[Any] | None:
@@ -206,4 +206,4 @@ def _token(found: Tensor, division: Division, dim: int) -> Any:
     """One token of the whole, which one rank has: (..., 1 or 0, ...) -> (...)."""
     # Backends add up no booleans.
     number = found.byte() if found.dtype is torch.bool else found
-    return sum_over_ranks(number.sum(dim, dtype=number.dtype), division).to(found.dtype)
+    return sum_of(number.sum(dim, dtype=number.dtype), division).to(found.dtype)

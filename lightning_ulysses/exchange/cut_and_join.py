@@ -85,3 +85,29 @@ def join_shares(part: Tensor, dim: int, shares: tuple[int, ...], rank: int, grou
 def join(part: Tensor, dim: int, layout: SequenceLayout, rank: int, group: dist.ProcessGroup) -> Tensor:
     """`join_shares` of the slices of a layout."""
     return join_shares(part, dim, layout.shares, rank, group)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    # An all-reduce, and its adjoint: every rank has a part of the gradient of the sum.
+    @staticmethod
+    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _all_reduced(part, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _all_reduced(grads[0], ctx.group), None
+
+
+def _all_reduced(part: Tensor, group: dist.ProcessGroup) -> Tensor:
+    # all_reduce writes in place and needs contiguous memory.
+    total = part.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def sum_over_ranks(part: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The sum of what the ranks have, with gradients; a collective in forward and backward."""
+    total: Tensor = _SumOverRanks.apply(part, group)
+    return total

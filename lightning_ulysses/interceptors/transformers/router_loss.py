@@ -24,35 +24,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_ulysses.context import LocalBatch, SequenceContext
 from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.exchange.cut_and_join import sum_over_ranks
 from lightning_ulysses.loss.evidence import LossEvidence
 from lightning_ulysses.patching.handle import Handle
 from lightning_ulysses.patching.outside_graphs import eager
 
 FUNCTION = "load_balancing_loss_func"
 _PARAMETERS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """An all-reduce in forward and backward: each part gets the sum of the gradients of all ranks."""
-
-    @staticmethod
-    def forward(ctx: Any, part: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        # all_reduce writes in place and needs contiguous memory.
-        total = part.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        total = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
 
 
 def balance_sums(gate_logits: tuple[Tensor, ...], num_experts: int, top_k: int, kept: Tensor) -> Tensor:
@@ -143,7 +125,7 @@ def _wrap(context: SequenceContext, original: Callable[..., Any], owner: str) ->
             positions = torch.arange(share, device=kept.device) + layout.starts[mesh.sp_rank]
             kept = kept * (positions < layout.real_len).repeat(kept.numel() // share)
         sums = balance_sums(gate_logits, num_experts, top_k, kept)
-        return balance_loss(_SumOverRanks.apply(sums, mesh.sp_group))
+        return balance_loss(sum_over_ranks(sums, mesh.sp_group))
 
     return eager(functools.wraps(original)(load_balancing_loss_func))
 
