@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.geometry.batch_keys import LABEL_KEYS
 from lightning_ulysses.geometry.layout import Runs, cu_seqlens_to_runs, runs_from_starts
 
 
@@ -104,8 +105,11 @@ def document_runs(
     # None instead of one run for each row: attention then needs no document mask.
     if not bool(begins.any()):
         return None
+    labels = [label for key in LABEL_KEYS if isinstance(label := entries.get(key), Tensor)]
+    # Documents of one token each have nothing to predict.
+    is_idle = bool(labels) and all(bool((label < 0).all()) for label in labels)
     # The first kept token of a row begins its first document.
-    if int(begins.sum() + kept.any(dim=1).sum()) == int(kept.sum()):
+    if not is_idle and int(begins.sum() + kept.any(dim=1).sum()) == int(kept.sum()):
         raise UlyssesError(
             f"position_ids of shape {tuple(positions.shape)} that never grow ({positions[0, :4].tolist()}...), so that "
             "every token is a document of its own",

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_ulysses.divided import Divided
+
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 _OWN = str(Path(__file__).parents[1]) + os.sep
 _PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "bmm", "einsum", "baddbmm"}
@@ -190,6 +192,10 @@ class Recorder:
     def _copy(self, tensor: Tensor) -> Tensor:
         # The output of one module is the input of the next: they share a copy, unless the tensor was written to in
         # between. The original is kept too, so that its address is not used again.
+        if isinstance(tensor, Divided):
+            # Joined anew each time, so its address says nothing.
+            copy = tensor.whole().detach()
+            return copy.float().cpu() if copy.is_floating_point() else copy.cpu()
         key = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor._version)
         if key not in self._kept:
             copy = tensor.detach().clone()

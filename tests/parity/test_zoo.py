@@ -31,9 +31,5 @@ PLANNED = [guest for guest in GUESTS if guest.plan]
 @pytest.mark.parametrize("guest", PLANNED, ids=lambda guest: guest.name)
 def test_plans_are_found(pool: ProcessPool, guest: Guest) -> None:
     """By default these models are split as their plans say, or otherwise as exactly."""
-    batches, count = guest.batches, guest.count
-    if "DiT" in guest.name:
-        # It drops classes of rows at random, so that rows do not show their weights: micro-batches weigh the same.
-        count = lambda batch: 1.0  # noqa: E731
-    result, message = compared(pool, guest.make, batches, count, {})
+    result, message = compared(pool, guest.make, guest.batches, guest.count, {})
     assert result == "exact", message

@@ -11,6 +11,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.plugins import DeepSpeedPrecision
 from models import HandWritten, pair_batch
 from torch import Tensor
 
@@ -244,7 +245,10 @@ class TakesIterator(HandWritten):
 
 
 def fake_trainer(precision: str = "32-true", algorithm: str | None = None) -> Any:
-    return SimpleNamespace(precision=precision, gradient_clip_algorithm=algorithm, strategy=None)
+    plugin = DeepSpeedPrecision("32-true")
+    return SimpleNamespace(
+        precision=precision, gradient_clip_algorithm=algorithm, strategy=None, precision_plugin=plugin
+    )
 
 
 @pytest.mark.parametrize(
