@@ -69,7 +69,8 @@ def _sum(name: str, x: Divided, dims: set[int], kwargs: Any, rest: Any) -> Any:
     keepdim, division = kwargs.get("keepdim", rest[0] if rest else False), x.division
     if name == "count_nonzero":
         return sum_of(x.local.ne(0).sum(sorted(dims)), division)
-    dtype = kwargs.get("dtype") or (torch.int64 if not x.dtype.is_floating_point and name == "sum" else x.dtype)
+    is_whole_number = not x.dtype.is_floating_point and not x.dtype.is_complex
+    dtype = kwargs.get("dtype") or (torch.int64 if is_whole_number and name == "sum" else x.dtype)
     if name == "mean" and not dtype.is_floating_point:
         return NotImplemented
     precise = torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype

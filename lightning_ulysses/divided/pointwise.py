@@ -25,7 +25,7 @@ and or xor invert radd rmul rdiv rtruediv truediv rfloordiv floordiv rpow rmod m
 iand ixor pos ror rxor lshift rshift
 
 clone contiguous detach float half bfloat16 double long int short byte bool type zeros_like ones_like empty_like
-full_like alias positive
+full_like alias positive data
 """
 
 
@@ -77,7 +77,7 @@ def align(args: Any, kwargs: Any) -> Any:
     return NotImplemented if misfits else (new, ndim, first)
 
 
-@rule(*_POINTWISE.split(), "__rand__", "where", "fill_", "zero_", "copy_")
+@rule(*(name + end for name in _POINTWISE.split() for end in ("", "_")), "__rand__", "where", "fill_", "zero_", "copy_")
 def _pointwise(func: Any, args: Any, kwargs: Any) -> Any:
     name = name_of(func)
     if kwargs.get("out") is not None or (name == "where" and len(args) + len(kwargs) < 3):
@@ -85,9 +85,7 @@ def _pointwise(func: Any, args: Any, kwargs: Any) -> Any:
     if not changes_first(name):
         return on_slices(func, args, kwargs)
     first = args[0]
-    if not isinstance(first, Divided) or any(
-        leaf.dim() > first.dim() for leaf in tree_leaves(args) if isinstance(leaf, Tensor)
-    ):
+    if not isinstance(first, Divided):
         return NotImplemented
     aligned = align(args, kwargs)
     if aligned is NotImplemented:
@@ -101,13 +99,9 @@ def _pointwise(func: Any, args: Any, kwargs: Any) -> Any:
 
 @rule("to", "type_as")
 def _cast(func: Any, args: Any, kwargs: Any) -> Any:
-    x, *others = args
     # Of another tensor only the type is asked.
-    others = [leaf.local if isinstance(leaf, Divided) else leaf for leaf in others]
-    kwargs = {key: leaf.local if isinstance(leaf, Divided) else leaf for key, leaf in kwargs.items()}
-    return (
-        Divided(func(x.local, *others, **kwargs), x.division) if isinstance(x, Divided) else func(x, *others, **kwargs)
-    )
+    answer, x = func(*of_slices(args), **of_slices(kwargs)), args[0]
+    return Divided(answer, x.division) if isinstance(x, Divided) else answer
 
 
 @rule("dropout")

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -19,7 +20,7 @@ def _reshape(func: Any, args: Any, kwargs: Any) -> Any:
     if not isinstance(x, Divided):
         # Of the other tensor only the shape is asked.
         return x.reshape(args[1].shape)
-    if any(isinstance(arg, torch.dtype) for arg in args):
+    if any(isinstance(arg, torch.dtype) for arg in (*args, *kwargs.values())):
         return NotImplemented
 
     def shaped(leaf: Any) -> Any:
@@ -77,13 +78,8 @@ def _expand(func: Any, args: Any, kwargs: Any) -> Any:
         return x.expand(args[1].shape)
     if kwargs:
         return NotImplemented
-    sizes = (
-        args[1].shape
-        if isinstance(args[1], Tensor)
-        else args[1]
-        if len(args) == 2 and not isinstance(args[1], int)
-        else args[1:]
-    )
+    other = args[1]
+    sizes = args[1:] if isinstance(other, int) else other.shape if isinstance(other, Tensor) else other
     dim = len(sizes) - (x.dim() - x.division.dim)
     own = [-1 if place == dim else size for place, size in enumerate(sizes)]
     return Divided(x.local.expand(own), x.division.at(dim))
@@ -144,23 +140,26 @@ def _masked(x: Divided, mask: Tensor) -> Any:
     division = x.division
     if mask.shape != x.shape[: mask.dim()] or mask.dim() != division.dim + 1:
         return NotImplemented
-    rows = []
-    # (..., B * S) -> (rows, ...), each as long as its bounds say
-    lines = mask.reshape(-1, mask.shape[-1])
-    for line in lines:
-        for part, row in zip(line.split([row[-1] for row in division.rows]), division.rows, strict=True):
-            kept = part.cumsum(0).tolist()
-            rows.append(tuple(kept[bound - 1] if bound else 0 for bound in row))
-    return Divided(x.local[division.cut(mask, mask.dim() - 1)], Division(0, tuple(rows), division.mesh))
+    # (..., B * S) -> one line for each index before the divided dimension -> kept tokens before each bound
+    counts = [
+        F.pad(part.cumsum(0), (1, 0))[list(row)]
+        for line in mask.reshape(-1, mask.shape[-1])
+        for part, row in zip(line.split([row[-1] for row in division.rows]), division.rows, strict=True)
+    ]
+    rows = tuple(map(tuple, torch.stack(counts).tolist()))
+    return Divided(x.local[division.cut(mask, mask.dim() - 1)], Division(0, rows, division.mesh))
 
 
 def _picked(x: Divided, rows: Tensor, tokens: Tensor) -> Any:
     """One token of some rows each: (B, S, ...) -> (n, ...)."""
     (begin, end), division = x.division.spans[0], x.division
-    is_simple = rows.dim() == tokens.dim() == 1 and not rows.is_floating_point() and rows.dtype is not torch.bool
+    is_simple = rows.dim() == tokens.dim() == 1 and {rows.dtype, tokens.dtype} <= {torch.int64, torch.int32}
     if division.dim != 1 or len(division.rows) != 1 or not is_simple or x.dtype is torch.bool:
         return NotImplemented
     tokens = torch.where(tokens < 0, tokens + division.size, tokens)
+    if bool(((tokens < 0) | (tokens >= division.size)).any()):
+        # No rank has such a token, and their sum would be zero.
+        raise IndexError(f"tokens {tokens.tolist()} are out of bounds for dimension 1 of size {division.size}")
     is_here = ((tokens >= begin) & (tokens < end)).view(-1, *[1] * (x.dim() - 2))
     # A rank without tokens has a row of zeros to look at.
     local = x.local if end > begin else x.local.new_zeros(len(x), 1, *x.shape[2:])

@@ -19,13 +19,18 @@ from lightning_ulysses.exchange.mesh import SequenceMesh
 Rule = Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 # What a tensor knows without its elements.
-_FACTS = """
-shape dtype device layout ndim names size dim ndimension numel nelement element_size get_device is_cuda is_cpu is_mps
-is_xpu is_meta is_sparse is_nested is_quantized is_floating_point is_complex __len__ __hash__ __class__
-"""
+_FACTS = {
+    "shape", "dtype", "device", "layout", "ndim", "names", "size", "dim", "ndimension", "numel", "nelement", "is_cuda",
+    "element_size", "get_device", "is_cpu", "is_mps", "is_xpu", "is_meta", "is_sparse", "is_nested", "is_quantized",
+    "is_floating_point", "is_complex", "__len__", "__hash__", "__class__",
+}  # fmt: skip
 # What concerns the graph, which is that of the slice.
 _OF_GRAPH = {"requires_grad", "grad_fn", "is_leaf", "requires_grad_", "retain_grad", "output_nr", "is_inference"}
-
+# Operators that change their tensor, beside methods whose names end with an underscore.
+_INTO = {
+    "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__idiv__", "__imod__", "__ipow__", "__iand__",
+    "__ior__", "__ixor__", "__ilshift__", "__irshift__",
+}  # fmt: skip
 
 # Where the slice of each rank begins in a row of tokens, and the end of the last one. A slice may be empty.
 Bounds = tuple[int, ...]
@@ -146,7 +151,7 @@ class Divided(Tensor):
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         """Shape and division, without a collective."""
-        return f"Divided(shape={tuple(self.shape)}, {self.division.dim=}, rows={self.division.rows})"
+        return f"Divided(shape={tuple(self.shape)}, dim={self.division.dim}, rows={self.division.rows})"
 
     @classmethod
     # Compiled code ends its graph where it meets one.
@@ -154,7 +159,7 @@ class Divided(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs ``func`` on slices, or on what they are slices of."""
         name, kwargs = name_of(func), kwargs or {}
-        if name in _FACTS.split():
+        if name in _FACTS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if name in _OF_GRAPH:
@@ -232,11 +237,12 @@ def touched(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
 
 def changes_first(name: str) -> bool:
     """Whether a method of this name changes its tensor in place."""
-    return (name.endswith("_") and not name.endswith("__")) or name.startswith("__i") or name == "__setitem__"
+    return (name.endswith("_") and not name.endswith("__")) or name in _INTO or name == "__setitem__"
 
 
 def _run(name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    rule = Divided.rules.get(name) or Divided.rules.get(name.strip("_"))
+    # Operators have the rules of functions; methods in place have their own.
+    rule = Divided.rules.get(name) or Divided.rules.get(name.removeprefix("__").removesuffix("__"))
     answer = NotImplemented if rule is None else rule(func, args, kwargs)
     return _joined(func, name, args, kwargs) if answer is NotImplemented else answer
 
@@ -251,6 +257,7 @@ def _joined(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any])
         changed = whole_args[0]
         if changed.shape != first.shape:
             raise NotImplementedError(f"{name} that changes the shape of a sequence that is divided over ranks")
-        first.local = first.division.cut(changed, first.division.dim)
+        # In place as well, so that views of the slice see it.
+        first.local.copy_(first.division.cut(changed, first.division.dim))
         return None if answer is None else first
     return answer

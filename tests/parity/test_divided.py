@@ -64,6 +64,18 @@ def inplace(x: Tensor, y: Tensor, mask: Tensor, w: Tensor) -> Tensor:
     return z.pow(2).sum()
 
 
+def through_a_view(x: Tensor, y: Tensor, mask: Tensor, w: Tensor) -> Tensor:
+    z = x * 2
+    z.flatten(0, 1)[y.flatten() > 1, 0] = 0.5
+    return z.pow(2).sum()
+
+
+def inverted(x: Tensor, y: Tensor, mask: Tensor, w: Tensor) -> Tensor:
+    large = x > 0
+    small = ~large
+    return (x * large).sum() + 3 * (x * small).square().mean()
+
+
 # What to compute of scores x (B, S, V), labels y and a mask (B, S), and a weight w (V, V); whether x is never joined.
 CASES: dict[str, tuple[Case, bool]] = {
     "cross entropy": (lambda x, y, m, w: F.cross_entropy(x.flatten(0, 1), y.flatten()), True),
@@ -135,6 +147,11 @@ CASES: dict[str, tuple[Case, bool]] = {
         lambda x, y, m, w: torch.stack([torch.cat([x, x * 2], -1)[..., 3:], x[..., :1].expand(-1, -1, 7)]).mean(), True,
     ),
     "inplace": (inplace, False),
+    "through a view": (through_a_view, False),
+    "inverted": (inverted, True),
+    "bits": (lambda x, y, m, w: (x.detach().view(dtype=torch.int64) % 7).sum() * x.sum(), False),
+    "complex": (lambda x, y, m, w: (x.to(torch.complex128) * (1 + 2j)).sum((0, 1)).abs().sum(), True),
+    "data": (lambda x, y, m, w: ((z := x * 2).data.clamp_(-1, 1), z.pow(2).sum())[1], True),
     "a function of one's own": (lambda x, y, m, w: Square.apply(gather_sequence(x)), False),
     "where": (lambda x, y, m, w: torch.where(m[..., None].bool(), x, -1.0).clamp(-0.5, 0.5).sum((0, 1)).norm(), True),
     "operators": (lambda x, y, m, w: (1 - x / 2 + 2**x - (-x)).mean((1, 2)).square().sum(), True),
@@ -191,6 +208,9 @@ def on_slices(rank: int, seq_len: int) -> dict[str, tuple[Tensor, Tensor, Tensor
     x = Divided(division.cut(tensors(seq_len)[0], 1).requires_grad_(), division)
     with pytest.raises(UlyssesError, match=r"gather_sequence\(x\)"):
         Square.apply(x).backward()
+    for wrong in (lambda: x[torch.arange(B), torch.full((B,), seq_len)], lambda: (x * 1).unsqueeze_(0)):
+        with pytest.raises((IndexError, NotImplementedError)):
+            wrong()
     return found
 
 
