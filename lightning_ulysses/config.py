@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from lightning_ulysses.errors import UlyssesError, UlyssesValueError
@@ -36,6 +37,7 @@ class UlyssesConfig:
     plan: SequencePlan | None = None
 
     def __post_init__(self) -> None:
+        self._check_types()
         if self.sp_size != "auto" and (type(self.sp_size) is not int or self.sp_size < 1):
             raise UlyssesError(f"sp_size={self.sp_size!r}", "'auto' or a positive number", "change sp_size")
         if self.loss_weighting not in ("tokens", "none"):
@@ -56,14 +58,26 @@ class UlyssesConfig:
                 f"both split={self.split!r} and a plan", "one of them: a plan says itself where to split", "drop split"
             )
         multiple = self.rules.pad_to_multiple_of
-        if multiple is not None and multiple < 1:
-            raise UlyssesError(f"pad_to_multiple_of={multiple}", "a positive number or None", "change it")
         if multiple is not None and self.plan is not None:
             raise UlyssesError(
                 f"pad_to_multiple_of={multiple} with a plan",
                 "no padding, which the part of the model before the split would attend to",
                 "leave pad_to_multiple_of out; no multiple is required",
             )
+
+    def _check_types(self) -> None:
+        multiple, ignored = self.rules.pad_to_multiple_of, self.rules.ignore_index
+        is_multiple = multiple is None or (type(multiple) is int and multiple >= 1)
+        _require(is_multiple, "pad_to_multiple_of", multiple, "a positive whole number or None")
+        _require(type(ignored) is int, "ignore_index", ignored, "a whole number, the label that counts as no target")
+        is_key = self.targets is None or (isinstance(self.targets, str) and self.targets != "")
+        _require(is_key, "targets", self.targets, "the key of a tensor of the batch, or None")
+        _require(isinstance(self.check_model, bool), "check_model", self.check_model, "True or False")
+
+
+def _require(is_right: bool, name: str, value: Any, expected: str) -> None:
+    if not is_right:
+        raise UlyssesError(f"{name}={value!r}", expected, f"change {name}")
 
 
 def batch_rules(
@@ -72,7 +86,20 @@ def batch_rules(
     ignore_index: int,
     plan: SequencePlan | None,
 ) -> BatchRules:
-    """The rules for reading a batch, from arguments of `UlyssesDeepSpeedStrategy`."""
+    """The rules for reading a batch, from arguments of `UlyssesDeepSpeedStrategy`.
+
+    Raises:
+        UlyssesError: If ``sequence_dims`` is no mapping to whole numbers.
+    """
+    is_mapping = sequence_dims is None or isinstance(sequence_dims, Mapping)
+    is_right = is_mapping and all(dim is None or type(dim) is int for dim in (sequence_dims or {}).values())
+    _require(
+        is_right,
+        "sequence_dims",
+        sequence_dims,
+        "a mapping of keys of the batch (or indices of a tuple) to the dimension that carries the sequence, or to None "
+        "for a tensor that every rank needs whole, such as {'x': 1}",
+    )
     dims = {str(key): dim for key, dim in (sequence_dims or {}).items()}
     whole = frozenset(plan.whole) if plan is not None else frozenset()
     # With a join the loss is computed on the whole sequence, so every rank needs the whole batch.
@@ -103,6 +130,12 @@ def check_replicas(dp_shard_size: int | None, dp_replicate_size: int) -> None:
         )
 
 
+def check_config(config: object) -> None:
+    """Refuses what is neither a DeepSpeed config nor the path of one."""
+    is_config = config is None or isinstance(config, (dict, str, Path))
+    _require(is_config, "config", config, "a DeepSpeed config as a dict, the path of one, or None")
+
+
 def check_deepspeed_config(config: Mapping[str, Any] | None) -> None:
     """Refuses DeepSpeed settings that the strategy or the Trainer sets, and sharding that is not exact.
 
@@ -128,6 +161,8 @@ def check_deepspeed_config(config: Mapping[str, Any] | None) -> None:
 
 def check_stage(stage: int) -> None:
     """Refuses a ZeRO stage that is not exact."""
+    if type(stage) is not int:
+        raise UlyssesError(f"stage={stage!r}", "the ZeRO stage as a whole number: 1, 2 or 3", "set stage=2")
     if stage not in (1, 2, 3):
         raise UlyssesError(
             f"ZeRO stage {stage!r}",

@@ -25,7 +25,14 @@ from lightning_ulysses.checks.hooks import HookWatch
 from lightning_ulysses.checks.monitors import check_monitored
 from lightning_ulysses.checks.optimizer import check_elementwise, clipping_error, no_optimizer
 from lightning_ulysses.checks.trainer import check_trainer, no_output
-from lightning_ulysses.config import UlyssesConfig, batch_rules, check_deepspeed_config, check_replicas, check_stage
+from lightning_ulysses.config import (
+    UlyssesConfig,
+    batch_rules,
+    check_config,
+    check_deepspeed_config,
+    check_replicas,
+    check_stage,
+)
 from lightning_ulysses.context import LocalBatch
 from lightning_ulysses.divided import joined
 from lightning_ulysses.errors import UlyssesError
@@ -101,6 +108,7 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
     ) -> None:
         check_replicas(dp_shard_size, dp_replicate_size)
         check_stage(stage if kwargs.get("zero_optimization", True) else 0)
+        check_config(config)
         if plan == "auto":
             plan, split = None, "blocks"
         read = read_plan(plan)

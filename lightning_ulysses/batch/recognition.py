@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_ulysses.errors import UlyssesError
@@ -28,6 +29,39 @@ def entries_of(batch: Any) -> dict[str, Any]:
         "a mapping, a tuple or list of tensors, or a tensor",
         "return a dict from the collate function",
     )
+
+
+def check_not_nested(entries: Mapping[str, Any]) -> None:
+    """Refuses nested tensors, which have no one length."""
+    nested = [key for key, value in entries.items() if isinstance(value, Tensor) and value.is_nested]
+    if nested:
+        raise UlyssesError(
+            f"batch[{nested[0]!r}], a nested tensor",
+            "dense tensors, which can be cut along the sequence",
+            "pad it in the collate function, tensor.to_padded_tensor(0), and add an attention_mask",
+        )
+
+
+def check_dense(tensors: Mapping[str, Tensor], dims: Mapping[str, int]) -> None:
+    """Refuses sequence tensors that cannot be cut, and batches without a row.
+
+    Raises:
+        UlyssesError: With the shapes of the batch.
+    """
+    for key, dim in dims.items():
+        tensor = tensors[key]
+        if tensor.layout != torch.strided:
+            raise UlyssesError(
+                f"batch[{key!r}] of layout {str(tensor.layout).removeprefix('torch.')}",
+                "dense tensors, which can be cut along the sequence",
+                "convert it in the collate function: tensor.to_dense()",
+            )
+        if dim > 0 and tensor.shape[0] == 0:
+            raise UlyssesError(
+                f"a batch {_describe(tensors)} without a row",
+                "at least one row",
+                "set drop_last=True in the dataloader, or skip empty batches",
+            )
 
 
 def _describe(entries: Mapping[str, Any]) -> str:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from lightning_ulysses.batch.recognition import (
+    check_dense,
     check_lengths,
+    check_not_nested,
     check_whole,
     count_rows,
     entries_of,
@@ -177,6 +179,7 @@ def read_batch(batch: Any, rules: BatchRules, sp_size: int) -> WholeBatch:
         UlyssesError: If the batch cannot be read for certain. The error shows the shapes and the setting to add.
     """
     entries = entries_of(batch)
+    check_not_nested(entries)
     if rules.keeps_all:
         dims = find_whole(batch, entries, rules, sp_size)
         # A batch without a sequence gets S = P, the smallest length that a layout allows.
@@ -186,6 +189,7 @@ def read_batch(batch: Any, rules: BatchRules, sp_size: int) -> WholeBatch:
         dims = find_dims(batch, entries, rules)
         seq_len = check_lengths(entries, dims, rules)
     tensors = {key: entries[key] for key in dims}
+    check_dense(tensors, dims)
     is_mapping = isinstance(batch, Mapping)
     candidates = [key for key in _candidates(tensors, is_mapping) if key not in rules.whole]
     # Not on one rank: there attention is plain and would see the padding, and `predict` would return it.

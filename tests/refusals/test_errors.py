@@ -80,6 +80,21 @@ SETTINGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     ),
     "data-parallel size": ({"dp_shard_size": 0}, ("dp_shard_size=0", "positive number or None")),
     "pad_to_multiple_of": ({"pad_to_multiple_of": 0}, ("pad_to_multiple_of=0", "positive")),
+    "pad_to_multiple_of as text": ({"pad_to_multiple_of": "8"}, ("pad_to_multiple_of='8'", "whole number")),
+    "half a token of padding": ({"pad_to_multiple_of": 2.5}, ("pad_to_multiple_of=2.5", "whole number")),
+    "replicas as text": ({"dp_replicate_size": "1"}, ("dp_replicate_size='1'", "drop dp_replicate_size")),
+    "a list of sequence_dims": ({"sequence_dims": ["x"]}, ("sequence_dims=['x']", "a mapping of keys", "{'x': 1}")),
+    "sequence_dims as text": ({"sequence_dims": "x"}, ("sequence_dims='x'", "{'x': 1}")),
+    "a dimension as text": ({"sequence_dims": {"x": "1"}}, ("sequence_dims={'x': '1'}", "{'x': 1}")),
+    "a flag for a dimension": ({"sequence_dims": {"x": True}}, ("sequence_dims={'x': True}", "{'x': 1}")),
+    "ignore_index as text": ({"ignore_index": "x"}, ("ignore_index='x'", "a whole number")),
+    "no ignore_index": ({"ignore_index": None}, ("ignore_index=None", "a whole number")),
+    "targets by index": ({"targets": 5}, ("targets=5", "the key of a tensor of the batch")),
+    "several targets": ({"targets": ["labels"]}, ("targets=['labels']", "the key of a tensor of the batch")),
+    "check_model as text": ({"check_model": "no"}, ("check_model='no'", "True or False")),
+    "stage as a float": ({"stage": 2.0}, ("stage=2.0", "a whole number", "set stage=2")),
+    "stage as text": ({"stage": "2"}, ("stage='2'", "set stage=2")),
+    "config as a number": ({"config": 5}, ("config=5", "a dict, the path of one, or None")),
 }
 CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "accumulation": ({"gradient_accumulation_steps": 4}, ("'gradient_accumulation_steps'", "accumulate_grad_batches")),
@@ -185,7 +200,23 @@ BATCHES: dict[str, tuple[Any, dict[str, Any], tuple[str, ...]]] = {
         {},
         ("cu_seqlens of shape (3,) with 2 rows", "position_ids that restart"),
     ),
+    "no rows": ({"input_ids": ones(0, 33)}, {}, ("'input_ids': (0, 33) int64", "without a row", "drop_last=True")),
+    "sparse": (
+        {"x": ones(2, 33).to_sparse()},
+        {"dims": {"x": 1}},
+        ("batch['x'] of layout sparse_coo", "dense", ".to_dense()"),
+    ),
+    "nested": (
+        {"input_ids": torch.nested.nested_tensor([ones(3), ones(5)], layout=torch.jagged)},
+        {},
+        ("batch['input_ids'], a nested tensor", "to_padded_tensor(0)", "attention_mask"),
+    ),
 }
+
+
+def test_what_every_rank_gets_whole_may_be_sparse_or_empty() -> None:
+    batch = {"input_ids": ones(2, 33), "edges": ones(2, 33).to_sparse(), "boxes": torch.zeros(0, 4)}
+    assert list(read_batch(batch, BatchRules({"edges": None, "boxes": None}), 4).tensors)[0] == "input_ids"
 
 
 @pytest.mark.parametrize("case", BATCHES)
