@@ -18,23 +18,23 @@ _TOKENS, _TOKENS_PER_RANK = 48, 12
 _PLACES = 9
 
 
-def excerpt(batch: Any, rules: BatchRules, begin: int, count: int) -> Any:
-    """The tokens from ``begin`` to ``begin + count`` of every row.
+def excerpt(batch: Any, rules: BatchRules, *pieces: tuple[int, int]) -> Any:
+    """Some tokens of every row.
 
     Args:
         batch: A whole batch.
         rules: How to read it.
-        begin: The first token.
-        count: How many of them.
+        pieces: Where each run of tokens begins and how many it has, in the order of the sequence.
     """
     dims = read_batch(batch, rules, 1).dims
 
     def cut(key: str, value: Any) -> Any:
         if key in _EDGES and isinstance(value, Tensor):
-            # Boundaries before or after the excerpt fall together, and each must be there only once.
-            return (value - begin).clamp(0, count).unique()
+            return _edges(value, pieces)
         dim = dims.get(key)
-        return value if dim is None or key not in given else value.narrow(dim, begin, count).contiguous()
+        if dim is None or key not in given:
+            return value
+        return torch.cat([value.narrow(dim, begin, count) for begin, count in pieces], dim=dim)
 
     if isinstance(batch, Tensor):
         given = {"batch"}
@@ -45,6 +45,22 @@ def excerpt(batch: Any, rules: BatchRules, begin: int, count: int) -> Any:
     given = {str(index) for index in range(len(batch))}
     values = [cut(str(index), value) for index, value in enumerate(batch)]
     return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
+
+
+def _edges(edges: Tensor, pieces: Sequence[tuple[int, int]]) -> Tensor:
+    """(documents + 1,) -> (documents of the pieces + 1,)."""
+    offset, found = 0, []
+    for begin, count in pieces:
+        found.append((edges - begin).clamp(0, count) + offset)
+        offset += count
+    # Boundaries before or after a piece fall together, and each must be there only once.
+    return torch.cat(found).unique()
+
+
+def both_ends(seq_len: int, count: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Pieces with the lowest and the highest positions of a sequence, ``count`` tokens together."""
+    # The first slices are the longer ones, and a slice that sees both ends has nothing to miss.
+    return (0, count - count // 2), (seq_len - count // 2, count // 2)
 
 
 def excerpts(batch: WholeBatch, rules: BatchRules, sp_size: int, sizes: Collection[int]) -> Iterator[Any]:
@@ -62,8 +78,11 @@ def excerpts(batch: WholeBatch, rules: BatchRules, sp_size: int, sizes: Collecti
         while count in sizes and 2 * sp_size < count < seq_len:
             count -= 1
         if 2 * sp_size <= count < seq_len:
+            if "position_ids" in batch.dims:
+                # A model may ask for the highest position.
+                yield excerpt(batch.template, rules, *both_ends(seq_len, count))
             for place in range(_PLACES):
-                yield excerpt(batch.template, rules, (seq_len - count) * place // (_PLACES - 1), count)
+                yield excerpt(batch.template, rules, ((seq_len - count) * place // (_PLACES - 1), count))
         else:
             yield batch.template
 

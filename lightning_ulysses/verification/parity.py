@@ -184,7 +184,7 @@ def _make_job(
             "change sp_size or steps, or give more batches",
         )
     job = Job(folder, batches[:steps], sp_size, settings, layers, accelerator)
-    cuts = [cut_batch(each, job.rules, max_tokens) for each in job.batches]
+    cuts = [cut_batch(each, job.rules, max_tokens, sp_size) for each in job.batches]
     job.batches[:] = [each for each, _, _ in cuts]
     longest = max(before for _, before, _ in cuts)
     notes = [f"batches cut from S = {longest} to {max_tokens} tokens"] if longest > max_tokens else []

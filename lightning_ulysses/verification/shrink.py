@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_ulysses.batch.excerpt import excerpt
+from lightning_ulysses.batch.excerpt import both_ends, excerpt, most_filled
 from lightning_ulysses.batch.whole import read_batch
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.geometry.batch_keys import BatchRules
@@ -120,13 +120,24 @@ def _nothing_to_shrink(module: nn.Module) -> UlyssesError:
     )
 
 
-def cut_batch(batch: Any, rules: BatchRules, most: int) -> tuple[Any, int, int]:
-    """The first ``most`` tokens of a batch.
+def cut_batch(batch: Any, rules: BatchRules, most: int, sp_size: int) -> tuple[Any, int, int]:
+    """At most ``most`` tokens of a batch: of both ends where it has positions, which stay as they are.
+
+    Args:
+        batch: A whole batch.
+        rules: How to read it.
+        most: Tokens.
+        sp_size: P. If every row has targets in every slice of some excerpt, that one is taken.
 
     Returns:
         The batch, S before the cut, and S after it.
     """
-    seq_len = read_batch(batch, rules, 1).layout.seq_len
+    whole = read_batch(batch, rules, 1)
+    seq_len = whole.layout.seq_len
     if seq_len <= most:
         return batch, seq_len, seq_len
-    return excerpt(batch, rules, 0, most), seq_len, most
+    ends = [both_ends(seq_len, most)] if "position_ids" in whole.dims else []
+    # Not the first tokens alone: those of a prompt are no targets.
+    starts = ((seq_len - most) * place // 4 for place in range(5))
+    candidates = (excerpt(batch, rules, *pieces) for pieces in (*ends, *(((start, most),) for start in starts)))
+    return most_filled(candidates, rules, sp_size), seq_len, most

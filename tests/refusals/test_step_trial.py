@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 import torchmetrics
 from exact import BOUND
-from models import VOCAB, HandWritten, LlamaModule, pair_batch, token_batch
+from models import VOCAB, HandWritten, LlamaModule, Warmer, pair_batch, token_batch
 from torch import Tensor
 
 from lightning_ulysses import UlyssesError
@@ -410,3 +410,15 @@ def test_a_wrong_name_is_refused(pool: ProcessPool) -> None:
     make = partial(Steps, "by_cross_entropy")
     for text, _ in pool.run(outcome, make, BATCH, {"targets": "labels"}, world_size=2):
         assert "targets='labels' for a loss that is a mean over those of ['shift_labels']" in text
+
+
+def test_what_high_positions_change_is_seen_before_the_first_step(pool: ProcessPool) -> None:
+    """The batch is cut between low and high positions; an excerpt of neighbours would show one of them only."""
+    tokens = token_batch(1, 101)["input_ids"]
+    batch = {"input_ids": tokens[:, :-1], "shift_labels": tokens[:, 1:], "position_ids": torch.arange(100)[None]}
+    run = SplitRun(world_size=2, sp_size=2, strategy={"split": "batch"})
+    for error in pool.run(refused, Warmer, [batch], run, world_size=2):
+        assert "the queries of attention call 1 differ by" in error and "split='auto'" in error
+    wanted = fit_single(Warmer, [[batch]], count=lambda batch: 100.0)
+    for result in fit_split(pool, Warmer, [batch], SplitRun(world_size=2, sp_size=2)):
+        assert compare(result, wanted).largest <= BOUND

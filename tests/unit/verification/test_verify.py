@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from exact import no_weight
-from models import HandWritten, LlamaModule, pair_batch, token_batch
+from models import HandWritten, LlamaModule, Warmer, pair_batch, token_batch
 from torch import Tensor, nn
 
 from lightning_ulysses import UlyssesError
@@ -121,6 +121,22 @@ def test_packed_documents_and_checkpointing(pool: ProcessPool, edges: bool) -> N
     assert report.exact and module.model.is_gradient_checkpointing
     assert any("gradient checkpointing" in note for note in report.notes)
     assert any("cu_seqlens" in note for note in report.notes) == edges
+
+
+def test_a_cut_keeps_the_highest_positions(pool: ProcessPool) -> None:
+    """The first 33 tokens alone would show nothing, nor would the last 33."""
+    positions = torch.arange(100)[None]
+    report = check(pool, Warmer(), {**token_batch(1, 100), "position_ids": positions}, max_tokens=33)
+    assert not report.exact and report.loss_error > 1e-2
+    low = {**token_batch(1, 60), "position_ids": positions[:, :60]}
+    assert check(pool, Warmer(), low, max_tokens=33).exact
+
+
+def test_a_cut_takes_tokens_with_targets(pool: ProcessPool) -> None:
+    batch = token_batch(1, 100)
+    batch["labels"][:, :60] = -100
+    report = check(pool, LlamaModule(), batch, max_tokens=33)
+    assert report.exact and report.losses[0] > 0
 
 
 WRONG: dict[str, tuple[Any, Any, str, str | None, str, str]] = {
