@@ -157,13 +157,20 @@ class SequenceParallel:
         """Where steps of a kind, such as ``"train"``, are split: ``"batch"`` or ``"blocks"``."""
         return "batch" if self._choice.plan(kind) is None else "blocks"
 
-    def receive(self, batch: Any, clock: Clock, move: Callable[[Any], Any] | None = None) -> Any:
+    def receive(
+        self,
+        batch: Any,
+        clock: Clock,
+        move: Callable[[Any], Any] | None = None,
+        change: Callable[[Any], Any] | None = None,
+    ) -> Any:
         """Cuts a whole batch: the one that the following step runs on.
 
         Args:
             batch: The same on every rank of a group.
             clock: Where the run stands.
-            move: Moves a batch to the device and runs the user's hooks on it.
+            move: Moves a batch to the device.
+            change: What the user's hooks make of the whole batch before it is cut.
 
         Returns:
             The batch for the module.
@@ -171,6 +178,9 @@ class SequenceParallel:
         Raises:
             UlyssesError: If the batch is not understood for certain, or ranks hold different ones.
         """
+        if change is not None:
+            with self._pipeline.drawing("batch_to_device", clock):
+                batch = change(batch)
         self._batch, self._move = batch, move or _same
         whole, inputs = self._cut(clock)
         with self._pipeline.drawing("batch_to_device", clock):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.fabric.strategies import _StrategyRegistry
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers, _MockOptimizer
 from lightning.pytorch.strategies.ddp import DDPStrategy
@@ -294,8 +295,13 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        move = partial(super().batch_to_device, device=device, dataloader_idx=dataloader_idx)
-        return self.core.receive(batch, self._now(), move)
+        hooked = partial(super().batch_to_device, device=device, dataloader_idx=dataloader_idx)
+        if not upstream_lightning.hooks_change_batches(self._module_and_trainer[1]):
+            return self.core.receive(batch, self._now(), hooked)
+        # The user's hooks mean whole sequences.
+        move = partial(move_data_to_device, device=device or self.root_device)
+        host = torch.device("cpu")
+        return self.core.receive(batch, self._now(), move, lambda batch: move_data_to_device(hooked(batch), host))
 
     def _step(self, name: str, batch: Any, *args: Any, is_boundary: bool = True, **kwargs: Any) -> Any:
         module, clock = self._module_and_trainer[0], replace(self._now(), is_boundary=is_boundary)

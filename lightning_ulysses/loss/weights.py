@@ -191,7 +191,8 @@ class StepWeights:
                 f"a batch with targets {dict(counts)} that had {dict(planned[self._window.index])} when the dataloader "
                 "yielded it",
                 "targets that are final when the dataloader yields them, since a step's targets are counted ahead",
-                "move what changes the labels from on_before_batch_transfer to the collate function",
+                "move what changes the labels from on_before_batch_transfer or on_after_batch_transfer to the collate "
+                "function, or set accumulate_grad_batches=1",
             )
 
     def settle_targets(self, names: frozenset[str]) -> None:

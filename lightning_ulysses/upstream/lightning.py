@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_ulysses.patching.handle import Handle
 
@@ -53,6 +54,13 @@ def rescale_progress(checkpoint: dict[str, Any], dp_size: int) -> None:
         for name in ("ready", "started", "processed"):
             current[name] = current[name] * former // dp_size
         current["completed"] = current["processed"] - pending
+
+
+def hooks_change_batches(trainer: pl.Trainer) -> bool:
+    """Whether the user's hooks see each batch on its way to the device (``trainer/connectors/data_connector.py``)."""
+    hooks = ("transfer_batch_to_device", "on_after_batch_transfer")
+    owners = (trainer.lightning_module, getattr(trainer, "datamodule", None))
+    return any(owner is not None and is_overridden(hook, owner) for hook in hooks for owner in owners)
 
 
 def set_device_mesh(module: pl.LightningModule, mesh: torch.distributed.device_mesh.DeviceMesh | None) -> None:
