@@ -234,6 +234,7 @@ class SequenceParallel:
         self.context.use(self._choice.plan(clock.kind))
         self.context.notes.of(LossWatch).is_open = self.weights.needs_evidence
         if clock.is_training:
+            self.weights.enter_epoch(clock.epoch)
             self.weights.begin(self._counts, self._pipeline.take())
             if clock.is_automatic:
                 self.weights.check_boundary(clock.is_boundary)

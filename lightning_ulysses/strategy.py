@@ -243,6 +243,7 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
         self._masters = MasterCopy(self.deepspeed_engine.optimizer)
         self._watch = HookWatch(module, self._flat_parameters, self.root_device, self.zero_stage_3)
         if trainer.training:
+            upstream_deepspeed.drop_unstepped(self.deepspeed_engine.optimizer)
             upstream_deepspeed.inside(self.deepspeed_engine, "backward", self._in_backward)
             upstream_deepspeed.inside(self.deepspeed_engine, "step", self._in_step)
             self._watch.start()

@@ -92,6 +92,7 @@ class StepWeights:
         # Backwards on the current batch, and since the last optimizer step.
         self._backwards = 0
         self._unstepped = 0
+        self._epoch = 0
         self._warned = False
 
     @property
@@ -156,6 +157,11 @@ class StepWeights:
         everyone: list[Any] = [None] * self._mesh.dp_size
         dist.all_gather_object(everyone, set(totals), group=self._mesh.dp_group)
         return sorted(set.intersection(*everyone))
+
+    def enter_epoch(self, epoch: int) -> None:
+        """Leaves a window of another epoch behind, if no step ended it: its gradients have been dropped."""
+        if epoch != self._epoch:
+            self._epoch, self._window, self._unstepped = epoch, None, 0
 
     def begin(self, counts: Mapping[str, float], plans: deque[AccumulationWindow] | None) -> None:
         """Begins a micro-batch, and a new window after the last one of the former window.

@@ -73,6 +73,30 @@ def forget_trace(engine: Any) -> None:
     coordinator._clear_trace_structures()
 
 
+def drop_unstepped(optimizer: Any) -> None:
+    """Has ``zero_grad`` drop the gradients of micro-batches that no step followed, as that of torch does.
+
+    ZeRO 1 and 2 keep them for the next step (``zero/stage_1_and_2.py``, ``averaged_gradients`` and ``micro_step_id``).
+    """
+    # Neither ZeRO-3, which begins anew, nor a run without an optimizer.
+    if not hasattr(optimizer, "all_grad_tensors"):
+        return
+    from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
+
+    original = optimizer.zero_grad
+
+    @functools.wraps(original)
+    def zero_grad(*args: Any, **kwargs: Any) -> None:
+        original(*args, **kwargs)
+        for kept in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
+            kept.update(dict.fromkeys(kept))
+        optimizer.micro_step_id = INITIAL_MICRO_STEP_ID
+        if optimizer.cpu_offload:
+            optimizer._offload_accumulated_param_ids = set()
+
+    optimizer.zero_grad = zero_grad
+
+
 def inside(engine: Any, name: str, context: Callable[[], AbstractContextManager[None]]) -> None:
     """Runs a method of an engine inside a context, for as long as the engine lives."""
     original = getattr(engine, name)
