@@ -116,21 +116,35 @@ def _filled(short: WholeBatch, ignore_index: int) -> float:
     return float(torch.stack(parts).double().mean()) if parts else 1.0
 
 
-def most_uneven(batches: Sequence[Any], rules: BatchRules) -> list[Any]:
-    """Of the batches the one whose rows tell most tensors with targets apart, and two parts of its rows.
+def most_uneven(batches: Iterable[Any], rules: BatchRules) -> list[Any]:
+    """Of the batches the one whose parts tell most tensors with targets apart, and these two parts.
+
+    The parts of a batch are some of its rows and the others, or some documents of a single row and the others. Two
+    batches of one row and one document make a batch of two rows.
 
     Returns:
-        The batch, some rows and the others; nothing of batches with one row.
+        The batch and its parts; nothing if there is no such batch.
     """
     best, most = [], 0
-    for batch in batches:
-        rows = read_batch(batch, rules, 1).rows
-        halves = [_rows(batch, rows, 0, rows // 2), _rows(batch, rows, rows // 2, rows)] if rows > 1 else []
-        first, others = [read_batch(half, rules, 1).counts_of_group() for half in halves] or [{}, {}]
+    for batch in _with_pairs(batches, rules):
+        parts = _parts(batch, rules)
+        first, others = [read_batch(part, rules, 1).counts_of_group() for part in parts] or [{}, {}]
         ratios = {round(n / total, 4) for key, n in first.items() if (total := n + others.get(key, 0.0)) and n < total}
         if len(ratios) > most:
-            best, most = [batch, *halves], len(ratios)
+            best, most = [batch, *parts], len(ratios)
     return best
+
+
+def _parts(batch: Any, rules: BatchRules) -> list[Any]:
+    whole = read_batch(batch, rules, 1)
+    if whole.rows > 1:
+        half = whole.rows // 2
+        return [_rows(batch, whole.rows, 0, half), _rows(batch, whole.rows, half, whole.rows)]
+    documents = whole.layout.documents[0] if whole.layout.documents else ()
+    if len(documents) < 2:
+        return []
+    edge = documents[len(documents) // 2][0]
+    return [excerpt(batch, rules, (0, edge)), excerpt(batch, rules, (edge, whole.layout.seq_len - edge))]
 
 
 def _rows(batch: Any, rows: int, begin: int, end: int) -> Any:
@@ -138,3 +152,25 @@ def _rows(batch: Any, rows: int, begin: int, end: int) -> Any:
         return leaf[begin:end] if isinstance(leaf, Tensor) and leaf.shape[:1] == (rows,) else leaf
 
     return tree_map(cut, batch)
+
+
+def _with_pairs(batches: Iterable[Any], rules: BatchRules) -> Iterator[Any]:
+    """The batches, and pairs of neighbours that have one row of one document each."""
+    before: Any = None
+    for batch in batches:
+        yield batch
+        whole = read_batch(batch, rules, 1)
+        is_single = whole.rows == 1 and not (whole.layout.documents and len(whole.layout.documents[0]) > 1)
+        if is_single and before is not None and before[1] == whole.layout.seq_len:
+            yield _stacked(before[0], batch)
+        before = (batch, whole.layout.seq_len) if is_single else None
+
+
+def _stacked(first: Any, second: Any) -> Any:
+    """Batches of one row as one of two rows."""
+
+    def stack(one: Any, other: Any) -> Any:
+        is_row = isinstance(one, Tensor) and one.shape[:1] == (1,) and one.shape[1:] == other.shape[1:]
+        return torch.cat([one, other]) if is_row else one
+
+    return tree_map(stack, first, second)

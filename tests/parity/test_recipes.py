@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from models import VOCAB
 from recipes import RECIPES
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from lightning_ulysses import UlyssesDeepSpeedStrategy
 from lightning_ulysses.geometry.shares import even_shares
@@ -20,18 +21,23 @@ from lightning_ulysses.testing.processes import ProcessPool
 from lightning_ulysses.testing.runs import StepRecorder
 
 
-def fit(rank: int, name: str, run: SplitRun) -> tuple[StepResult, str]:
+def batches(name: str, rows: int | None) -> list[Any]:
+    """Two batches of a recipe, or their first rows."""
+    found = [RECIPES[name].batch(seed) for seed in (1, 2)]
+    return tree_map(lambda leaf: leaf[:rows] if isinstance(leaf, Tensor) else leaf, found)
+
+
+def fit(rank: int, name: str, run: SplitRun, rows: int | None = None) -> tuple[StepResult, str]:
     """The result of a recipe, and where its training step was split."""
-    recipe, recorder = RECIPES[name], StepRecorder()
+    recorder = StepRecorder()
     trainer = split_trainer(run, [recorder])
-    trainer.fit(recipe.make(), split_loader([recipe.batch(seed) for seed in (1, 2)], run, rank))
+    trainer.fit(RECIPES[name].make(), split_loader(batches(name, rows), run, rank))
     assert isinstance(trainer.strategy, UlyssesDeepSpeedStrategy)
     return recorder.result(), trainer.strategy.core.split_of("train")
 
 
-def wanted(name: str) -> StepResult:
-    recipe = RECIPES[name]
-    return fit_single(recipe.make, [[recipe.batch(seed) for seed in (1, 2)]], recipe.count)
+def wanted(name: str, rows: int | None = None) -> StepResult:
+    return fit_single(RECIPES[name].make, [batches(name, rows)], RECIPES[name].count)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -43,6 +49,18 @@ def test_recipe(pool: ProcessPool, name: str) -> None:
     for result, split in pool.run(fit, name, run, world_size=2):
         assert compare(result, reference).largest <= BOUND, compare(result, reference)
         assert split == RECIPES[name].split
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [("padded", "auto"), ("packed", "blocks"), ("shifted", "auto"), ("weighted", "auto"), ("z_loss", "auto")],
+)
+def test_batches_of_one_row(pool: ProcessPool, name: str, split: str) -> None:
+    """Rows or documents tell which targets weight a loss that needs the whole sequence; a batch may have one row."""
+    run = SplitRun(strategy={**RECIPES[name].strategy, "split": split}, trainer={"accumulate_grad_batches": 2})
+    reference = wanted(name, 1)
+    for result, _ in pool.run(fit, name, run, 1, world_size=2):
+        assert compare(result, reference).largest <= BOUND, compare(result, reference)
 
 
 GROUPS = {"padded": 1, "shifted": 3, "dpo": 3, "nanogpt": 1, "weighted": 3, "vision": 3}

@@ -130,18 +130,21 @@ def names_of_rows(whole: Recording, parts: Sequence[tuple[Recording, LocalBatch]
     """Tensors whose counts of targets are the weights with which losses of some rows add up to that of all.
 
     Args:
-        whole: The run on all rows.
+        whole: The run on all rows, or on all documents of one row.
         parts: Runs on some of them each, in order, with their counts.
         half: Whether the model computes in half precision.
     """
-    rows, begin = sum(local.rows for _, local in parts), 0
     size, reports = _flat(whole.gradients).norm(), []
+    begins = [0] * len(whole.gradients)
     for part, local in parts:
-        pairs = zip(whole.gradients, part.gradients, strict=True)
-        # (B * n, ...) -> (B_r * n, ...); attention may have more rows than the batch, such as one for each head.
-        wanted = [a.narrow(0, begin * len(a) // rows, len(b)) for a, b in pairs]
+        wanted = []
+        for number, (a, b) in enumerate(zip(whole.gradients, part.gradients, strict=True)):
+            # (B, ...) -> (B_r, ...), or (..., S, ...) -> (..., S_r, ...) of documents of one row.
+            dim = cut_dim(a, b)
+            count = 0 if dim is None else b.shape[dim]
+            wanted.append(narrowed(a, dim, slice(begins[number], begins[number] + count)))
+            begins[number] += count
         reports.append(_fit(wanted, part.gradients, size, local.counts, half))
-        begin += local.rows
     return judge([(report, ()) for report in reports], len(reports)).names
 
 
