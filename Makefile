@@ -2,6 +2,7 @@
 # make demo   train a small Llama on split sequences on this machine's CPU, about two minutes
 # make lint   style, types and the order of the modules
 # make test   lint, then the tests
+# make nightly  lint, then the tests with all cases of long sweeps
 # make quick  the tests that start no processes, under a minute
 
 PYTHON ?= python3
@@ -14,7 +15,7 @@ export PATH := $(BIN):$(PATH)
 export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: env demo lint format test quick
+.PHONY: env demo lint format test nightly quick
 .DEFAULT_GOAL := test
 
 env: $(STAMP)
@@ -41,7 +42,10 @@ format: $(STAMP)
 
 # Two at a time: each has a pool of four processes of its own.
 test: lint
+	$(BIN)/pytest --numprocesses 2 --dist worksteal -m 'not nightly'
+
+nightly: lint
 	$(BIN)/pytest --numprocesses 2 --dist worksteal
 
 quick: $(STAMP)
-	$(BIN)/pytest --numprocesses 2 --dist worksteal -m 'not processes'
+	$(BIN)/pytest --numprocesses 2 --dist worksteal -m 'not processes and not nightly'
