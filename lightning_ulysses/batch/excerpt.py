@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lightning_ulysses.batch.whole import WholeBatch, read_batch
-from lightning_ulysses.geometry.batch_keys import KEPT, MASK_KEYS, BatchRules
+from lightning_ulysses.geometry.batch_keys import EDGE_KEYS, KEPT, MASK_KEYS, BatchRules
 
-_EDGES = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k")
+_EDGES = (*EDGE_KEYS, "cu_seq_lens_k")
 # Tokens of an excerpt: enough to tell candidates apart, and few enough to cost nothing.
 _TOKENS, _TOKENS_PER_RANK = 48, 12
 _PLACES = 9
@@ -30,9 +30,10 @@ def excerpt(batch: Any, rules: BatchRules, begin: int, count: int) -> Any:
     dims = read_batch(batch, rules, 1).dims
 
     def cut(key: str, value: Any) -> Any:
-        if key in _EDGES and isinstance(value, Tensor):
+        if key in _EDGES and value is not None:
             # Boundaries before or after the excerpt fall together, and each must be there only once.
-            return (value - begin).clamp(0, count).unique()
+            edges = (torch.as_tensor(value) - begin).clamp(0, count).unique()
+            return edges if isinstance(value, Tensor) else edges.numpy() if hasattr(value, "dtype") else edges.tolist()
         dim = dims.get(key)
         return value if dim is None or key not in given else value.narrow(dim, begin, count).contiguous()
 
