@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_ulysses.attention.attend import Softmax, attend
@@ -15,6 +18,7 @@ from lightning_ulysses.attention.mask_table import document_runs
 from lightning_ulysses.attention.route import route
 from lightning_ulysses.context import LocalBatch, current_context, eager_while_live
 from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.geometry.documents import read_edges
 from lightning_ulysses.geometry.layout import Runs
 from lightning_ulysses.geometry.mask_spec import MaskSpec
 
@@ -44,7 +48,7 @@ def _check_per_head(num_heads: int, **tensors: Tensor | None) -> None:
             )
 
 
-def _documents(q: Tensor, cu_seqlens: Tensor, batch: LocalBatch | None) -> tuple[Runs, ...]:
+def _documents(q: Tensor, cu_seqlens: Any, batch: LocalBatch | None) -> tuple[Runs, ...]:
     """The documents of the whole row, of which ``q`` is a slice."""
     # cu_seqlens describe one row.
     if q.shape[0] != 1:
@@ -53,7 +57,13 @@ def _documents(q: Tensor, cu_seqlens: Tensor, batch: LocalBatch | None) -> tuple
             "one row",
             "pack the documents into one row, (1, S), or pass the rows one by one",
         )
-    return (document_runs(cu_seqlens, q.shape[2] if batch is None else batch.layout.seq_len),)
+    # Tensors stay as they are: their documents are kept for the next layer.
+    edges = cu_seqlens if _is_plain(cu_seqlens) else torch.tensor(read_edges("cu_seqlens", cu_seqlens))
+    return (document_runs(edges, q.shape[2] if batch is None else batch.layout.seq_len),)
+
+
+def _is_plain(edges: Any) -> bool:
+    return isinstance(edges, Tensor) and edges.dim() == 1 and edges.dtype in (torch.int32, torch.int64)
 
 
 @eager_while_live
@@ -67,7 +77,7 @@ def ulysses_attention(
     dropout_p: float = 0.0,
     window: int | tuple[int, int] | None = None,
     chunk: int | None = None,
-    cu_seqlens: Tensor | None = None,
+    cu_seqlens: Tensor | Sequence[int] | None = None,
     attn_mask: Tensor | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lightning_ulysses.batch.whole import WholeBatch, read_batch
-from lightning_ulysses.geometry.batch_keys import KEPT, MASK_KEYS, BatchRules
+from lightning_ulysses.geometry.batch_keys import EDGE_KEYS, KEPT, MASK_KEYS, BatchRules
 
-_EDGES = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k")
+_EDGES = (*EDGE_KEYS, "cu_seq_lens_k")
 # Tokens of an excerpt: enough to tell candidates apart, and few enough to cost nothing.
 _TOKENS, _TOKENS_PER_RANK = 48, 12
 _PLACES = 9
@@ -29,7 +29,7 @@ def excerpt(batch: Any, rules: BatchRules, *pieces: tuple[int, int]) -> Any:
     dims = read_batch(batch, rules, 1).dims
 
     def cut(key: str, value: Any) -> Any:
-        if key in _EDGES and isinstance(value, Tensor):
+        if key in _EDGES and value is not None:
             return _edges(value, pieces)
         dim = dims.get(key)
         if dim is None or key not in given:
@@ -47,14 +47,15 @@ def excerpt(batch: Any, rules: BatchRules, *pieces: tuple[int, int]) -> Any:
     return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
 
 
-def _edges(edges: Tensor, pieces: Sequence[tuple[int, int]]) -> Tensor:
-    """(documents + 1,) -> (documents of the pieces + 1,)."""
+def _edges(edges: Any, pieces: Sequence[tuple[int, int]]) -> Any:
+    """(documents + 1,) -> (documents of the pieces + 1,), of the same type."""
     offset, found = 0, []
     for begin, count in pieces:
-        found.append((edges - begin).clamp(0, count) + offset)
+        found.append((torch.as_tensor(edges) - begin).clamp(0, count) + offset)
         offset += count
     # Boundaries before or after a piece fall together, and each must be there only once.
-    return torch.cat(found).unique()
+    cut = torch.cat(found).unique()
+    return cut if isinstance(edges, Tensor) else cut.numpy() if hasattr(edges, "dtype") else cut.tolist()
 
 
 def both_ends(seq_len: int, count: int) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -102,6 +102,27 @@ def _usual_dim(key: str, tensor: Tensor) -> int:
     return 1
 
 
+def _check_tensors(entries: Mapping[str, Any], rules: BatchRules) -> None:
+    """Refuses numbers under a usual key that are no tensor: nobody would cut them, shift them or count them."""
+    for key in SEQUENCE_KEYS:
+        value = entries.get(key)
+        if isinstance(value, Tensor) or key in rules.sequence_dims or not _is_numbers(value):
+            continue
+        raise UlyssesError(
+            f"batch[{key!r}], a {type(value).__name__} of numbers",
+            "a tensor (B, S)",
+            f"make it a tensor in the collate function, or name it in sequence_dims={{{key!r}: None}} if it is no "
+            "sequence",
+        )
+
+
+def _is_numbers(value: Any) -> bool:
+    while isinstance(value, (list, tuple)) and value:
+        value = value[0]
+    kind = getattr(getattr(value, "dtype", None), "kind", "")
+    return isinstance(value, (int, float)) or (kind != "" and kind in "biuf") or isinstance(value, Tensor)
+
+
 def _check_flat(entries: Mapping[str, Any]) -> None:
     # Lightning combines several dataloaders into a dict or list of batches.
     nested = [value for value in entries.values() if isinstance(value, (Mapping, tuple, list))]
@@ -123,6 +144,8 @@ def find_dims(batch: Any, entries: dict[str, Any], rules: BatchRules) -> dict[st
             an unusual shape.
     """
     _check_flat(entries)
+    if isinstance(batch, Mapping):
+        _check_tensors(entries, rules)
     # A key may be missing in some batches, but not all keys in one batch.
     unknown_keys = set(rules.sequence_dims) - set(entries)
     if unknown_keys and not set(rules.sequence_dims) & set(entries):

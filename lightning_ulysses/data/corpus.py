@@ -1,24 +1,36 @@
-"""Finds rows, tokenizes them once and stores them on disk as Arrow files, all with ``datasets``."""
+"""Finds the source of rows: files, folders, datasets, and what tells that they have changed."""
 
 from __future__ import annotations
 
 import glob
 import hashlib
-import json
 import os
-import shutil
-import tempfile
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lightning_ulysses.data.tokens import RowEncoder, kind_of_rows
+from lightning_ulysses.data.readers import (
+    Row,
+    Rows,
+    has_known_suffix,
+    kind_of_file,
+    read_dataset,
+    read_json,
+    read_lines,
+    read_parquet,
+    read_texts,
+)
 from lightning_ulysses.errors import UlyssesError
 
-# Part of every cache key. Raise it when a change of the code gives other tokens for the same rows.
-_FORMAT = 1
-_BUILDERS = {".jsonl": "json", ".json": "json", ".ndjson": "json", ".parquet": "parquet", ".csv": "csv"}
-_COMPRESSED = {".gz", ".zst", ".bz2", ".xz"}
+# Files of up to three such blocks are known by their whole content.
+_BLOCK = 2**16
+_SPLITS = {
+    "train": {"train", "training"},
+    "validation": {"validation", "valid", "dev", "val"},
+    "test": {"test", "testing", "eval", "evaluation"},
+}
 
 
 @dataclass(frozen=True)
@@ -26,15 +38,49 @@ class Corpus:
     """The source of rows.
 
     Args:
-        source: Files or globs, a folder written by ``Dataset.save_to_disk``, the name of a dataset on the hub, or a
-            ``datasets.Dataset``.
+        source: Files, folders or globs, a folder written by ``Dataset.save_to_disk``, the name of a dataset on the hub,
+            or a ``datasets.Dataset``.
         config: Configuration of the dataset, if ``source`` is a name.
-        split: Split of the dataset, if ``source`` is a name.
+        split: Split of the dataset, if ``source`` is a name or a folder.
+        text_column: The column of the rows that text files become.
     """
 
     source: Any
     config: str | None = None
     split: str = "train"
+    text_column: str = "text"
+
+    @property
+    def is_dataset(self) -> bool:
+        """Whether the source is a dataset that is loaded already."""
+        return hasattr(self.source, "_fingerprint") and hasattr(self.source, "column_names")
+
+    @property
+    def name(self) -> str | None:
+        """The name of a dataset on the hub, or of a folder that ``datasets`` loads; None for any other source."""
+        if self.is_dataset:
+            return None
+        patterns = self._patterns()
+        if len(patterns) != 1:
+            return None
+        path = os.path.expanduser(patterns[0])
+        return path if _is_name(path) or (os.path.isdir(path) and _is_loaded_by_datasets(path, self.config)) else None
+
+    def _patterns(self) -> list[str]:
+        source = [self.source] if isinstance(self.source, (str, os.PathLike)) else self.source
+        if (
+            not isinstance(source, (list, tuple))
+            or not source
+            or not all(isinstance(s, (str, os.PathLike)) for s in source)
+        ):
+            kind = type(self.source).__name__
+            raise UlyssesError(
+                f"data of type {kind}"
+                + (f" with the splits {sorted(self.source)}" if isinstance(self.source, dict) else ""),
+                "files, folders or globs, the name of a dataset, or one datasets.Dataset that has a length",
+                "give one split, such as dataset['train']; or use PackedStream for rows that are streamed",
+            )
+        return [os.fspath(part) for part in source]
 
     def files(self) -> list[str]:
         """The files that the paths and globs match, in order. Empty for any other source.
@@ -42,12 +88,18 @@ class Corpus:
         Raises:
             UlyssesError: If a path or glob matches no file.
         """
-        patterns = [self.source] if isinstance(self.source, (str, os.PathLike)) else self.source
-        if not isinstance(patterns, (list, tuple)) or (len(patterns) == 1 and self._is_name(str(patterns[0]))):
+        if self.is_dataset or self.name is not None:
             return []
         found: list[str] = []
-        for pattern in map(str, patterns):
-            matches = sorted(filter(os.path.isfile, glob.glob(os.path.expanduser(pattern), recursive=True)))
+        for pattern in self._patterns():
+            path = os.path.expanduser(pattern)
+            if os.path.isdir(path):
+                found += _files_in(path, self.split)
+                continue
+            # A file may be called "a [1].txt", which as a glob matches "a 1.txt".
+            matches = (
+                [path] if os.path.isfile(path) else sorted(filter(os.path.isfile, glob.glob(path, recursive=True)))
+            )
             if not matches:
                 raise UlyssesError(
                     f"{pattern!r}, which is no file and matches none in {os.getcwd()}",
@@ -57,174 +109,184 @@ class Corpus:
             found += matches
         return found
 
-    @staticmethod
-    def _is_name(source: str) -> bool:
-        path = os.path.expanduser(source)
-        if os.path.isdir(path):
-            return True
-        # Neither a path nor a file name, such as "wikitext" or "org/name": a dataset on the hub.
-        looks_like_files = glob.has_magic(source) or os.path.isabs(path) or source.startswith((".", "~"))
-        return not looks_like_files and not os.path.exists(path) and _builder(source) == "text" and "." not in source
-
     def identity(self) -> Any:
-        """Everything that the rows depend on, for the cache key."""
-        if hasattr(self.source, "_fingerprint"):
-            return self.source._fingerprint
-        if files := self.files():
-            stats = [(os.path.abspath(file), os.stat(file)) for file in files]
-            return [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
-        return [str(self.source), self.config, self.split]
+        """Everything that the rows depend on, for the cache key; of a dataset on the hub `revision` as well."""
+        if self.is_dataset:
+            return ["dataset", self.source._fingerprint]
+        if (name := self.name) is None:
+            return [[kind_of_file(file), *stamp(file)] for file in self.files()]
+        if not os.path.isdir(name):
+            return ["name", name, self.config, self.split]
+        files = sorted(str(path) for path in Path(name).rglob("*") if path.is_file())
+        return ["folder", self.config, self.split, [[os.path.relpath(file, name), *stamp(file)] for file in files]]
 
-    def load(self, cache_dir: Path) -> Any:
-        """The rows as a ``datasets.Dataset``.
+    def revision(self) -> str | None:
+        """What the hub now has under the name. None for any other source.
 
         Raises:
-            UlyssesError: If files are of several kinds, or there is no such dataset.
+            UlyssesError: If there is no such dataset, or the hub cannot be asked.
         """
+        if (name := self.name) is None or os.path.isdir(name):
+            return None
         import datasets
 
-        if isinstance(self.source, datasets.Dataset):
-            return self.source
-        files, raw = self.files(), str(cache_dir / "raw")
-        if not files:
-            return self._load_named(raw)
-        kinds = {_builder(file) for file in files}
-        if len(kinds) > 1:
+        try:
+            return str(datasets.load_dataset_builder(name, self.config).hash)
+        except (FileNotFoundError, ConnectionError, ValueError) as error:
+            raise self._no_dataset(name, error) from error
+
+    def rows(self, scratch: Path) -> Rows:
+        """The rows.
+
+        Args:
+            scratch: A folder for copies that are only needed now.
+
+        Raises:
+            UlyssesError: If files are of several kinds or cannot be read, or there is no such dataset.
+        """
+        if self.is_dataset:
+            return read_dataset(self.source)
+        if (name := self.name) is not None:
+            return read_dataset(self._load_named(name, scratch))
+        files = self.files()
+        kinds = {kind_of_file(file) for file in files}
+        if len(kinds - {"json"}) > 1 or (len(kinds) > 1 and "jsonl" not in kinds):
             raise UlyssesError(
                 f"files of the kinds {sorted(kinds)} together",
                 "files of one kind",
                 "convert them, or name those of one kind with a narrower glob",
             )
-        (kind,) = kinds
-        # One row for each text file, instead of one for each line.
-        options = {"sample_by": "document", "encoding_errors": "replace"} if kind == "text" else {}
-        return datasets.load_dataset(kind, data_files=files, split="train", cache_dir=raw, **options)
+        if kinds == {"text"}:
+            return read_texts(files, self.text_column)
+        if kinds == {"jsonl"}:
+            return read_lines(files)
+        if kinds == {"parquet"}:
+            return read_parquet(files)
+        if kinds == {"csv"}:
+            return self._load_files("csv", files, scratch)
+        parts = [read_json(file) if kind_of_file(file) == "json" else read_lines([file]) for file in files]
+        known = [part for part in parts if part is not None]
+        # Such as an object that holds the rows: `datasets` knows more forms.
+        return _chained(known) if len(known) == len(files) else self._load_files("json", files, scratch)
 
-    def _load_named(self, raw: str) -> Any:
+    def _load_files(self, kind: str, files: list[str], scratch: Path) -> Rows:
         import datasets
 
-        name = os.path.expanduser(str(self.source[0] if isinstance(self.source, (list, tuple)) else self.source))
-        if os.path.isfile(os.path.join(name, "dataset_info.json")) and os.path.isfile(os.path.join(name, "state.json")):
-            return datasets.load_from_disk(name)
         try:
-            return datasets.load_dataset(name, self.config, split=self.split, cache_dir=raw)
-        except (FileNotFoundError, ConnectionError, ValueError) as error:
+            return read_dataset(datasets.load_dataset(kind, data_files=files, split="train", cache_dir=str(scratch)))
+        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
             raise UlyssesError(
-                f"the dataset {name!r} (configuration {self.config!r}, split {self.split!r}), which cannot be loaded: "
-                f"{str(error)[:300]}",
-                "a dataset on the hub or on disk with this configuration and split",
-                "correct the name, the configuration or the split, or give files",
+                f"{kind} files that cannot be read: {files[:3]} ({str(error.__cause__ or error)[:300]})",
+                "files whose rows all have the same columns",
+                "mend the files, or convert them to JSONL, one object a line",
             ) from error
 
-
-def _builder(file: str) -> str:
-    suffixes = [suffix for suffix in Path(file).suffixes if suffix not in _COMPRESSED]
-    return _BUILDERS.get(suffixes[-1].lower() if suffixes else "", "text")
-
-
-def _describe_tokenizer(tokenizer: Any) -> list[str]:
-    """Everything that the tokens depend on, as far as the tokenizer shows it."""
-    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
-    rules = backend.to_str() if hasattr(backend, "to_str") else repr(sorted(map(str, tokenizer.get_vocab().items())))
-    settings = [getattr(tokenizer, name, None) for name in ("eos_token_id", "bos_token_id", "chat_template")]
-    return [type(tokenizer).__name__, rules, repr(settings)]
-
-
-@dataclass(frozen=True)
-class TokenCache:
-    """Tokenized rows on disk, with one folder for each combination of rows, tokenizer and settings.
-
-    Args:
-        folder: Parent of these folders.
-        tokenizer: A transformers tokenizer.
-        text_column: See `RowEncoder`.
-        append_eos: See `RowEncoder`.
-        num_proc: Number of processes that tokenize.
-    """
-
-    folder: Path
-    tokenizer: Any
-    text_column: str = "text"
-    append_eos: bool = True
-    num_proc: int | None = None
-
-    def path(self, corpus: Corpus) -> Path:
-        """The cache folder of a corpus."""
-        parts = [_FORMAT, corpus.identity(), *_describe_tokenizer(self.tokenizer), self.text_column, self.append_eos]
-        key = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
-        return self.folder / key
-
-    def build(self, corpus: Corpus) -> Path:
-        """Tokenizes a corpus unless it is cached. To be called on one process of a node.
-
-        Raises:
-            UlyssesError: If its rows cannot be read, or no row has a token.
-        """
-        path = self.path(corpus)
-        if path.exists():
-            return path
-        rows = corpus.load(self.folder)
-        encoder = RowEncoder(
-            self.tokenizer, kind_of_rows(rows.column_names, self.text_column), self.text_column, self.append_eos
-        )
-        tokenized = rows.map(
-            encoder,
-            with_indices=True,
-            remove_columns=rows.column_names,
-            num_proc=self.num_proc,
-            desc="tokenizing",
-            features=_features(),
-            # `_save` stores the result under a key of our own, so the cache of `datasets` is not used.
-            new_fingerprint=path.name,
-            load_from_cache_file=False,
-            keep_in_memory=len(rows) < 1000,
-        )
-        lengths = tokenized.with_format("numpy")["length"][:]
-        if not (lengths > 0).any():
-            raise UlyssesError(
-                f"{len(lengths)} rows without a single token", "rows with text", "check the files and text_column"
-            )
-        if not (lengths > 0).all():
-            tokenized = tokenized.select((lengths > 0).nonzero()[0])
-        _save(tokenized, path)
-        return path
-
-    def load(self, corpus: Corpus) -> Any:
-        """The tokenized rows that `build` has stored.
-
-        Raises:
-            UlyssesError: If they are not on this machine.
-        """
+    def _load_named(self, name: str, scratch: Path) -> Any:
         import datasets
 
-        path = self.path(corpus)
-        if not path.exists():
-            raise UlyssesError(
-                f"no tokenized data in {path}",
-                "data that prepare_data has tokenized on this machine",
-                "put cache_dir where all nodes see it, or leave prepare_data_per_node at True",
-            )
-        return datasets.load_from_disk(str(path)).with_format("numpy")
+        try:
+            if _is_saved(name):
+                return datasets.load_from_disk(name)
+            # A text file is one row here as well.
+            builder = datasets.load_dataset_builder(name, self.config)
+            options = {"sample_by": "document"} if builder.name == "text" else {}
+            # What the user's own cache holds already is not copied again.
+            cache = {} if os.path.isdir(builder.cache_dir) else {"cache_dir": str(scratch)}
+            return datasets.load_dataset(name, self.config, split=self.split, **options, **cache)
+        except (FileNotFoundError, ConnectionError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise self._no_dataset(name, error) from error
+
+    def _no_dataset(self, name: str, error: Exception) -> UlyssesError:
+        return UlyssesError(
+            f"the dataset {name!r} (configuration {self.config!r}, split {self.split!r}), which cannot be loaded: "
+            f"{str(error)[:300]}",
+            "a dataset on the hub or on disk with this configuration and split",
+            "correct the name, the configuration or the split, or give files",
+        )
 
 
-def _features() -> Any:
-    from datasets import Features, Sequence, Value
+def _is_name(source: str) -> bool:
+    """Whether it is neither a path nor a file name, such as "wikitext" or "org/name-v1.5": a dataset on the hub."""
+    if os.path.exists(source) or os.path.isabs(source) or source.startswith((".", "~")) or glob.has_magic(source):
+        return False
+    owner, slash, rest = source.partition("/")
+    if has_known_suffix(source) or "/" in rest or os.path.isdir(owner):
+        return False
+    # Without an owner, "notes.rst" is a file.
+    return bool(slash) or not re.search(r"\.[A-Za-z]\w*$", source)
 
-    return Features(
-        {"input_ids": Sequence(Value("int32")), "labels": Sequence(Value("int32")), "length": Value("int64")}
+
+def _is_saved(folder: str) -> bool:
+    return all(os.path.isfile(os.path.join(folder, name)) for name in ("dataset_info.json", "state.json"))
+
+
+def _is_loaded_by_datasets(folder: str, config: str | None) -> bool:
+    """Whether a folder says by itself how it is loaded."""
+    if config is not None or _is_saved(folder) or os.path.isfile(os.path.join(folder, "dataset_dict.json")):
+        return True
+    card = Path(folder, "README.md")
+    return card.is_file() and bool(
+        re.match(r"---\n.*?^configs:", card.read_text(errors="replace"), re.DOTALL | re.MULTILINE)
     )
 
 
-def _save(tokenized: Any, path: Path) -> None:
-    """Writes to a temporary folder and renames it, so that a folder that exists is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = tempfile.mkdtemp(dir=path.parent, prefix=".unfinished-")
-    try:
-        tokenized.save_to_disk(unfinished)
-        os.rename(unfinished, path)
-    # Another process may have been faster. Its folder holds the same rows.
-    except OSError:
-        if not path.exists():
-            raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+def _words(path: str) -> set[str]:
+    """The words in the names of a file and of its folders."""
+    return set(re.split(r"[-._ 0-9/\\]+", path.lower()))
+
+
+def _files_in(folder: str, split: str) -> list[str]:
+    """The files with data in a folder and in those below it, as far as they belong to a split.
+
+    As in ``datasets``, a split is named by the files or by their folders. For training, these are all files if none
+    names a split.
+    """
+    paths = sorted(path.relative_to(folder) for path in Path(folder).rglob("*") if path.is_file())
+    names = [str(path) for path in paths if not any(part.startswith(".") for part in path.parts)]
+    # Beside data, texts such as a README describe it.
+    names = [name for name in names if kind_of_file(name) != "text"] or [
+        name for name in names if not os.path.basename(name).lower().startswith(("readme", "license"))
+    ]
+    own = [name for name in names if _words(name) & _SPLITS.get(split, {split})]
+    if split == "train" and not own:
+        own = [name for name in names if not _words(name) & set().union(*_SPLITS.values())] or names
+    if not own:
+        raise UlyssesError(
+            f"the folder {folder!r} with {len(names)} files, none of which is named for the split {split!r}",
+            "files with data" if not names else f"files or folders with {split!r} in their names",
+            "correct the path, or name the files by a glob",
+        )
+    return [os.path.join(folder, name) for name in own]
+
+
+def stamp(file: str) -> list[Any]:
+    """What changes when a file's content does.
+
+    A small file is known by its content. A large one is known by its name, size and times, and by its beginning, its
+    middle and its end. The time of the last change of its entry cannot be set back as that of its content can.
+    """
+    status = os.stat(file)
+    digest = hashlib.blake2b(digest_size=16)
+    with open(file, "rb") as content:
+        if status.st_size <= 3 * _BLOCK:
+            digest.update(content.read())
+            return [status.st_size, digest.hexdigest()]
+        for place in (0, status.st_size // 2, status.st_size - _BLOCK):
+            content.seek(place)
+            digest.update(content.read(_BLOCK))
+    times = [status.st_mtime_ns, status.st_ctime_ns]
+    return [os.path.basename(file), status.st_size, *times, digest.hexdigest()]
+
+
+def _chained(parts: list[Rows]) -> Rows:
+    """The rows of several sources, one after the other, with numbers that go on."""
+
+    def read() -> Iterator[Row]:
+        number = 0
+        for part in parts:
+            for row in part.read():
+                place = row.where.partition(" ")[2]
+                yield row._replace(where=f"{number} {place}".strip())
+                number += 1
+
+    return replace(parts[0], read=read, total=sum(part.total or 0 for part in parts))

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning.pytorch as pl
+import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_ulysses.cost.model import CostModel
 from lightning_ulysses.data.collate import PackingCollator
-from lightning_ulysses.data.corpus import Corpus, TokenCache
+from lightning_ulysses.data.corpus import Corpus
 from lightning_ulysses.data.epoch_plan import PackingSettings, check_whole
-from lightning_ulysses.data.packing import Overlong
+from lightning_ulysses.data.packing import Overlong, random_order
 from lightning_ulysses.data.sampler import SequenceShardSampler
-from lightning_ulysses.data.tokens import load_tokenizer
+from lightning_ulysses.data.token_cache import TokenCache
+from lightning_ulysses.data.token_rows import TokenRows
+from lightning_ulysses.data.tokenizer import load_tokenizer
+from lightning_ulysses.data.tokens import BadRows
 from lightning_ulysses.errors import UlyssesError
 
 
@@ -36,18 +40,21 @@ class SequenceDataModule(pl.LightningDataModule):
     - ``messages``, a chat of ``{"role": ..., "content": ...}``: the loss is on the assistant's messages.
     - ``input_ids``, and optionally ``labels``: tokenized already.
 
-    Tokens and lengths are stored on disk as Arrow files. Later runs with the same rows, tokenizer and settings start at
-    once. Needs the extra ``hf``.
+    A folder is read as the files in it. Bad rows, such as a line that is no JSON or a chat that the template refuses,
+    are named by their number and place.
+
+    Tokens are stored on disk, 4 bytes each, and 4 more only where labels differ from them. Later runs with the same
+    content of files, the same tokenizer and the same settings start at once. Needs the extra ``hf``.
 
     Args:
-        train: Text, JSONL, Parquet or CSV files or globs, a folder written by ``Dataset.save_to_disk``, the name of a
-            dataset, or a ``datasets.Dataset``.
-        tokenizer: A transformers tokenizer, or its name or path.
+        train: Text, JSONL, Parquet or CSV files, folders or globs, a folder written by ``Dataset.save_to_disk``, the
+            name of a dataset, or a ``datasets.Dataset``.
+        tokenizer: A transformers tokenizer, or its name or path; or a function of a text that returns token ids.
         max_tokens: Most tokens of a pack, before padding.
         validation: The same as ``train``; or a fraction of its documents, between 0 and 1; or None.
         config: Configuration of the dataset, if a name is given.
-        split: Split of the dataset, if ``train`` is a name.
-        validation_split: Split of the dataset, if ``validation`` is a name.
+        split: Split of the dataset, if ``train`` is a name or a folder.
+        validation_split: Split of the dataset, if ``validation`` is a name or a folder.
         text_column: The column with the text.
         append_eos: Ends every document with the end-of-sequence token.
         overlong: How to handle documents longer than ``max_tokens``; see `SequenceShardSampler`.
@@ -59,7 +66,8 @@ class SequenceDataModule(pl.LightningDataModule):
         drop_last: Leaves out the packs of an incomplete last step.
         num_workers: Number of dataloader workers.
         num_proc: Number of processes that tokenize.
-        cache_dir: Folder for the tokens. By default it lies below the user's cache folder.
+        cache_dir: Folder for the tokens. By default it lies below the user's cache folder. Several users may share one.
+        bad_rows: ``"error"`` refuses data with a bad row, ``"skip"`` leaves such rows out, counts and reports them.
 
     Raises:
         UlyssesError: If a setting is out of range or a file is missing. In ``prepare_data``, if rows cannot be read. If
@@ -90,12 +98,15 @@ class SequenceDataModule(pl.LightningDataModule):
         num_workers: int = 0,
         num_proc: int | None = None,
         cache_dir: str | None = None,
+        bad_rows: BadRows = "error",
     ) -> None:
         super().__init__()
+        if bad_rows not in get_args(BadRows):
+            raise UlyssesError(f"bad_rows={bad_rows!r}", f"one of {list(get_args(BadRows))}", "change bad_rows")
         self.fraction = self._fraction(validation)
-        self.corpora = {"train": Corpus(train, config, split)}
+        self.corpora = {"train": Corpus(train, config, split, text_column)}
         if validation is not None and self.fraction is None:
-            self.corpora["validation"] = Corpus(validation, config, validation_split)
+            self.corpora["validation"] = Corpus(validation, config, validation_split, text_column)
         # Raises now if a file is missing.
         for corpus in self.corpora.values():
             corpus.files()
@@ -110,9 +121,11 @@ class SequenceDataModule(pl.LightningDataModule):
         self._packing: dict[str, Any] = {"overlong": overlong, "window": window, "cost": cost, "seed": seed}
         self._drop_last = drop_last
         self._tokenizer = tokenizer
-        self._cache: dict[str, Any] = {"text_column": text_column, "append_eos": append_eos, "num_proc": num_proc}
+        self._settings: dict[str, Any] = {"text_column": text_column, "append_eos": append_eos, "num_proc": num_proc}
+        self._settings["bad_rows"] = bad_rows
         self._folder = Path(cache_dir).expanduser() if cache_dir else _default_cache()
-        self.documents: dict[str, Any] = {}
+        self._cache: TokenCache | None = None
+        self.documents: dict[str, TokenRows] = {}
 
     @staticmethod
     def _fraction(validation: Any) -> float | None:
@@ -135,7 +148,10 @@ class SequenceDataModule(pl.LightningDataModule):
     @property
     def cache(self) -> TokenCache:
         """The cache of tokenized rows."""
-        return TokenCache(self._folder, self.tokenizer, **self._cache)
+        # Kept, since describing a tokenizer takes a while.
+        if self._cache is None:
+            self._cache = TokenCache(self._folder, self.tokenizer, **self._settings)
+        return self._cache
 
     @override
     def prepare_data(self) -> None:
@@ -153,8 +169,10 @@ class SequenceDataModule(pl.LightningDataModule):
                     f"validation={self.fraction} of {len(whole)} documents", "two documents or more", "give more data"
                 )
             size = min(len(whole) - 1, max(1, round(self.fraction * len(whole))))
-            parts = whole.train_test_split(test_size=size, seed=self.seed, load_from_cache_file=False)
-            self.documents = {"train": parts["train"], "validation": parts["test"]}
+            order = random_order(len(whole), self.seed, *b"validation")
+            parts = {"train": order[size:], "validation": order[:size]}
+            # Sorted: neighbours on the disk stay neighbours.
+            self.documents = {name: whole.select(np.sort(numbers)) for name, numbers in parts.items()}
 
     def _loader(self, name: str) -> DataLoader[Any]:
         if name not in self.documents:
@@ -166,8 +184,8 @@ class SequenceDataModule(pl.LightningDataModule):
         documents = self.documents[name]
         training = name == "train"
         sampler = SequenceShardSampler(
-            documents.select_columns(["input_ids", "labels"]),
-            documents["length"][:],
+            documents,
+            documents.lengths,
             self.max_tokens,
             shuffle=training,
             drop_last=self._drop_last and training,

@@ -3,33 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_ulysses.data.chats import BadRow, Encoded, encode_answer, encode_chat
+from lightning_ulysses.data.readers import Row
 from lightning_ulysses.data.rows import IGNORED
+from lightning_ulysses.data.tokenizer import TextEncoder
 from lightning_ulysses.errors import UlyssesError
 
 Kind = Literal["tokens", "chat", "completion", "text"]
-Encoded = dict[str, Any]
-
-
-def load_tokenizer(tokenizer: Any) -> Any:
-    """Loads a tokenizer from its name or path. Any other callable is taken for a tokenizer.
-
-    Raises:
-        UlyssesError: If it is neither.
-    """
-    if isinstance(tokenizer, str):
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(tokenizer)
-    if not callable(tokenizer):
-        raise UlyssesError(
-            f"a tokenizer of type {type(tokenizer).__name__}",
-            "the name or path of a transformers tokenizer, or the tokenizer itself",
-            "set tokenizer='name', or pass AutoTokenizer.from_pretrained(...)",
-        )
-    return tokenizer
+BadRows = Literal["error", "skip"]
+Tokens = NDArray[np.int32]
 
 
 def kind_of_rows(columns: Sequence[str], text_column: str) -> Kind:
@@ -53,132 +42,190 @@ def kind_of_rows(columns: Sequence[str], text_column: str) -> Kind:
     )
 
 
-def _ids(tokenizer: Any, messages: Sequence[Mapping[str, Any]], answer_follows: bool = False) -> list[int]:
-    ids: list[int] = tokenizer.apply_chat_template(
-        list(messages), tokenize=True, add_generation_prompt=answer_follows, return_dict=False
-    )
-    return list(ids)
+@dataclass
+class EncodedRows:
+    """The tokens of several rows.
 
+    Attributes:
+        tokens: (N,) the tokens of all rows, one row after the other.
+        lengths: (rows,) tokens of each row that has any.
+        labels: (N,), or None if all tokens are their own labels.
+        rows: Rows read, those without a token and bad ones included.
+        bad: What is wrong with each bad row.
+    """
 
-def _check_messages(tokenizer: Any, messages: Any, number: int) -> None:
-    if not getattr(tokenizer, "chat_template", None):
-        raise UlyssesError(
-            f"row {number}, a chat, for a {type(tokenizer).__name__} without a chat template",
-            "a tokenizer that knows how to write chats",
-            "take the tokenizer of a chat model, or set tokenizer.chat_template",
-        )
-    is_chat = isinstance(messages, (list, tuple)) and all(
-        isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in messages
-    )
-    if not is_chat or not messages:
-        raise UlyssesError(
-            f"row {number} with the messages {str(messages)[:80]!r}",
-            "a list of messages, each with 'role' and 'content'",
-            "change the column, or drop the row",
-        )
-
-
-def _no_prefix(number: int) -> UlyssesError:
-    return UlyssesError(
-        f"row {number}, a chat in which the template writes an earlier turn in another way once more follow",
-        "a chat template under which the beginning of a chat is the beginning of its tokens",
-        "give rows of 'prompt' and 'completion' with one answer each, or a template with {% generation %} marks",
-    )
-
-
-def _marked(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> Encoded:
-    """Labels from the template's own marks around the assistant's messages."""
-    written = tokenizer.apply_chat_template(
-        list(messages), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-    )
-    ids = list(written["input_ids"])
-    labels = [token if said else IGNORED for token, said in zip(ids, written["assistant_masks"], strict=True)]
-    return {"input_ids": ids, "labels": labels}
-
-
-def _chat(tokenizer: Any, messages: Sequence[Mapping[str, Any]], number: int) -> Encoded:
-    """A chat with the assistant's messages as targets."""
-    _check_messages(tokenizer, messages, number)
-    if "{% generation %}" in str(tokenizer.chat_template).replace("{%-", "{%").replace("-%}", "%}"):
-        return _marked(tokenizer, messages)
-    ids = _ids(tokenizer, messages)
-    labels = [IGNORED] * len(ids)
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        # The answer is the difference of two prefixes of the chat: up to the question, and up to the answer.
-        asked, answered = _ids(tokenizer, messages[:turn], True), _ids(tokenizer, messages[: turn + 1])
-        if ids[: len(answered)] != answered or answered[: len(asked)] != asked:
-            raise _no_prefix(number)
-        labels[len(asked) : len(answered)] = ids[len(asked) : len(answered)]
-    return {"input_ids": ids, "labels": labels}
+    tokens: Tokens
+    lengths: NDArray[np.int64]
+    labels: Tokens | None
+    rows: int
+    bad: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class RowEncoder:
-    """Turns one row into ``input_ids``, ``labels`` and ``length``. Picklable, for worker processes.
+    """Turns rows into ``input_ids`` and ``labels``. Picklable, for worker processes.
 
     Args:
-        tokenizer: A transformers tokenizer.
+        tokenizer: A transformers tokenizer, or a function; see `TextEncoder`.
         kind: The kind of the rows.
         text_column: The column with the text.
         append_eos: Ends texts and completions with the end-of-sequence token, unless the tokenizer does so itself.
+        bad_rows: Whether a bad row raises, or is left out and counted.
     """
 
     tokenizer: Any
     kind: Kind
     text_column: str = "text"
     append_eos: bool = True
+    bad_rows: BadRows = "error"
 
-    def __call__(self, row: Mapping[str, Any], number: int) -> Encoded:
+    @cached_property
+    def _texts(self) -> TextEncoder:
+        return TextEncoder(self.tokenizer)
+
+    @property
+    def _end(self) -> int | None:
+        return getattr(self.tokenizer, "eos_token_id", None)
+
+    def __call__(self, row: Mapping[str, Any], number: int | str) -> Encoded:
         """Encodes row ``number``.
 
         Returns:
             ``input_ids`` and ``labels`` (S,), with -100 on tokens that are no target, and ``length``, S.
 
         Raises:
-            UlyssesError: If the row is not of the kind that its columns indicate.
+            BadRow: If the row is not of the kind that its columns indicate.
+            UlyssesError: If the tokenizer cannot encode rows of this kind.
         """
         encoded: Encoded
         if self.kind == "tokens":
-            ids = list(row["input_ids"])
-            encoded = {"input_ids": ids, "labels": list(row["labels"]) if row.get("labels") is not None else ids}
+            encoded = _given(row, number)
         elif self.kind == "chat":
-            encoded = _chat(self.tokenizer, row["messages"], number)
+            encoded = encode_chat(self.tokenizer, row.get("messages"), number)
         elif self.kind == "completion":
-            encoded = self._completion(row["prompt"], row["completion"], number)
+            encoded = self._completion(row.get("prompt"), row.get("completion"), number)
         else:
-            ids = self._ended(self._tokens(row[self.text_column], self.text_column, number))
+            text = _text(row.get(self.text_column), self.text_column, number)
+            ids = self._ended(self._texts.one(text)) if text else []
             encoded = {"input_ids": ids, "labels": ids}
         return {**encoded, "length": len(encoded["input_ids"])}
 
-    def _tokens(self, text: Any, column: str, number: int, special: bool = True) -> list[int]:
-        if text is None or text == "":
-            return []
-        if not isinstance(text, str):
-            raise UlyssesError(
-                f"row {number} with {column!r} of type {type(text).__name__}",
-                "text",
-                "set text_column to the column that holds the text, or convert it",
-            )
-        return list(self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
-
     def _ended(self, ids: list[int]) -> list[int]:
-        end = getattr(self.tokenizer, "eos_token_id", None)
+        end = self._end
         return [*ids, end] if self.append_eos and end is not None and ids and ids[-1] != end else ids
 
-    def _completion(self, prompt: Any, completion: Any, number: int) -> Encoded:
+    def _completion(self, prompt: Any, completion: Any, number: int | str) -> Encoded:
         """Texts, joined as tokens so that no token spans prompt and completion; or lists of messages."""
-        if isinstance(prompt, (list, tuple)) and isinstance(completion, (list, tuple)):
-            messages = [*prompt, *completion]
-            _check_messages(self.tokenizer, messages, number)
-            ids, asked = _ids(self.tokenizer, messages), _ids(self.tokenizer, prompt, True)
-            if ids[: len(asked)] != asked:
-                raise _no_prefix(number)
-        else:
-            asked = self._tokens(prompt, "prompt", number)
-            end = getattr(self.tokenizer, "eos_token_id", None)
-            # Tokenizers such as T5's append the end token to every text, but the text goes on after the prompt.
-            asked = asked[:-1] if asked and asked[-1] == end else asked
-            ids = [*asked, *self._ended(self._tokens(completion, "completion", number, special=False))]
+        columns = {"prompt": prompt, "completion": completion}
+        chats = [name for name, value in columns.items() if isinstance(value, (list, tuple))]
+        if len(chats) == 2:
+            return encode_answer(self.tokenizer, prompt, completion, number)
+        if chats:
+            (other,) = columns.keys() - set(chats)
+            raise BadRow(
+                f"row {number} with messages as {chats[0]!r} and a {type(columns[other]).__name__} as {other!r}",
+                "texts in both columns, or messages in both",
+                "write the prompt as [{'role': 'user', 'content': ...}] and the completion as "
+                "[{'role': 'assistant', 'content': ...}], or both as texts",
+            )
+        asked = self._tokens(prompt, "prompt", number)
+        # Tokenizers such as T5's append the end token to every text, but the text goes on after the prompt.
+        asked = asked[:-1] if asked and asked[-1] == self._end else asked
+        ids = [*asked, *self._ended(self._tokens(completion, "completion", number, special=False))]
         return {"input_ids": ids, "labels": [IGNORED] * len(asked) + ids[len(asked) :]}
+
+    def _tokens(self, value: Any, column: str, number: int | str, special: bool = True) -> list[int]:
+        text = _text(value, column, number)
+        return self._texts.one(text, special) if text else []
+
+    def many(self, rows: Sequence[Row]) -> EncodedRows:
+        """Encodes several rows. Rows without a token are left out.
+
+        Raises:
+            BadRow: For the first bad row, unless they are skipped.
+            UlyssesError: If the tokenizer cannot encode rows of this kind.
+        """
+        bad: list[str] = []
+        encoded = self._all_texts(rows) if self.kind == "text" else None
+        if encoded is None:
+            encoded = [one for row in rows if (one := self._one(row, bad)) is not None]
+        encoded = [pair for pair in encoded if pair[0].size]
+        lengths = np.array([tokens.size for tokens, _ in encoded], dtype=np.int64)
+        tokens = np.concatenate([tokens for tokens, _ in encoded] or [np.empty(0, np.int32)])
+        labels = None
+        if any(own is not None for _, own in encoded):
+            labels = np.concatenate([tokens if own is None else own for tokens, own in encoded])
+        return EncodedRows(tokens, lengths, labels, len(rows), bad)
+
+    def _all_texts(self, rows: Sequence[Row]) -> list[tuple[Tokens, Tokens | None]] | None:
+        """Texts, all at once. None if one of them has to be looked at by itself."""
+        texts: list[Any] = [0 if row.values is None else row.values.get(self.text_column) for row in rows]
+        if not all(text is None or isinstance(text, str) for text in texts):
+            return None
+        try:
+            found = self._texts.many([text for text in texts if text])
+            return [(np.array(self._ended(ids), dtype=np.int32), None) for ids in found]
+        # One by one, the row is found.
+        except Exception:
+            return None
+
+    def _one(self, row: Row, bad: list[str]) -> tuple[Tokens, Tokens | None] | None:
+        try:
+            if row.values is None:
+                raise BadRow(f"row {row.where} that cannot be read ({row.error})", "a JSON object", "mend the file")
+            try:
+                encoded = self(row.values, row.where)
+                tokens = np.array(encoded["input_ids"], dtype=np.int32)
+                labels = np.array(encoded["labels"], dtype=np.int32)
+            except UlyssesError:
+                raise
+            except Exception as error:
+                raise BadRow(
+                    f"row {row.where}, on which the tokenizer fails ({type(error).__name__}: {str(error)[:200]})",
+                    "a row that it can encode",
+                    "change the row or the tokenizer, or drop the row",
+                ) from error
+        except BadRow as error:
+            if self.bad_rows == "error":
+                # Where the row was refused is no matter of the rows that follow it.
+                raise BadRow(error.got, error.expected, f"{error.fix}; bad_rows='skip' leaves such rows out") from error
+            bad.append(error.got)
+            return None
+        return tokens, None if np.array_equal(tokens, labels) else labels
+
+
+def _text(value: Any, column: str, number: int | str) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise BadRow(
+            f"row {number} with {column!r} of type {type(value).__name__}",
+            "text",
+            "set text_column to the column that holds the text, or convert it",
+        )
+    return value
+
+
+def _given(row: Mapping[str, Any], number: int | str) -> Encoded:
+    """Tokens that are there already, and their labels if there are any."""
+    fields = {"input_ids": row.get("input_ids"), "labels": row.get("labels")}
+    fields["labels"] = fields["input_ids"] if fields["labels"] is None else fields["labels"]
+    arrays = {key: np.asarray([] if value is None else value) for key, value in fields.items()}
+    lengths = {key: array.size for key, array in arrays.items()}
+    if (
+        any(array.ndim != 1 or (array.size and array.dtype.kind not in "iu") for array in arrays.values())
+        or len(set(lengths.values())) > 1
+    ):
+        raise BadRow(
+            f"row {number} with {' and '.join(f'{key} of shape {a.shape} and {a.dtype}' for key, a in arrays.items())}",
+            "one integer for each token in both",
+            "change the row, or drop it",
+        )
+    for key, array in arrays.items():
+        if array.size and (int(array.max()) >= 2**31 or int(array.min()) < (-(2**31) if key == "labels" else 0)):
+            raise BadRow(
+                f"row {number} with {key} from {array.min()} to {array.max()}",
+                "tokens from 0 to 2**31 - 1",
+                "drop the row",
+            )
+    return {key: array.tolist() for key, array in arrays.items()}

@@ -17,6 +17,10 @@ MASK_KEYS = ("loss_mask", "shift_loss_mask")
 SEQUENCE_KEYS = ("input_ids", *LABEL_KEYS, "position_ids", "attention_mask", "token_type_ids", "seq_idx", *MASK_KEYS)
 
 
+# Cumulative lengths of documents, the first that is there.
+EDGE_KEYS = ("cu_seqlens", "cu_seq_lens_q")
+
+
 # These describe the whole row, so every rank gets them as they are.
 WHOLE_KEYS = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.geometry.batch_keys import LABEL_KEYS
+from lightning_ulysses.geometry.batch_keys import EDGE_KEYS, LABEL_KEYS
 from lightning_ulysses.geometry.layout import Runs, cu_seqlens_to_runs, runs_from_starts
 
 
@@ -36,6 +36,30 @@ def _restarts(positions: Tensor, kept: Tensor) -> Tensor:
     first = positions.gather(1, kept.int().argmax(dim=1, keepdim=True))
     # The first kept token of a row (before == -1) starts no new document: it belongs to the first one.
     return kept & (before >= 0) & ((step < 0) | ((step == 0) & (positions == first)))
+
+
+def read_edges(name: str, value: Any) -> list[int]:
+    """The entries of ``cu_seqlens``: a tensor, an array, or a list or tuple of numbers.
+
+    Raises:
+        UlyssesError: If it is anything else than one row of integers.
+    """
+    try:
+        edges = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise _no_edges(name, f"of type {type(value).__name__} ({error})") from error
+    if edges.dim() != 1 or edges.is_floating_point() or edges.is_complex() or edges.dtype == torch.bool:
+        kind = "" if isinstance(value, Tensor) else f", a {type(value).__name__}"
+        raise _no_edges(name, f"of shape {tuple(edges.shape)} and {edges.dtype}{kind}")
+    return [int(edge) for edge in edges.tolist()]
+
+
+def _no_edges(name: str, what: str) -> UlyssesError:
+    return UlyssesError(
+        f"{name} {what}",
+        "the cumulative lengths of the documents in one row (1, S): integers (documents + 1,)",
+        f"pass {name} as torch.tensor([0, 5, 9], dtype=torch.int32), or leave it out and let position_ids restart at 0",
+    )
 
 
 def _runs(begins: Tensor) -> tuple[Runs, ...]:
@@ -81,18 +105,19 @@ def document_runs(
         Runs for each row, or None if every row is one document.
 
     Raises:
-        UlyssesError: If ``cu_seqlens`` comes with several rows or does not fit them, or if every token would be a
-            document of its own.
+        UlyssesError: If ``cu_seqlens`` is no row of integers, comes with several rows or does not fit them, or if every
+            token would be a document of its own.
     """
-    cu_seqlens = next((entries[key] for key in ("cu_seqlens", "cu_seq_lens_q") if entries.get(key) is not None), None)
-    if isinstance(cu_seqlens, Tensor):
-        if rows != 1 or cu_seqlens.dim() != 1:
+    name = next((key for key in EDGE_KEYS if entries.get(key) is not None), None)
+    if name is not None:
+        edges = read_edges(name, entries[name])
+        if rows != 1:
             raise UlyssesError(
-                f"cu_seqlens of shape {tuple(cu_seqlens.shape)} with {rows} rows",
-                "cu_seqlens (documents + 1,) with one row (1, S)",
+                f"{name} of shape ({len(edges)},) with {rows} rows",
+                f"{name} (documents + 1,) with one row (1, S)",
                 "pack all documents into one row, or mark them by position_ids that restart at 0",
             )
-        return (cu_seqlens_to_runs(cu_seqlens.tolist(), seq_len),)
+        return (cu_seqlens_to_runs(edges, seq_len),)
     # Positions of more dimensions, such as (3, B, S) of multimodal models, do not mark documents.
     if positions is None or positions.dim() > 2:
         return None

@@ -25,7 +25,8 @@ from lightning_ulysses.batch.whole import read_batch
 from lightning_ulysses.config import batch_rules, whole_rules
 from lightning_ulysses.context import current_context
 from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.geometry.batch_keys import BatchRules
+from lightning_ulysses.geometry.batch_keys import EDGE_KEYS, BatchRules
+from lightning_ulysses.geometry.documents import read_edges
 from lightning_ulysses.geometry.split_plan import read_plan
 from lightning_ulysses.regions.notes import RegionSizes
 from lightning_ulysses.strategy import UlyssesDeepSpeedStrategy
@@ -267,9 +268,9 @@ def _hides_documents(batch: Any) -> bool:
     """Whether documents are marked in a way that transformers by itself does not see."""
     keys = batch if isinstance(batch, Mapping) else {}
     positions = keys.get("position_ids")
-    edges = next((keys[key] for key in ("cu_seqlens", "cu_seq_lens_q") if keys.get(key) is not None), None)
+    edges = next((read_edges(key, keys[key]) for key in EDGE_KEYS if keys.get(key) is not None), [])
     # (documents + 1,); a cut may have left a single one.
-    several = edges is not None and edges.unique().numel() > 2
+    several = len(set(edges)) > 2
     return several and (positions is None or bool((positions.diff(dim=-1) > 0).all()))
 
 

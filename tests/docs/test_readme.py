@@ -208,7 +208,7 @@ def tokens_of(loader: Any) -> int:
 def check_files(names: Names) -> None:
     documents = names["data"].documents
     assert (len(documents["train"]), len(documents["validation"])) == (10, 1)
-    assert sum(documents["train"]["length"][:]) + sum(documents["validation"]["length"][:]) == 5 * 66 + 11
+    assert documents["train"].lengths.sum() + documents["validation"].lengths.sum() == 5 * 66 + 11
     assert names["trainer"].global_step == 1 and len(list(Path("lightning_ulysses").iterdir())) == 2
 
 

@@ -7,12 +7,15 @@ from collections import OrderedDict, UserDict, namedtuple
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_ulysses.batch.excerpt import excerpt
 from lightning_ulysses.batch.whole import read_batch
+from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.geometry.batch_keys import BatchRules
 
 S, P = 11, 3
@@ -178,6 +181,9 @@ DOCUMENTS = {
     "positions without rows": {"position_ids": torch.tensor([0, 1, 2, 3, 0, 1, 0, 1, 2, 3, 4])},
     "cu_seqlens": {"cu_seqlens": torch.tensor([0, 4, 6, 11])},
     "transformers": {"cu_seq_lens_q": torch.tensor([0, 4, 6, 11], dtype=torch.int32)},
+    "list": {"cu_seqlens": [0, 4, 6, 11]},
+    "tuple": {"cu_seq_lens_q": (0, 4, 6, 11)},
+    "array": {"cu_seqlens": np.array([0, 4, 6, 11], dtype=np.int32)},
 }
 
 
@@ -191,6 +197,24 @@ def test_the_last_token_of_a_document_has_no_target(kind: str) -> None:
     assert torch.equal(joined(parts, "shift_loss_mask"), shifted(batch["loss_mask"], [3, 5, 10], 0))
     assert whole.counts["shift_labels"] == (3.0, 3.0, 2.0) == whole.counts["shift_loss_mask"]
     assert whole.counts["labels"] == (4.0, 4.0, 3.0) == whole.counts["tokens"]
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor])
+def test_an_excerpt_cuts_documents_of_any_type(kind: Any) -> None:
+    batch = {"input_ids": ids(1), "cu_seqlens": kind([0, 4, 6, 11])}
+    cut = excerpt(batch, BatchRules(), 3, 5)
+    assert read_batch(cut, BatchRules(), 1).layout.documents == (((0, 1), (1, 3), (3, 5)),)
+
+
+@pytest.mark.parametrize("key", ["position_ids", "loss_mask", "attention_mask", "labels"])
+@pytest.mark.parametrize("kind", [np.array, list, lambda rows: list(torch.tensor(rows))])
+def test_sequences_that_are_no_tensors_are_refused(key: str, kind: Any) -> None:
+    batch = {"input_ids": ids(1), key: kind([[1] * S])}
+    with pytest.raises(UlyssesError, match=rf"batch\['{key}'\], a .* of numbers"):
+        read_batch(batch, BatchRules(), P)
+    # What is said to carry no sequence, and what holds no numbers, stays as it is.
+    assert read_batch(batch, rules(**{key: None}), P).dims == {"input_ids": 1, "shift_input_ids": 1}
+    assert "labels" not in read_batch({"input_ids": ids(1), "labels": ["cat"]}, BatchRules(), P).dims
 
 
 def test_labels_shifted_by_the_user_are_left_alone() -> None:

@@ -16,7 +16,8 @@ from transformers import ByT5Tokenizer
 
 from lightning_ulysses import UlyssesError
 from lightning_ulysses.data import SequenceDataModule
-from lightning_ulysses.data.corpus import Corpus, TokenCache
+from lightning_ulysses.data.corpus import Corpus
+from lightning_ulysses.data.token_cache import TokenCache
 from lightning_ulysses.data.tokens import RowEncoder, kind_of_rows
 
 TEXTS = ["a first document", "b", "", "the third, which is the longest of the four documents", "fourth"]
@@ -140,7 +141,7 @@ def test_tokens_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     cache, corpus = TokenCache(tmp_path / "cache", byt5), Corpus(source)
     path = cache.build(corpus)
     with monkeypatch.context() as patch:
-        patch.setattr(RowEncoder, "__call__", lambda *_: pytest.fail("tokenized again"))
+        patch.setattr(RowEncoder, "many", lambda *_: pytest.fail("tokenized again"))
         assert cache.build(corpus) == path
     assert not [p for p in path.parent.iterdir() if p.name.startswith(".unfinished")]
     other = ByT5Tokenizer(extra_ids=10)
@@ -205,7 +206,7 @@ BAD: dict[str, tuple[Any, tuple[str, ...]]] = {
     "tokenizer": (lambda p: SequenceDataModule("x/y", 5).tokenizer, ("tokenizer of type int",)),
     "kinds": (
         lambda p: module(p, [write(p, "jsonl"), write(p, "parquet")]),
-        ("files of the kinds ['json', 'parquet']",),
+        ("files of the kinds ['jsonl', 'parquet']",),
     ),
     "template": (
         lambda p: RowEncoder(byt5, "chat")({"messages": TALK}, 3),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -172,14 +174,29 @@ def test_cu_seqlens_go_before_positions() -> None:
     assert document_runs(entries, torch.tensor([[0, 1, 0, 1, 2]]), 1, 5) == (((0, 4), (4, 5)),)
 
 
+@pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor])
+def test_cu_seqlens_of_any_type(kind: Any) -> None:
+    for key in ("cu_seqlens", "cu_seq_lens_q"):
+        assert document_runs({key: kind([0, 4, 5])}, None, 1, 5) == (((0, 4), (4, 5)),)
+
+
 @pytest.mark.parametrize(
     ("cu_seqlens", "rows", "parts"),
     [
         (torch.tensor([0, 4, 8]), 2, ("shape (3,) with 2 rows", "one row")),
-        (torch.tensor([[0, 4, 8]]), 1, ("shape (1, 3) with 1 rows", "(documents + 1,)")),
+        (torch.tensor([[0, 4, 8]]), 1, ("shape (1, 3)", "(documents + 1,)")),
+        ([[0, 4, 8]], 1, ("shape (1, 3)", "a list")),
+        ([0, 4, 8], 2, ("shape (3,) with 2 rows", "one row")),
+        ([0.0, 4.0, 8.0], 1, ("torch.float32, a list", "integers")),
+        (np.array([0.0, 8.0]), 1, ("torch.float64, a ndarray", "integers")),
+        (torch.tensor([False, True]), 1, ("torch.bool", "integers")),
+        ("048", 1, ("of type str", "integers")),
+        ([[0, 4], [8]], 1, ("of type list", "integers")),
+        (8, 1, ("shape ()", "integers")),
+        ([0, 4, 9], 1, ("[0, 4, 9] for rows of 8 tokens",)),
     ],
 )
-def test_cu_seqlens_of_several_rows_are_refused(cu_seqlens: Tensor, rows: int, parts: tuple[str, ...]) -> None:
+def test_cu_seqlens_that_cannot_be_are_refused(cu_seqlens: Any, rows: int, parts: tuple[str, ...]) -> None:
     with pytest.raises(UlyssesError) as caught:
         document_runs({"cu_seqlens": cu_seqlens}, None, rows, 8)
     assert all(part in str(caught.value) for part in parts)

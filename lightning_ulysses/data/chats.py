@@ -1,0 +1,177 @@
+"""Turns chats into tokens, with the assistant's messages as targets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning_ulysses.data.rows import IGNORED
+from lightning_ulysses.errors import UlyssesError
+
+Message = Mapping[str, Any]
+Encoded = dict[str, Any]
+
+
+class BadRow(UlyssesError):
+    """A row that is not of the kind that its columns indicate."""
+
+
+def check_template(tokenizer: Any, number: int | str) -> None:
+    """Raises `UlyssesError` for a tokenizer that does not know how to write chats."""
+    if not callable(getattr(tokenizer, "apply_chat_template", None)) or not getattr(tokenizer, "chat_template", None):
+        raise UlyssesError(
+            f"row {number}, a chat, for a {type(tokenizer).__name__} without a chat template",
+            "a tokenizer that knows how to write chats",
+            "take the tokenizer of a chat model, or set tokenizer.chat_template",
+        )
+
+
+def read_messages(messages: Any, number: int | str, column: str = "messages", least: int = 1) -> list[dict[str, Any]]:
+    """The messages of a row, checked.
+
+    Keys without a value are dropped: tables add them to every message, and templates ask whether a key is there.
+
+    Raises:
+        BadRow: If they are no list of messages, too few, or a message has neither content nor tool calls.
+    """
+    is_chat = isinstance(messages, (list, tuple)) and all(isinstance(m, Mapping) and "role" in m for m in messages)
+    if not is_chat or len(messages) < least:
+        raise BadRow(
+            f"row {number} with the {column} {str(messages)[:80]!r}",
+            "a list of messages, each with 'role' and 'content'",
+            "change the column, or drop the row",
+        )
+    found = []
+    for turn, message in enumerate(messages):
+        kept = {key: value for key, value in message.items() if value is not None}
+        if "content" not in kept and not kept.get("tool_calls"):
+            raise BadRow(
+                f"row {number} with the {column} {str(messages)[:80]!r}, of which message {turn} has neither 'content' "
+                "nor tool calls",
+                "a list of messages, each with 'role' and 'content'",
+                "change the column, or drop the row",
+            )
+        found.append({**kept, "content": kept.get("content")})
+    return found
+
+
+class ChatWriter:
+    """Writes the messages of one row with a tokenizer's chat template.
+
+    Args:
+        tokenizer: A tokenizer with a chat template.
+        messages: What `read_messages` returned.
+        number: The row, for messages.
+
+    Raises:
+        BadRow: If the template refuses the chat.
+    """
+
+    def __init__(self, tokenizer: Any, messages: Sequence[Message], number: int | str) -> None:
+        self.tokenizer = tokenizer
+        self.number = number
+        self.messages = self._with_content(list(messages))
+
+    def _with_content(self, messages: list[Message]) -> list[Message]:
+        """Messages of tool calls alone, with the content that the template can write: none, or an empty text."""
+        if all(message["content"] is not None for message in messages):
+            return messages
+        empty = [{**message, "content": ""} if message["content"] is None else message for message in messages]
+        try:
+            text = self._write(messages)
+        except BadRow:
+            return empty
+        # A template that puts content down unseen writes the word None.
+        return empty if text.count("None") > self._write(empty).count("None") else messages
+
+    def _apply(self, messages: Sequence[Message], **settings: Any) -> Any:
+        try:
+            return self.tokenizer.apply_chat_template(list(messages), **settings)
+        except Exception as error:
+            raise BadRow(
+                f"row {self.number}, a chat that the template refuses ({type(error).__name__}: {str(error)[:200]})",
+                "messages with the roles and the order that the template knows",
+                "change the row, or drop it; or give a chat template that knows such chats",
+            ) from error
+
+    def _write(self, messages: Sequence[Message]) -> str:
+        return str(self._apply(messages, tokenize=False))
+
+    def ids(self, messages: Sequence[Message], answer_follows: bool = False) -> list[int]:
+        """The tokens of some messages; with ``answer_follows`` up to where the assistant begins to speak."""
+        return list(self._apply(messages, tokenize=True, add_generation_prompt=answer_follows, return_dict=False))
+
+    def before(self, turn: int) -> list[int]:
+        """The tokens in front of what message ``turn`` says."""
+        if turn:
+            try:
+                return self.ids(self.messages[:turn], True)
+            except BadRow:
+                # Such as for messages whose order is right only with the answer.
+                pass
+        # No message comes before it: what stays the same whatever the message says.
+        answered = self.ids(self.messages[: turn + 1])
+        same = len(answered)
+        for other in ("0", "\u03a9", "zz"):
+            changed = {**self.messages[turn], "content": other}
+            changed.pop("tool_calls", None)
+            ids = self.ids([*self.messages[:turn], changed])
+            pairs = zip(ids[:same], answered[:same], strict=False)
+            same = next((place for place, (left, right) in enumerate(pairs) if left != right), min(same, len(ids)))
+        return answered[:same]
+
+    def no_prefix(self) -> BadRow:
+        """The error for a template that writes the beginning of a chat in another way once more follows."""
+        return BadRow(
+            f"row {self.number}, a chat in which the template writes an earlier turn in another way once more follow",
+            "a chat template under which the beginning of a chat is the beginning of its tokens",
+            "give rows of 'prompt' and 'completion' with one answer each, or a template with {% generation %} marks",
+        )
+
+
+def encode_chat(tokenizer: Any, row: Any, number: int | str) -> Encoded:
+    """A chat with the assistant's messages as targets.
+
+    Raises:
+        BadRow: If the row is no chat, or the template cannot write it.
+        UlyssesError: For a tokenizer without a chat template.
+    """
+    check_template(tokenizer, number)
+    writer = ChatWriter(tokenizer, read_messages(row, number), number)
+    if "{% generation %}" in str(tokenizer.chat_template).replace("{%-", "{%").replace("-%}", "%}"):
+        return _marked(writer)
+    ids = writer.ids(writer.messages)
+    labels = [IGNORED] * len(ids)
+    for turn, message in enumerate(writer.messages):
+        if message["role"] != "assistant":
+            continue
+        # The answer is the difference of two prefixes of the chat: up to the question, and up to the answer.
+        asked, answered = writer.before(turn), writer.ids(writer.messages[: turn + 1])
+        if ids[: len(answered)] != answered or answered[: len(asked)] != asked:
+            raise writer.no_prefix()
+        labels[len(asked) : len(answered)] = ids[len(asked) : len(answered)]
+    return {"input_ids": ids, "labels": labels}
+
+
+def _marked(writer: ChatWriter) -> Encoded:
+    """Labels from the template's own marks around the assistant's messages."""
+    written = writer._apply(writer.messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    ids = list(written["input_ids"])
+    labels = [token if said else IGNORED for token, said in zip(ids, written["assistant_masks"], strict=True)]
+    return {"input_ids": ids, "labels": labels}
+
+
+def encode_answer(tokenizer: Any, prompt: Any, completion: Any, number: int | str) -> Encoded:
+    """Messages of a prompt, and the messages of a completion as targets. The prompt may be empty.
+
+    Raises:
+        BadRow: If either is no list of messages, or the template cannot write them.
+        UlyssesError: For a tokenizer without a chat template.
+    """
+    check_template(tokenizer, number)
+    asked = read_messages(prompt, number, "prompt", least=0)
+    writer = ChatWriter(tokenizer, [*asked, *read_messages(completion, number, "completion")], number)
+    ids, before = writer.ids(writer.messages), writer.before(len(asked))
+    if ids[: len(before)] != before:
+        raise writer.no_prefix()
+    return {"input_ids": ids, "labels": [IGNORED] * len(before) + ids[len(before) :]}

@@ -1,0 +1,29 @@
+"""``cu_seqlens`` of an explicit attention call, in every type that holds them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lightning_ulysses import UlyssesError, ulysses_attention
+
+
+def heads(seq_len: int = 9) -> torch.Tensor:
+    return torch.randn(1, 2, seq_len, 4, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.array, lambda edges: torch.tensor(edges, dtype=torch.int16)])
+def test_documents_are_kept_apart(kind: Any) -> None:
+    q = heads()
+    expected = ulysses_attention(q, q, q, cu_seqlens=torch.tensor([0, 4, 9]))
+    assert torch.equal(ulysses_attention(q, q, q, cu_seqlens=kind([0, 4, 9])), expected)
+    assert not torch.allclose(ulysses_attention(q, q, q), expected)
+
+
+@pytest.mark.parametrize("edges", [[0.0, 9.0], torch.tensor([0.0, 9.0]), [[0, 9]], "09"])
+def test_no_edges(edges: Any) -> None:
+    with pytest.raises(UlyssesError, match=r"cu_seqlens of .*Expected the cumulative lengths"):
+        ulysses_attention(heads(), heads(), heads(), cu_seqlens=edges)
