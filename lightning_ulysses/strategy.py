@@ -387,9 +387,9 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
             return natively(checkpoint_path)
         upstream_deepspeed.allow_weights_only_load(self.deepspeed_engine)
         if trainer.training:
-            checkpoint = load_to_train(
-                find(checkpoint_path), self._division(), self.deepspeed_engine, natively, rank_zero_info
-            )
+            found = find(checkpoint_path)
+            self._run = found.run or self._run
+            checkpoint = load_to_train(found, self._division(), self.deepspeed_engine, natively, rank_zero_info)
             self.deepspeed_engine.optimizer.clip_grad = self._clip_val
         else:
             checkpoint = load_to_evaluate(find(checkpoint_path), self._division(), module, natively)

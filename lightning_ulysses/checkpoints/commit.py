@@ -12,7 +12,7 @@ import os
 import shutil
 from pathlib import Path
 
-from lightning_ulysses.checkpoints.manifest import is_complete
+from lightning_ulysses.checkpoints.manifest import is_complete, read
 
 # Linux: of the directory that paths are relative to, and of the exchange (``man 2 renameat2``).
 _HERE = -100
@@ -39,18 +39,20 @@ def prepare(path: Path) -> Path:
     A complete directory that was not moved yet takes its place, before anything is deleted.
     """
     saving, former = saving_name(path), former_name(path)
-    if not os.path.lexists(path):
-        for left in (saving, former):
-            if is_complete(left):
-                os.rename(left, path)
-                break
+    if _written(saving) > _written(path):
+        move(path)
+    elif not os.path.lexists(path) and is_complete(former):
+        os.rename(former, path)
     for left in (saving, former):
-        if left.exists() and os.path.lexists(path):
+        if left.exists():
             shutil.rmtree(left)
-    # Of a first checkpoint that was not completed.
-    if saving.exists():
-        shutil.rmtree(saving)
     return saving
+
+
+def _written(path: Path) -> float:
+    """When a complete directory was written; a time before all others if it is not complete."""
+    manifest = read(path) if is_complete(path) else None
+    return manifest.written if manifest is not None else float("-inf")
 
 
 def move(path: Path) -> None:
@@ -65,6 +67,8 @@ def move(path: Path) -> None:
     elif _exchange(saving, path):
         shutil.rmtree(saving)
     else:
+        if former.exists():
+            shutil.rmtree(former)
         os.rename(path, former)
         os.rename(saving, path)
         shutil.rmtree(former)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from torch import nn
 
 from lightning_ulysses.checkpoints.commit import former_name, saving_name
 from lightning_ulysses.checkpoints.convert import UNIVERSAL, convert, division_of, is_converted
-from lightning_ulysses.checkpoints.manifest import NAME, Division, Manifest, lacking, newest_complete, read
+from lightning_ulysses.checkpoints.manifest import NAME, Division, Manifest, is_complete, lacking, newest_complete, read
 from lightning_ulysses.checkpoints.ranks import from_all, on_rank_zero, patient_group, world
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.export import load_weights
@@ -37,6 +38,11 @@ class Found:
     division: Division
 
     @property
+    def run(self) -> str:
+        """The run that saved it; empty if that is not known."""
+        return self.manifest.run if self.manifest is not None else ""
+
+    @property
     def manifest_folder(self) -> Path:
         """The directory that the manifest is about."""
         return self.path / UNIVERSAL if self.is_universal else self.path
@@ -55,8 +61,8 @@ def _is_last(path: Path) -> bool:
 def find(path: str | Path) -> Found:
     """The checkpoint at a path, if it is complete, the same on every rank; a collective.
 
-    Where a process was killed while it saved, Lightning's ``ckpt_path="last"`` may name an incomplete directory. Then
-    it is the newest complete one beside it.
+    Lightning's ``ckpt_path="last"`` may name an incomplete directory, where a process was killed while it saved, or
+    one that is older than a complete one of the same run. The newest complete one takes its place.
 
     Args:
         path: A directory.
@@ -97,12 +103,15 @@ def _choose(path: Path) -> Found:
         return Found(path, manifest, manifest.division)
     _check_directory(path)
     manifest, problem = _complete(path)
+    if _is_last(path) and (manifest is not None or problem is not None):
+        run = manifest.run if manifest is not None else None
+        newest = Path(newest_complete(path.parent, run) or path)
+        if not os.path.samefile(newest, path) and is_complete(newest):
+            why = f"{path} is incomplete ({problem})" if problem is not None else f"{path} is not the newest one"
+            warnings.warn(f"{why}. Instead, {newest} is resumed from.", stacklevel=2)
+            path, (manifest, problem) = newest, _complete(newest)
     if problem is not None:
-        other = newest_complete(path.parent)
-        if not _is_last(path) or other is None:
-            raise _incomplete(path, problem, other)
-        warnings.warn(f"{path} is incomplete ({problem}). Instead, {other} is resumed from.", stacklevel=2)
-        path, manifest = Path(other), read(Path(other))
+        raise _incomplete(path, problem, newest_complete(path.parent))
     if manifest is None:
         warnings.warn(
             f"{path} has no {NAME}, as checkpoints of earlier versions. Whether it is complete cannot be told.",

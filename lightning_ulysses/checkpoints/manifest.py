@@ -92,7 +92,7 @@ def read(folder: Path) -> Manifest | None:
         if values.pop("version") > _VERSION:
             raise ValueError("it is of a newer version of this package")
         return Manifest(division=division, **values)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UlyssesError(
@@ -122,22 +122,19 @@ def is_complete(folder: str | Path) -> bool:
     return manifest is not None and lacking(Path(folder), manifest) is None
 
 
-def newest_complete(folder: str | Path) -> str | None:
+def newest_complete(folder: str | Path, run: str | None = None) -> str | None:
     """The checkpoint in a folder that was written last, of those that are complete; None if there is none.
 
     Args:
         folder: As given to ``ModelCheckpoint(dirpath=...)``.
+        run: Only those of a run, which goes on under its name when it is resumed.
 
     Example:
         >>> trainer.fit(module, data, ckpt_path=newest_complete("checkpoints"))
     """
-    found = [path for path in sorted(Path(folder).glob("*")) if is_complete(path)]
-    if not found:
-        return None
-
-    def written(path: Path) -> float:
-        manifest = read(path)
-        assert manifest is not None
-        return manifest.written
-
-    return str(max(found, key=written))
+    written = {}
+    for path in sorted(Path(folder).glob("*")):
+        manifest = read(path) if is_complete(path) else None
+        if manifest is not None and run in (None, manifest.run):
+            written[str(path)] = manifest.written
+    return max(written, key=lambda path: written[path]) if written else None
