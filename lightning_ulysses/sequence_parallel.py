@@ -295,6 +295,7 @@ class SequenceParallel:
     def stepped(self) -> None:
         """After the optimizer has stepped."""
         self.weights.stepped()
+        self._pipeline.stepped()
 
     def join(self, output: Any) -> Any:
         """Every sequence of a step's nested output joined, unless a plan has joined it already."""

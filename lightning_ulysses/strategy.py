@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -22,6 +23,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_ulysses.batch.clock import Clock
+from lightning_ulysses.checkpoints.commit import discard
+from lightning_ulysses.checkpoints.load import find, load_to_evaluate, load_to_train
+from lightning_ulysses.checkpoints.manifest import Division, Manifest
+from lightning_ulysses.checkpoints.save import saved_whole
 from lightning_ulysses.checks.hooks import HookWatch
 from lightning_ulysses.checks.monitors import check_monitored
 from lightning_ulysses.checks.optimizer import check_elementwise, clipping_error, no_optimizer
@@ -45,6 +50,7 @@ from lightning_ulysses.patching.handle import Handle
 from lightning_ulysses.sequence_parallel import SequenceParallel
 from lightning_ulysses.upstream import deepspeed as upstream_deepspeed
 from lightning_ulysses.upstream import lightning as upstream_lightning
+from lightning_ulysses.upstream import shards
 from lightning_ulysses.upstream.zero_buckets import agree_on_gradients
 from lightning_ulysses.upstream.zero_masters import MasterCopy
 
@@ -135,6 +141,8 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
         self._mesh: SequenceMesh | None = None
         self._core: SequenceParallel | None = None
         self._base_seed = 0
+        # Names the run in its checkpoints, by the one of rank 0.
+        self._run = uuid.uuid4().hex
         self._clip_val = 0.0
         self._watch: HookWatch | None = None
         self._masters: MasterCopy | None = None
@@ -174,10 +182,11 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
         return Clock(
             stage=trainer.state.stage.value if trainer.state.stage is not None else "",
             is_training=trainer.training,
-            epoch=trainer.current_epoch,
+            epoch=upstream_lightning.finished_epochs(trainer),
             batch=trainer.fit_loop.total_batch_idx,
             step=trainer.global_step,
             accumulate=trainer.accumulate_grad_batches if module.automatic_optimization else 1,
+            is_last=upstream_lightning.is_last_batch(trainer),
             is_automatic=module.automatic_optimization,
         )
 
@@ -358,22 +367,50 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
         return output
 
     @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, *args: Any, **kwargs: Any) -> None:
         assert self._watch is not None and self._masters is not None
-        with self._watch.closed():
+        path = Path(self.broadcast(filepath))
+        with self._watch.closed(), saved_whole(path, self._manifest(), self.local_rank == 0) as beside:
             self._masters.carry_edits()
             if not self.zero_stage_3:
                 keep_replaced(checkpoint, self._module_and_trainer[0])
-            super().save_checkpoint(checkpoint, *args, **kwargs)
+            super().save_checkpoint(checkpoint, beside, *args, **kwargs)
+
+    def _division(self) -> Division:
+        assert isinstance(self.config, dict)
+        zero = self.config.get("zero_optimization") or {}
+        return Division(
+            self.world_size, int(zero.get("stage", 0)), shards.precision_of(self.config), shards.layout(zero)
+        )
+
+    def _manifest(self) -> Manifest:
+        optimizer = type(getattr(self.deepspeed_engine.optimizer, "optimizer", None)).__name__
+        step = self._module_and_trainer[1].global_step
+        return Manifest(self._run, step, self.mesh.sp_size, optimizer, self._division())
+
+    @override
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        if self.is_global_zero:
+            discard(Path(filepath))
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        if not self.load_full_weights:
-            upstream_deepspeed.allow_weights_only_load(self.deepspeed_engine)
-        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        upstream_deepspeed.check_engine(self.model, checkpoint_path)
+        module, trainer = self._module_and_trainer
+        natively = partial(super().load_checkpoint, weights_only=weights_only)
+        if self.load_full_weights and self.zero_stage_3:
+            return natively(checkpoint_path)
+        upstream_deepspeed.allow_weights_only_load(self.deepspeed_engine)
+        if trainer.training:
+            found = find(checkpoint_path)
+            self._run = found.run or self._run
+            checkpoint = load_to_train(found, self._division(), self.deepspeed_engine, natively, rank_zero_info)
+            self.deepspeed_engine.optimizer.clip_grad = self._clip_val
+        else:
+            checkpoint = load_to_evaluate(find(checkpoint_path), self._division(), module, natively)
         restore_replaced(checkpoint)
-        upstream_lightning.rescale_progress(checkpoint, self.mesh.dp_size)
-        upstream_lightning.forget_train_loader(self._module_and_trainer[1])
+        upstream_lightning.settle_progress(checkpoint, self.mesh.dp_size, trainer.max_steps != -1)
+        upstream_lightning.forget_train_loader(trainer)
         return checkpoint
 
     @override

@@ -17,6 +17,7 @@ class Clock:
         step: Number of optimizer steps taken.
         accumulate: Micro-batches of an optimizer step.
         is_boundary: Whether the optimizer steps after this micro-batch.
+        is_last: Whether the training batch that was used last is the last one of its epoch.
         is_automatic: Whether the program that drives the run steps the optimizer. False if the module does it itself.
     """
 
@@ -27,6 +28,7 @@ class Clock:
     step: int = 0
     accumulate: int = 1
     is_boundary: bool = True
+    is_last: bool = False
     is_automatic: bool = True
 
     @property

@@ -11,6 +11,7 @@ from itertools import islice
 from typing import Any
 
 from lightning_ulysses.batch.random_streams import named_stream
+from lightning_ulysses.batch.trail import Trail
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.loss.accumulation import AccumulationWindow
 
@@ -75,6 +76,8 @@ class TrainLoader(SeededLoader):
         epoch: Returns the current epoch.
         window: Micro-batches of an optimizer step.
         limit: Returns the number of batches of an epoch that will be used; infinite if unknown.
+        is_last: Returns whether the batch that was used last is the last one of the epoch.
+        returns: Whether a resumed epoch goes back to the batch after the last optimizer step.
         count: Counts the targets of a batch, for each tensor that may hold them.
         dp_size: Data-parallel ranks. Saved, to resume on another number of them.
     """
@@ -87,6 +90,8 @@ class TrainLoader(SeededLoader):
         *,
         window: int,
         limit: Callable[[], float],
+        is_last: Callable[[], bool] = lambda: False,
+        returns: bool = False,
         count: Callable[[Any], Mapping[str, float]],
         dp_size: int,
     ) -> None:
@@ -94,15 +99,24 @@ class TrainLoader(SeededLoader):
         self.plans: deque[AccumulationWindow] = deque()
         self._window = window
         self._limit = limit
+        self._is_last = is_last
+        self._returns = returns
         self._count = count
         self._dp_size = dp_size
         self._consumed = 0
+        # Batches of the epoch of which the optimizer has stepped.
+        self._stepped = 0
         # Batches of the epoch used before the current iteration began, and before the next one will begin.
         self._began = self._began_next = 0
+        self._trail = Trail(loader)
 
     def advance(self) -> None:
         """Counts a batch that the step uses. The training loop may have fetched more batches than that."""
         self._consumed += 1
+
+    def stepped(self) -> None:
+        """Notes that the optimizer has stepped: a resumed run does not use the batches so far again."""
+        self._stepped = self._consumed
 
     def _resumable(self) -> tuple[Any, int] | None:
         """A sampler that can resume in the middle of an epoch, with its items per batch; None if there is none."""
@@ -116,7 +130,8 @@ class TrainLoader(SeededLoader):
         # Only the first iteration after `load_state_dict` begins in the middle of an epoch.
         self._began, self._began_next = self._began_next, 0
         self.plans.clear()
-        self._consumed = self._began
+        self._consumed = self._stepped = self._began
+        self._trail.begin()
         return self._windows(self._began)
 
     def _windows(self, position: int) -> Iterator[Any]:
@@ -125,8 +140,9 @@ class TrainLoader(SeededLoader):
         else:
             # Other samplers begin at the start of the epoch: the batches that were used are loaded and discarded.
             source = self._batches()
-            for _ in islice(source, position):
-                pass
+            for number, batch in enumerate(islice(source, position)):
+                self._trail.add(number, batch)
+            self._trail.check(position, self._batches)
         while True:
             # Windows count from the start of the epoch, also in a resumed run. The last one of an epoch may be shorter.
             size = int(min(self._window - position % self._window, max(1, self._limit() - position)))
@@ -134,17 +150,28 @@ class TrainLoader(SeededLoader):
             if not batches:
                 return
             self.plans.append(AccumulationWindow(batches, self._count))
+            if not self._resumable():
+                for number, batch in enumerate(batches, position):
+                    self._trail.add(number, batch)
             position += len(batches)
             yield from batches
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of batches used in this epoch; 0 after the last one."""
-        if self._consumed >= self._limit():
-            return {"batches": 0, "dp_size": self._dp_size}
-        state: dict[str, Any] = {"batches": self._consumed, "dp_size": self._dp_size}
+        """The number of batches used in this epoch; 0 after the last one.
+
+        Within an accumulation window, it is that of the batches before it: their gradients are not saved.
+        """
+        is_over = self._consumed >= self._limit() or self._is_last()
+        # Not if the step on the last batch failed.
+        if is_over and not (self._returns and self._stepped < self._consumed):
+            has_length = self._limit() < float("inf")
+            return {"batches": 0, "dp_size": self._dp_size, "is_over": True, "has_length": has_length}
+        used = self._stepped if self._returns else self._consumed
+        state: dict[str, Any] = {"batches": used, "dp_size": self._dp_size, "is_over": False}
+        state |= self._trail.state_dict(used)
         if resumable := self._resumable():
             sampler, items = resumable
-            state["sampler"] = sampler.state_after((self._consumed - self._began) * items, items)
+            state["sampler"] = sampler.state_after((used - self._began) * items, items)
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -172,5 +199,7 @@ class TrainLoader(SeededLoader):
                 f"a number of batches that {self._dp_size} ranks share evenly",
                 "resume with the former sp_size, or from a checkpoint taken at another step",
             )
+        elif used:
+            self._trail.load_state_dict(state, self._dp_size)
         self._began_next = used // self._dp_size
-        self._consumed = self._began = self._began_next
+        self._consumed = self._stepped = self._began = self._began_next

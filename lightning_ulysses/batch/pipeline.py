@@ -128,6 +128,8 @@ class BatchPipeline:
             epoch,
             window=clock.accumulate if looks_ahead else 1,
             limit=limit,
+            is_last=lambda: now().is_last,
+            returns=clock.is_automatic,
             # Counts the batch as `read` will get it. `StepWeights.begin` refuses one whose targets change later.
             count=lambda batch: self._read(prepare(batch), clock.kind).counts_of_group(),
             dp_size=self._mesh.dp_size,
@@ -192,6 +194,11 @@ class BatchPipeline:
             self._evaluations += 1
             when = (clock.step, self._evaluations)
         return named_stream(self._seed, self._mesh.dp_rank, clock.stage, where, *when, device=self._device)
+
+    def stepped(self) -> None:
+        """Notes that the optimizer has stepped on all training batches taken so far."""
+        if self._train_loader is not None:
+            self._train_loader.stepped()
 
     def take(self) -> deque[AccumulationWindow] | None:
         """Counts a training batch as used, and returns the windows that the dataloader has loaded ahead."""

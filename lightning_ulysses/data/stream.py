@@ -131,6 +131,12 @@ class PackedStream(IterableDataset[Any]):
         self._rounds = 0
         self._is_over = False
 
+    @property
+    def resume_settings(self) -> dict[str, Any]:
+        """The settings that decide which documents a batch holds, and so must stay the same within an epoch."""
+        own = {"rows_per_batch": self.rows_per_batch, "last_round": self.last_round, "seed": self.seed}
+        return {**asdict(self.rules), **own}
+
     def _check(self) -> None:
         _check_least("buffer_tokens", self.rules.buffer_tokens, self.rules.max_tokens)
         _check_least("rows_per_batch", self.rows_per_batch, 1)

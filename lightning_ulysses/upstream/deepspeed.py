@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.patching.handle import Handle
 
 # Functions of DeepSpeed's activation checkpointing that empty the tensors they are given.
@@ -49,6 +50,21 @@ def use_accelerator(device_type: str) -> None:
         from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
         set_accelerator(CPU_Accelerator())
+
+
+def check_engine(model: Any, path: object) -> None:
+    """Refuses to load a checkpoint before the strategy has set up its engine.
+
+    Raises:
+        UlyssesError: If ``model`` is no engine yet.
+    """
+    if not hasattr(model, "load_checkpoint"):
+        raise UlyssesError(
+            f"load_checkpoint({str(path)!r}) before the strategy was set up",
+            "an engine of DeepSpeed to load into, which exists once a Trainer runs",
+            "pass ckpt_path to fit, validate, test or predict; lightning_ulysses.export.load_weights(path) gives the "
+            "weights without a Trainer",
+        )
 
 
 def allow_weights_only_load(engine: Any) -> None:

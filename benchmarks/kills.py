@@ -1,0 +1,200 @@
+"""Kills a training with SIGKILL at random moments, and shows that nothing behind the last complete checkpoint is lost.
+
+    python benchmarks/kills.py --kills 50
+
+Two processes train and save after every step; all are killed after a random time, also while they save. Before each new
+start, the newest complete checkpoint is noted. The run must go on from it, and the weights after the last step must be
+those of a run that nobody killed, bit for bit. Takes about 10 seconds a kill.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+import lightning_ulysses
+from lightning_ulysses.checkpoints import manifest, newest_complete
+from lightning_ulysses.testing import QUIET
+from lightning_ulysses.testing.processes import free_port
+
+PROCESSES = 2
+
+
+class Tokens(Dataset[dict[str, Tensor]]):
+    """Rows that differ in every epoch."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if index >= self.length:
+            raise IndexError(index)
+        tokens = torch.randint(64, (1, 16))
+        return {"input_ids": tokens, "labels": tokens}
+
+
+class Tiny(L.LightningModule):
+    """One attention layer, with weights enough for saving to take a while."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(64, width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, 64)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        hidden = self.embed(batch["input_ids"])
+        rows, tokens, width = hidden.shape
+        # (B, S_r, 3 * H * D) -> three of (B, H, S_r, D)
+        q, k, v = self.qkv(hidden).view(rows, tokens, 3, 2, width // 2).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        # (B, H, S_r, D) -> (B, S_r, H * D)
+        logits = self.out(mixed.transpose(1, 2).reshape(rows, tokens, width))
+        return nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+class Progress(L.Callback):
+    """Tells the parent process which step the run goes on from, and its last weights."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            print(json.dumps({"from": trainer.global_step}), flush=True)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        numbers = torch.cat([p.detach().flatten() for p in pl_module.parameters()]).double()
+        digest = float((numbers * torch.arange(1, numbers.numel() + 1)).sum())
+        if trainer.is_global_zero:
+            print(json.dumps({"digest": digest.hex()}), flush=True)
+
+
+def train(folder: Path, stage: int, steps: int, width: int) -> None:
+    """One process of a run, with the environment of torchrun."""
+    L.seed_everything(1, verbose=False)
+    saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=1, save_last=True)
+    settings = {**QUIET, "enable_checkpointing": True, "accelerator": "cpu", "devices": PROCESSES}
+    trainer = L.Trainer(
+        strategy=lightning_ulysses.UlyssesDeepSpeedStrategy(sp_size=PROCESSES, stage=stage, check_model=False),
+        callbacks=[saver, Progress()],
+        max_steps=steps,
+        accumulate_grad_batches=2,
+        **settings,
+    )
+    trainer.fit(Tiny(width), DataLoader(Tokens(7), batch_size=None), ckpt_path="last")
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What a run said: the step it went on from, and its weights if it came to its end."""
+
+    began: int | None
+    digest: str | None
+
+
+def run(folder: Path, stage: int, steps: int, width: int, kill_after: float | None) -> Ended:
+    """Starts the processes, and kills all of them after some seconds; None leaves them to their end."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(PROCESSES)}
+    command = [sys.executable, __file__, "--rank-of", str(folder), "--stage", str(stage), "--steps", str(steps)]
+    command += ["--width", str(width)]
+    processes = []
+    log = open(folder.with_suffix(".log"), "a")  # noqa: SIM115
+    for rank in range(PROCESSES):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "NODE_RANK": "0", "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, **shared, **own, "TORCHELASTIC_RUN_ID": "kills"}
+        pipe = subprocess.PIPE if rank == 0 else log
+        processes.append(subprocess.Popen(command, env=environment, stdout=pipe, stderr=log, text=True))
+    if kill_after is not None:
+        time.sleep(kill_after)
+        for process in processes:
+            process.send_signal(signal.SIGKILL)
+    output = processes[0].communicate(timeout=300)[0]
+    for process in processes:
+        process.wait(timeout=60)
+    log.close()
+    said: dict[str, object] = {}
+    for line in output.splitlines():
+        if line.startswith("{"):
+            said |= json.loads(line)
+    if kill_after is None and "digest" not in said:
+        raise SystemExit(f"a run failed: {folder.with_suffix('.log')}")
+    return Ended(said.get("from"), said.get("digest"))  # type: ignore[arg-type]
+
+
+def complete_step(folder: Path) -> int:
+    """The step of the newest complete checkpoint; 0 without one."""
+    newest = newest_complete(folder)
+    found = manifest.read(Path(newest)) if newest else None
+    return found.step if found is not None else 0
+
+
+def survive(folder: Path, kills: int, stage: int, steps: int, width: int, seed: int = 0) -> list[tuple[float, int, int]]:
+    """Kills a run again and again, and compares its end with that of a run that is left alone.
+
+    Returns:
+        For each kill: the seconds after the start, the step of the newest complete checkpoint before it, and after it.
+
+    Raises:
+        AssertionError: If a run did not go on from the newest complete checkpoint that Lightning's "last" names, went
+            back, or ended with other weights.
+    """
+    draws = random.Random(seed)
+    (folder / "alone").mkdir(parents=True)
+    (folder / "killed").mkdir()
+    began = time.monotonic()
+    straight = run(folder / "alone", stage, steps, width, None)
+    # Kills fall between the start of training and its end.
+    length = time.monotonic() - began
+    moments, before = [], 0
+    for number in range(kills):
+        after = draws.uniform(0.4, 1.0) * length
+        ended = run(folder / "killed", stage, steps, width, after)
+        assert ended.began in (None, before), f"kill {number}: went on from {ended.began}, complete was {before}"
+        now = complete_step(folder / "killed")
+        assert now >= before, f"kill {number}: {now} of {before} steps are left"
+        moments.append((after, before, now))
+        print(f"kill {number} after {after:.1f} s: steps {before} -> {now}, left {sorted(os.listdir(folder / 'killed'))}")
+        before = now
+    ended = run(folder / "killed", stage, steps, width, None)
+    assert ended.began == before
+    assert ended.digest == straight.digest, "the weights are others than without kills"
+    return moments
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--stage", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--folder", type=Path, default=Path("kills"))
+    parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.rank_of is not None:
+        train(args.rank_of, args.stage, args.steps, args.width)
+        return
+    moments = survive(args.folder, args.kills, args.stage, args.steps, args.width)
+    print(f"{len(moments)} kills, no step behind a complete checkpoint lost, the same weights bit for bit.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Checkpoints that are resumed on other numbers of processes, at other ZeRO stages and in another precision."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from exact import Keep
+from lightning.pytorch.callbacks import ModelCheckpoint
+from models import LlamaModule, token_batch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_ulysses import UlyssesError
+from lightning_ulysses.checkpoints.convert import UNIVERSAL, is_converted
+from lightning_ulysses.testing import SplitRun, split_trainer
+from lightning_ulysses.testing.processes import ProcessPool
+
+# Whole batches, dealt to data-parallel ranks by a sampler: the first step sees the same data in every world.
+BATCHES = [token_batch(seed, 34, 1, "uneven") for seed in range(6)]
+
+
+class Grouped(LlamaModule):
+    """Two groups of parameters, a buffer, and a frozen parameter."""
+
+    def __init__(self, optimizer: str = "AdamW", **settings: Any) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(()))
+        self.frozen = nn.Parameter(torch.zeros(5), requires_grad=False)
+        self.kind, self.settings = optimizer, settings
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.seen += 1
+        return super().training_step(batch, batch_idx)
+
+    def configure_optimizers(self) -> Any:
+        named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        matrices = {"params": [p for _, p in named if p.dim() > 1], "weight_decay": 0.1}
+        vectors = {"params": [p for _, p in named if p.dim() == 1], "weight_decay": 0.0, "lr": 0.003}
+        return getattr(torch.optim, self.kind)([matrices, vectors], lr=0.002, **self.settings)
+
+
+def fit(
+    rank: int, run: SplitRun, folder: str, resumed: str | None, kind: str, settings: dict[str, Any]
+) -> tuple[dict[str, Tensor], float, list[float]]:
+    keep, saver = Keep(), ModelCheckpoint(dirpath=folder, filename="middle", every_n_train_steps=2)
+    callbacks: list[L.Callback] = [keep] if resumed else [keep, saver]
+    trainer = {"enable_checkpointing": not resumed, "gradient_clip_val": 0.5, **run.trainer}
+    module = Grouped(kind, **settings)
+    if not resumed:
+        module.frozen.data.fill_(3.0)
+    loader: Any = DataLoader(BATCHES, batch_size=None)  # type: ignore[arg-type]
+    split_trainer(SplitRun(run.world_size, run.sp_size, run.strategy, trainer), callbacks).fit(
+        module, loader, ckpt_path=resumed
+    )
+    decays = [group["weight_decay"] for group in module.trainer.optimizers[0].param_groups]
+    frozen = keep.after["frozen"]
+    return keep.after, float(module.seen) + float(frozen.sum()), decays
+
+
+def saved(pool: ProcessPool, run: SplitRun, folder: Path, kind: str = "AdamW", **settings: Any) -> dict[str, Tensor]:
+    """The weights after all steps; the checkpoint after two of them is in the folder."""
+    return pool.run(fit, run, str(folder), None, kind, settings, world_size=run.world_size)[0][0]
+
+
+def off(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    distance = torch.cat([(found[name] - wanted[name]).flatten() for name in wanted]).norm()
+    return float(distance / torch.cat([wanted[name].flatten() for name in wanted]).norm())
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "kind", "settings"),
+    [
+        ((2, 2), (3, 3), "AdamW", {}),
+        ((3, 3), (1, 1), "AdamW", {}),
+        ((2, 1), (4, 2), "SGD", {"momentum": 0.9}),
+        ((1, 3), (2, 3), "NAdam", {}),
+        ((1, 2), (2, 3), "SGD", {}),
+    ],
+)
+def test_another_world_and_stage(
+    pool: ProcessPool, tmp_path: Path, first: Any, second: Any, kind: str, settings: Any
+) -> None:
+    runs = [SplitRun(world, world, {"stage": stage}) for world, stage in (first, second)]
+    straight = saved(pool, runs[0], tmp_path, kind, **settings)
+    path = str(tmp_path / "middle.ckpt")
+    # The middle of the epoch: four more steps on the batches that follow.
+    results = pool.run(fit, runs[1], str(tmp_path), path, kind, settings, world_size=second[0])
+    for found, others, decays in results:
+        assert off(found, straight) <= 1e-6
+        assert others == 6 + 15
+        assert decays == [0.1, 0.0]
+    assert is_converted(tmp_path / "middle.ckpt")
+
+
+def test_a_conversion_is_used_again_and_never_half_of_one(pool: ProcessPool, tmp_path: Path) -> None:
+    first, second = SplitRun(1, 1), SplitRun(2, 2)
+    straight = saved(pool, first, tmp_path)
+    path = tmp_path / "middle.ckpt"
+    half = path / UNIVERSAL / "zero"
+    half.mkdir(parents=True)
+    for _ in range(2):
+        found = pool.run(fit, second, str(tmp_path), str(path), "AdamW", {}, world_size=2)[0][0]
+        assert off(found, straight) <= 1e-6
+    written = (path / UNIVERSAL / "zero" / "optimizer_state.pt").stat().st_mtime_ns
+    pool.run(fit, second, str(tmp_path), str(path), "AdamW", {}, world_size=2)
+    assert (path / UNIVERSAL / "zero" / "optimizer_state.pt").stat().st_mtime_ns == written
+    # A checkpoint of its own, without the shards.
+    shutil.move(path / UNIVERSAL, tmp_path / "other" / UNIVERSAL)
+    found = pool.run(fit, second, str(tmp_path), str(tmp_path / "other"), "AdamW", {}, world_size=2)[0][0]
+    assert off(found, straight) <= 1e-6
+
+
+@pytest.mark.parametrize(("first", "second"), [("32-true", "bf16-mixed"), ("bf16-true", "32-true")])
+def test_another_precision(pool: ProcessPool, tmp_path: Path, first: str, second: str) -> None:
+    runs = [SplitRun(1, 1, {"stage": 2}, {"precision": precision}) for precision in (first, second)]
+    straight = saved(pool, runs[0], tmp_path)
+    found, others, _ = pool.run(fit, runs[1], "", str(tmp_path / "middle.ckpt"), "AdamW", {}, world_size=1)[0]
+    # The last steps are computed in another precision.
+    assert off(found, straight) <= 1e-2
+    assert others == 6 + 15
+
+
+def refused(rank: int, path: str, kind: str) -> str:
+    with pytest.raises(UlyssesError) as caught:
+        fit(rank, SplitRun(2, 2), "", path, kind, {})
+    return str(caught.value)
+
+
+def test_another_optimizer_is_refused(pool: ProcessPool, tmp_path: Path) -> None:
+    saved(pool, SplitRun(2, 2), tmp_path)
+    for text in pool.run(refused, str(tmp_path / "middle.ckpt"), "RMSprop", world_size=2):
+        assert "a checkpoint of the optimizer AdamW to resume with RMSprop" in text
