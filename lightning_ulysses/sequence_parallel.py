@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_ulysses.attention.kernel_report import KernelReport
 from lightning_ulysses.batch.clock import Clock
 from lightning_ulysses.batch.loader import SeededLoader
 from lightning_ulysses.batch.pipeline import BatchPipeline, fill_mask
@@ -104,7 +105,7 @@ class SequenceParallel:
             module: The user's.
             gathers_parameters: Whether every forward gathers parameters from all ranks (ZeRO-3).
             forget: Called after each try of the model, for whoever keeps count of the module calls of a step.
-            say: Tells the user where the model is split; on rank 0 only.
+            say: Tells the user where the model is split and which kernels compute attention; on rank 0 only.
 
         Raises:
             UlyssesError: For a model that cannot be made exact.
@@ -114,6 +115,8 @@ class SequenceParallel:
         self._probe = ModelProbe(self.context, module, self._device, forget, self.settings.check_model)
         self._handle.add(self._choice.install(module, forget).remove)
         self._choice.say = say or self._choice.say
+        if say is not None:
+            self.context.notes.of(KernelReport).say = say
 
     def close(self) -> None:
         """Puts everything back that was patched; closing twice does nothing."""

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from lightning_ulysses.attention.draws import own_draws
 from lightning_ulysses.attention.explicit import Extras
+from lightning_ulysses.attention.grouped import heads_of
 from lightning_ulysses.attention.kernel import Kernel
-from lightning_ulysses.attention.packed import attend_packed, fits
+from lightning_ulysses.attention.packed import VariableLength, attend_packed, variable_length
+from lightning_ulysses.attention.rows import Row, clip, rows_of
 from lightning_ulysses.exchange.mesh import SequenceMesh
 from lightning_ulysses.geometry.layout import Runs
 from lightning_ulysses.geometry.mask_spec import MaskSpec
@@ -131,31 +133,7 @@ def _document(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, spec: MaskSpec, v
     return kernel(q, k, v, causal=spec.causal)
 
 
-def _clip(runs: Runs, begin: int, end: int) -> Runs:
-    """The part of ``runs`` inside ``begin:end``, counted from ``begin``."""
-    clipped = ((max(left, begin) - begin, min(right, end) - begin) for left, right in runs)
-    return tuple((left, right) for left, right in clipped if left < right)
-
-
-def _row_runs(spec: MaskSpec, row: int, length: int) -> tuple[Runs, Runs | None]:
-    """Documents and kept keys of one row. Chunks become documents, and added padding becomes keys that are dropped."""
-    documents = spec.documents[row] if spec.documents is not None else ((0, length),)
-    valid = spec.valid[row] if spec.valid is not None else None
-    # Causal attention needs no care: the padding is at the end, where no real token sees it.
-    if spec.num_padding and not spec.causal:
-        valid = _clip(valid if valid is not None else ((0, length),), 0, length - spec.num_padding)
-    if spec.chunk is not None:
-        # Chunks are counted after the left padding, which becomes a document of its own. Then each chunk is a document.
-        left = valid[0][0] if valid else 0
-        if 0 < left < documents[0][1]:
-            documents = ((0, left), (left, documents[0][1]), *documents[1:])
-        documents = tuple(
-            (place, min(place + spec.chunk, end)) for begin, end in documents for place in range(begin, end, spec.chunk)
-        )
-    return documents, valid
-
-
-def _with_bias(bias: Tensor, spec: MaskSpec, rows: list[tuple[Runs, Runs | None]], length: int) -> Tensor:
+def _with_bias(bias: Tensor, spec: MaskSpec, rows: list[Row], length: int) -> Tensor:
     """The bias (B | 1, H_r | 1, S | 1, S), with everything hidden that ``spec`` hides."""
     padding = length - bias.shape[-1]
     if padding:
@@ -197,6 +175,7 @@ def attend(
     kv_index: tuple[int, ...] | None = None,
     bias: Tensor | None = None,
     extras: Extras | None = None,
+    flash: VariableLength | None = None,
 ) -> Tensor:
     """Softmax attention over whole sequences.
 
@@ -211,24 +190,23 @@ def attend(
         bias: (B | 1, H_r | 1, S, S), in addition to ``spec``. Floats are added to the scores; a bool is True where a
             query sees a key.
         extras: Softcap, sinks and ALiBi for the query heads of ``q``.
+        flash: The variable-length kernel that the caller prefers.
 
     Returns:
         (B, H_r, S, D_v).
     """
     # Kernels group heads evenly only, so each query head gets a copy of its key/value head.
     if kv_index is not None:
-        index = torch.tensor(kv_index, device=k.device)
-        k, v = k.index_select(1, index), v.index_select(1, index)
+        k, v = heads_of(k, kv_index), heads_of(v, kv_index)
     kernel = Kernel(scale, dropout_p, extras)
-    rows = [_row_runs(spec, row, q.shape[2]) for row in range(q.shape[0])]
+    # One row stands for all if they are cut alike: they go through the kernel together, as one batch.
+    rows = rows_of(spec, q.shape[0], q.shape[2])
     if bias is not None:
         return kernel(q, k, v, mask=_with_bias(bias, spec, rows, q.shape[2]))
-    # Rows that are cut alike go through the kernel together, as one batch.
-    if all(row == rows[0] for row in rows):
-        rows = rows[:1]
-    if any(len(documents) > 1 for documents, _ in rows) and fits(q, v, kernel, rows):
+    function = variable_length(q, v, kernel, rows, spec, flash)
+    if function is not None:
         window = spec.reach or (-1, 0 if spec.causal else -1)
-        return attend_packed(q, k, v, kernel, [documents for documents, _ in rows], window)
+        return attend_packed(q, k, v, kernel, [documents for documents, _ in rows], window, function)
     outputs = []
     # Otherwise row by row, and within a row document by document.
     q_rows, k_rows, v_rows = (tensor.split(1) if len(rows) > 1 else (tensor,) for tensor in (q, k, v))
@@ -237,7 +215,7 @@ def attend(
         queries, keys, values = (_split(tensor, lengths) for tensor in row)
         parts = []
         for number, run in enumerate(documents):
-            runs = None if valid is None else _clip(valid, *run)
+            runs = None if valid is None else clip(valid, *run)
             parts.append(_document(kernel, queries[number], keys[number], values[number], spec, runs))
         outputs.append(_cat(parts))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -253,6 +231,7 @@ class Softmax:
         scale: Scale of the scores; 1 / sqrt(D) if None.
         dropout_p: Dropout probability of the attention weights.
         extras: Softcap, sinks and ALiBi.
+        flash: The variable-length kernel that the caller prefers, such as flash-attn's.
     """
 
     spec: MaskSpec
@@ -260,6 +239,7 @@ class Softmax:
     scale: float | None = None
     dropout_p: float = 0.0
     extras: Extras | None = None
+    flash: VariableLength | None = None
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, heads: slice, kv_index: tuple[int, ...] | None, mesh: SequenceMesh
@@ -283,4 +263,5 @@ class Softmax:
                 kv_index=kv_index,
                 bias=bias,
                 extras=self.extras and self.extras.heads(heads),
+                flash=self.flash,
             )

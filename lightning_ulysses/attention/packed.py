@@ -1,4 +1,4 @@
-"""All documents in one call of torch's variable-length kernel, on CUDA in half precision.
+"""All documents in one call of a variable-length kernel, on CUDA in half precision.
 
 Elsewhere `attend` makes one call for each document. On a GPU, short documents would leave most of it idle.
 
@@ -10,16 +10,52 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lightning_ulysses.attention.kernel import Kernel
+from lightning_ulysses.attention import device
+from lightning_ulysses.attention.document_calls import DocumentCall, calls_on
+from lightning_ulysses.attention.kernel import Kernel, recurs
+from lightning_ulysses.attention.kernel_report import note_kernel
+from lightning_ulysses.attention.rows import Row
 from lightning_ulysses.geometry.layout import Runs
+from lightning_ulysses.geometry.mask_spec import MaskSpec
 
 # Arguments that older versions of the kernel lack.
 _NEEDED = ("window_size", "scale", "enable_gqa")
+
+
+class VariableLength(Protocol):
+    """A kernel for documents one after another."""
+
+    @property
+    def name(self) -> str:
+        """For the log."""
+
+    def lacks(self, q: Tensor, v: Tensor, kernel: Kernel) -> str | None:
+        """What the kernel lacks for a call, or None if it can compute it.
+
+        Args:
+            q: (B, H, S, D).
+            v: (B, heads, S, D_v).
+            kernel: The arguments of the attention call.
+        """
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, call: DocumentCall, window: tuple[int, int], kernel: Kernel
+    ) -> Tensor:
+        """Computes q (tokens, H, D), k and v (tokens, heads, D) -> (tokens, H, D).
+
+        Args:
+            q: The queries.
+            k: The keys.
+            v: The values.
+            call: The documents.
+            window: Number of keys before and after its own that a query sees; -1 for all. Causal without any after it.
+            kernel: The arguments of the attention call.
+        """
 
 
 @functools.lru_cache(maxsize=1)
@@ -33,30 +69,85 @@ def _varlen() -> Callable[..., Any] | None:
     return function if set(_NEEDED) <= set(inspect.signature(function).parameters) else None
 
 
-def _has_kernel(q: Tensor) -> bool:
-    """Whether the kernel supports the device and precision of ``q``: flash attention needs Ampere or newer."""
-    half = q.dtype in (torch.float16, torch.bfloat16)
-    return half and q.device.type == "cuda" and torch.cuda.get_device_capability(q.device) >= (8, 0)
+def lacks_shape(q: Tensor, v: Tensor) -> str | None:
+    """What rules out flash attention by device, precision or head size, or None."""
+    if not device.has_flash(q):
+        return f"{q.dtype} on {q.device.type}; flash attention needs half precision and Ampere or newer"
+    if q.shape[3] != v.shape[3]:
+        return f"values of another size than keys, {v.shape[3]} and {q.shape[3]}"
+    # Head sizes that flash attention supports.
+    return None if q.shape[3] % 8 == 0 and q.shape[3] <= 256 else f"a head size of {q.shape[3]}"
 
 
-def fits(q: Tensor, v: Tensor, kernel: Kernel, rows: list[tuple[Runs, Runs | None]]) -> bool:
-    """Whether one kernel call can compute all documents: without padding masks or features that the kernel lacks.
+class TorchVarlen:
+    """``torch.nn.attention.varlen.varlen_attn``."""
+
+    name = "torch's variable-length flash kernel"
+
+    def lacks(self, q: Tensor, v: Tensor, kernel: Kernel) -> str | None:
+        """See `VariableLength`."""
+        if kernel.extras:
+            return "softcap, sinks or ALiBi"
+        if kernel.dropout_p:
+            return "attention dropout"
+        return lacks_shape(q, v) or (
+            None if _varlen() is not None else f"torch {torch.__version__} without varlen_attn"
+        )
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, call: DocumentCall, window: tuple[int, int], kernel: Kernel
+    ) -> Tensor:
+        """See `VariableLength`."""
+        function = _varlen()
+        assert function is not None
+        settings: dict[str, Any] = {"enable_gqa": q.shape[1] != k.shape[1], "window_size": window}
+        out: Tensor = function(
+            q, k, v, call.edges, call.edges, call.longest, call.longest, scale=kernel.scale, **settings
+        )
+        return out
+
+
+def variable_length(
+    q: Tensor, v: Tensor, kernel: Kernel, rows: list[Row], spec: MaskSpec, flash: VariableLength | None
+) -> VariableLength | None:
+    """The variable-length kernel that computes a call; None if calls for each document are better, or needed.
 
     Args:
         q: (B, H, S, D).
         v: (B, heads, S, D_v).
         kernel: The arguments of the attention call.
         rows: Documents and kept keys of each row, or of the first row if all are equal.
+        spec: The keys that each query sees.
+        flash: The kernel that the caller prefers.
     """
-    unpadded = all(valid is None for _, valid in rows)
-    plain = not kernel.extras and not kernel.dropout_p and q.shape[3] == v.shape[3]
-    # Head sizes that flash attention supports.
-    fitting = q.shape[3] % 8 == 0 and q.shape[3] <= 256
-    return unpadded and plain and fitting and _has_kernel(q) and _varlen() is not None
+    if not device.is_gpu(q):
+        return None
+    most = max(len(documents) for documents, _ in rows)
+    is_masked = any(valid not in (None, ((0, q.shape[2]),)) for _, valid in rows)
+    lacking = None
+    for function in (flash, TorchVarlen()) if flash is not None else (TorchVarlen(),):
+        lacking = "a padding mask" if is_masked else function.lacks(q, v, kernel)
+        if lacking is None:
+            # One document of a recurring length: cuDNN is faster than flash attention, and its plan is built once.
+            if function is flash or most > 1 or spec.reach is not None or not recurs(q.shape[2]):
+                note_kernel(q, function.name)
+                return function
+            return None
+    if most > 1 or spec.reach is not None:
+        note_kernel(q, "calls for each document or block of a window", f"{lacking} rules out one call for all of them")
+    return None
 
 
-def attend_packed(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, rows: list[Runs], window: tuple[int, int]) -> Tensor:
-    """Attention within documents, by one kernel call.
+def attend_packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel: Kernel,
+    rows: list[Runs],
+    window: tuple[int, int],
+    function: VariableLength | None = None,
+) -> Tensor:
+    """Attention within documents, by one kernel call or, with very many or very different documents, by several.
 
     Args:
         q: (B, H, S, D).
@@ -65,23 +156,24 @@ def attend_packed(q: Tensor, k: Tensor, v: Tensor, kernel: Kernel, rows: list[Ru
         kernel: The arguments of the attention call.
         rows: The documents of each row, or of the first row if all are equal.
         window: Number of keys before and after its own that a query sees; -1 for all.
+        function: The variable-length kernel; torch's by default.
 
     Returns:
         (B, H, S, D).
     """
-    function = _varlen()
-    assert function is not None
+    function = function or TorchVarlen()
     batch, _, length, _ = q.shape
-    all_rows = rows if len(rows) == batch else rows * batch
     # The kernel takes one sequence, so the rows are concatenated and documents counted through.
-    ends = [row * length + end for row, documents in enumerate(all_rows) for _, end in documents]
-    longest = max(end - begin for documents in all_rows for begin, end in documents)
-    # Pinned memory: a copy from pageable memory would wait for everything that is queued on the GPU.
-    edges = torch.tensor([0, *ends], dtype=torch.int32)
-    edges = edges.pin_memory().to(q.device, non_blocking=True) if q.device.type == "cuda" else edges
+    calls = calls_on(rows, batch, length, q.device)
     # (B, heads, S, D) -> (B, S, heads, D) -> (B * S, heads, D)
     q, k, v = (t.transpose(1, 2).flatten(0, 1) for t in (q, k, v))
-    settings: dict[str, Any] = {"scale": kernel.scale, "enable_gqa": q.shape[1] != k.shape[1], "window_size": window}
-    out: Tensor = function(q, k, v, edges, edges, longest, longest, **settings)
+    sizes = [call.tokens for call in calls]
+    # One split and not several slices: the backward of a split is one concatenation.
+    queries, keys, values = (t.split(sizes) if len(calls) > 1 else (t,) for t in (q, k, v))
+    outputs = [
+        function(queries[number], keys[number], values[number], call, window, kernel)
+        for number, call in enumerate(calls)
+    ]
+    out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     # (B * S, H, D) -> (B, S, H, D) -> (B, H, S, D)
     return out.unflatten(0, (batch, length)).transpose(1, 2)

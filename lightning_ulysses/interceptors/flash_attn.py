@@ -1,7 +1,8 @@
 """Intercepts flash-attn 2, 3 and 4, and torch's ``varlen_attn``.
 
 flash-attn is neither required nor imported. If the user's program has imported it, its functions are replaced
-everywhere. While a sequence is split, our kernels compute the same attention.
+everywhere. While a sequence is split, the same attention is computed on the exchanged q, k and v: by the
+variable-length kernel of the same version, where it takes the call (`attention.flash`), and else by our kernels.
 
 Sources: flash-attn ``flash_attn_interface.py``, ``hopper/flash_attn_interface.py``, ``flash_attn/cute/interface.py``;
 torch ``nn/attention/varlen.py``.
@@ -9,9 +10,10 @@ torch ``nn/attention/varlen.py``.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from lightning_ulysses.attention.attend import Softmax
 from lightning_ulysses.attention.call import AttentionCall
 from lightning_ulysses.attention.explicit import Extras
+from lightning_ulysses.attention.flash import flash_kernel
 from lightning_ulysses.attention.mask_table import document_runs
 from lightning_ulysses.attention.route import intercept
 from lightning_ulysses.context import LocalBatch, SequenceContext
@@ -37,6 +40,14 @@ _MODULES = (
     "flash_attn_interface",
     "torch.nn.attention.varlen",
 )
+# Those of flash-attn, with what the log calls their kernels.
+_VERSIONS = {
+    "flash_attn": "flash-attn 2",
+    "flash_attn.flash_attn_interface": "flash-attn 2",
+    "flash_attn.cute": "flash-attn 4",
+    "flash_attn.cute.interface": "flash-attn 4",
+    "flash_attn_interface": "flash-attn 3",
+}
 # torch's names of arguments -> flash-attn's names.
 _ALIASES = {
     "query": "q",
@@ -139,9 +150,15 @@ def _documents(name: str, given: Arguments, tokens: int, layout: SequenceLayout,
     return (runs,)
 
 
-def _wrap(context: SequenceContext, original: Callable[..., Any]) -> Callable[..., Any]:
+def _wrap(
+    context: SequenceContext,
+    original: Callable[..., Any],
+    kernels: Mapping[Callable[..., Any], tuple[Callable[..., Any], str]],
+) -> Callable[..., Any]:
+    """The replacement of a function; ``kernels`` has the variable-length kernel of its version, and the label."""
     signature, name = inspect.signature(original), original.__name__
     packed = "varlen" in name
+    kernel, label = kernels.get(original, (None, ""))
     # Versions of flash-attn without this argument always return (output, log-sum-exp).
     pair = name != "varlen_attn" and "return_attn_probs" not in signature.parameters
 
@@ -168,6 +185,7 @@ def _wrap(context: SequenceContext, original: Callable[..., Any]) -> Callable[..
                 scale=given.get("softmax_scale"),
                 dropout_p=given.get("dropout_p") or 0.0,
                 extras=_extras(name, given),
+                flash=flash_kernel(kernel, label, bool(given.get("deterministic"))),
             )
 
         return AttentionCall(q, k, v, meaning, is_causal=_is_causal(given), takes_memory=not packed, write=write)
@@ -217,6 +235,18 @@ def _is_attention(name: str) -> bool:
     return is_flash or name == "varlen_attn"
 
 
+def _kernels() -> dict[Callable[..., Any], tuple[Callable[..., Any], str]]:
+    """For each function of flash-attn the variable-length kernel of the same version, and its label."""
+    found: dict[Callable[..., Any], tuple[Callable[..., Any], str]] = {}
+    for module, label in _VERSIONS.items():
+        held = vars(sys.modules[module]) if module in sys.modules else {}
+        kernel = held.get("flash_attn_varlen_func")
+        for name, function in held.items():
+            if kernel is not None and _is_attention(name) and inspect.isfunction(function):
+                found.setdefault(function, (kernel, label))
+    return found
+
+
 def install(context: SequenceContext, root: nn.Module) -> Handle:
     """Replaces the functions that have been imported. Does nothing if P = 1.
 
@@ -229,4 +259,5 @@ def install(context: SequenceContext, root: nn.Module) -> Handle:
     """
     import torch.nn.attention.varlen  # noqa: F401  (part of torch: a step may import it later)
 
-    return replace_imported(context, root, _MODULES, _is_attention, _wrap)
+    kernels = _kernels()
+    return replace_imported(context, root, _MODULES, _is_attention, functools.partial(_wrap, kernels=kernels))

@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_ulysses.attention.call import AttentionCall
+from lightning_ulysses.attention.grouped import heads_of
 from lightning_ulysses.attention.route import route
 from lightning_ulysses.context import LocalBatch, SequenceContext
 from lightning_ulysses.errors import UlyssesError
@@ -106,8 +106,7 @@ class Flex:
         if kv_index is None and (ratio := q.shape[1] // k.shape[1]) & (ratio - 1):
             kv_index = tuple(head // ratio for head in range(q.shape[1]))
         if kv_index is not None:
-            index = torch.tensor(kv_index, device=k.device)
-            k, v = k.index_select(1, index), v.index_select(1, index)
+            k, v = heads_of(k, kv_index), heads_of(v, kv_index)
         # A score function gets (score, batch, head, ...), a mask function (batch, head, ...).
         score = None if self.score_mod is None else _shifted(self.score_mod, heads.start, 2)
         mask = None if self.block_mask is None else _of_heads(self.block_mask, heads)

@@ -19,6 +19,7 @@ from lightning_ulysses.attention.attend import Softmax
 from lightning_ulysses.attention.call import AttentionCall
 from lightning_ulysses.attention.call_mask import covers_sequence, local_mask_error
 from lightning_ulysses.attention.explicit import Extras
+from lightning_ulysses.attention.flash import FlashKernel, flash_kernel
 from lightning_ulysses.attention.route import intercept
 from lightning_ulysses.context import LocalBatch, SequenceContext
 from lightning_ulysses.errors import UlyssesError
@@ -32,6 +33,7 @@ from lightning_ulysses.interceptors.transformers.positions import Numbering
 from lightning_ulysses.interceptors.transformers.router_loss import check_router, install_router
 from lightning_ulysses.interceptors.transformers.temperature import install as install_temperature
 from lightning_ulysses.patching.handle import Handle
+from lightning_ulysses.upstream.transformers_flash import variable_length_function
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,15 +44,27 @@ _MASKED = ("sdpa", "flex_attention", "eager")
 _UNSUPPORTED_FEATURES = ("position_bias", "cache")
 
 
+def _used(root: nn.Module) -> set[Any]:
+    """The attention implementations of the models below ``root``."""
+    from transformers import PreTrainedModel
+
+    return {getattr(m.config, "_attn_implementation", None) for m in root.modules() if isinstance(m, PreTrainedModel)}
+
+
+def _flash_kernels(root: nn.Module, names: list[str]) -> dict[str, FlashKernel | None]:
+    """The kernels of flash-attn that models run on, by the names of their implementations."""
+    wanted = [name for name in names if name in _used(root) and name not in ("sdpa", "flex_attention")]
+    labels = {name: name.replace("flash_attention_", "flash-attn ") for name in wanted}
+    return {name: flash_kernel(variable_length_function(name), label) for name, label in labels.items()}
+
+
 def _names(root: nn.Module) -> list[str]:
     """Names of the functions to replace: transformers' own, and kernels of the hub that run as flash-attn."""
-    from transformers import PreTrainedModel
     from transformers.integrations.flash_attention import flash_attention_forward
     from transformers.modeling_utils import AttentionInterface
 
     registry: dict[str, Any] = AttentionInterface._global_mapping
-    used = {getattr(m.config, "_attn_implementation", None) for m in root.modules() if isinstance(m, PreTrainedModel)}
-    hub = [name for name in used if name is not None and registry.get(name) is flash_attention_forward]
+    hub = [name for name in _used(root) if name is not None and registry.get(name) is flash_attention_forward]
     return [*IMPLEMENTATIONS, *sorted(set(hub) - set(IMPLEMENTATIONS))]
 
 
@@ -104,6 +118,7 @@ def _wrap(
     context: SequenceContext,
     ours: weakref.WeakSet[nn.Module],
     tried: set[tuple[type, Any]],
+    flash: Mapping[str, FlashKernel | None],
     name: str,
     original: Callable[..., Any],
 ) -> Callable[..., Any]:
@@ -113,6 +128,7 @@ def _wrap(
         context: Tells what is split at this moment.
         ours: The submodules of the LightningModule.
         tried: Collects eager functions whose formula has been checked, with the class that calls them.
+        flash: For names of implementations the kernel of flash-attn that models run on.
         name: Name of the implementation.
         original: The function.
     """
@@ -144,7 +160,7 @@ def _wrap(
             if name == "eager" and (type(module), original) not in tried:
                 check_formula(original, module, query, key, value, scaling, extras, **kwargs)
                 tried.add((type(module), original))
-            return Softmax(spec, bias, scaling, dropout, extras)
+            return Softmax(spec, bias, scaling, dropout, extras, flash.get(name))
 
         return AttentionCall(query, key, value, meaning, attention_mask, takes_memory=False, write=_write)
 
@@ -154,7 +170,9 @@ def _wrap(
 def _install_attention(context: SequenceContext, handle: Handle, root: nn.Module, names: list[str]) -> None:
     from transformers.modeling_utils import AttentionInterface
 
-    wrap = functools.partial(_wrap, context, weakref.WeakSet(root.modules()), set())
+    # Before anything is patched, since loading a kernel of the hub registers its function anew.
+    flash = _flash_kernels(root, names)
+    wrap = functools.partial(_wrap, context, weakref.WeakSet(root.modules()), set(), flash)
     registry: dict[str, Any] = AttentionInterface._global_mapping
     for name in names:
         handle.patch_item(registry, name, wrap(name, registry[name]))

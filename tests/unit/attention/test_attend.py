@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -11,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from gpu_paths import gpu_paths
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -316,41 +318,10 @@ def test_explicit_attention_keeps_no_scores(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def variable_length(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A kernel with the signature of torch's, which has none for CPUs; counts its calls."""
-    calls: list[int] = []
-
-    def varlen_attn(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        cu_seq_q: Tensor,
-        cu_seq_k: Tensor,
-        max_q: int,
-        max_k: int,
-        *,
-        scale: float | None = None,
-        window_size: tuple[int, int] = (-1, -1),
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        assert cu_seq_q.dtype == torch.int32 and int(cu_seq_q[-1]) == len(q) and max_q == int(cu_seq_q.diff().max())
-        assert enable_gqa == (q.shape[1] != k.shape[1])
-        calls.append(len(cu_seq_q) - 1)
-        left, right = (len(q) if side < 0 else side for side in window_size)
-        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-        place = torch.arange(len(q))
-        number = torch.bucketize(place, cu_seq_q[1:], right=True)
-        distance = place[:, None] - place
-        keep = (number[:, None] == number) & (distance <= left) & (distance >= -right)
-        # (S, H, D) -> (H, S, D)
-        q, k, v = (t.transpose(0, 1) for t in (q, k, v))
-        scores = q @ k.transpose(1, 2) * (q.shape[2] ** -0.5 if scale is None else scale)
-        return (scores.masked_fill(~keep, float("-inf")).softmax(-1) @ v).transpose(0, 1)
-
-    module = "lightning_ulysses.attention.packed"
-    monkeypatch.setattr(f"{module}._varlen", lambda: varlen_attn)
-    monkeypatch.setattr(f"{module}._has_kernel", lambda q: True)
-    return calls
+def variable_length() -> Iterator[list[int]]:
+    """A GPU's paths, with the number of documents of each call of the variable-length kernel."""
+    with gpu_paths() as (varlen, _):
+        yield varlen.calls
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -364,6 +335,10 @@ def test_one_call_for_all_documents(kind: str, variable_length: list[int]) -> No
     assert chunks or variable_length == [6, 6, 3]
     # What the kernel cannot do goes document by document.
     called = len(variable_length)
+    check(replace(KINDS[kind], documents=None), rows=2, heads=4, kv_heads=2, **settings)
+    # One document of a length that does not recur, or with a window, goes there as well.
+    assert len(variable_length) == called + 1
+    called += 1
     check(spec, rows=3, heads=4, size=8, value_size=4)
     check(spec, rows=3, heads=4, extras=extras_of("softcap", 4), **settings)
     check(replace(spec, valid=(VALID["holes"],) * 3), rows=3, heads=4, **settings)
