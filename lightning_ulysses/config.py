@@ -22,6 +22,13 @@ _OWN_KEYS = {
     "mesh_param": "leave it out; the strategy builds the groups",
 }
 
+#: Suffixes under which the strategy is registered, with the arguments that they stand for.
+REGISTERED: Mapping[str, Mapping[str, Any]] = {
+    "": {"stage": 2},
+    **{f"_stage_{stage}": {"stage": stage} for stage in (1, 2, 3)},
+    "_stage_3_offload": {"stage": 3, "offload_optimizer": True, "offload_parameters": True},
+}
+
 
 @dataclass(frozen=True)
 class UlyssesConfig:

@@ -17,21 +17,23 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers, _MockOptimizer
 from lightning.pytorch.strategies.ddp import DDPStrategy
-from lightning.pytorch.strategies.deepspeed import DeepSpeedStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_ulysses.batch.clock import Clock
+from lightning_ulysses.batch.clock import Clock, read_clock
+from lightning_ulysses.batch.same_length import evaluates_in_step
 from lightning_ulysses.checkpoints.commit import discard
 from lightning_ulysses.checkpoints.load import find, load_to_evaluate, load_to_train
 from lightning_ulysses.checkpoints.manifest import Division, Manifest
 from lightning_ulysses.checkpoints.save import saved_whole
 from lightning_ulysses.checks.hooks import HookWatch
 from lightning_ulysses.checks.monitors import check_monitored
+from lightning_ulysses.checks.notices import Notices
 from lightning_ulysses.checks.optimizer import check_elementwise, clipping_error, no_optimizer
 from lightning_ulysses.checks.trainer import check_trainer, no_output
 from lightning_ulysses.config import (
+    REGISTERED,
     UlyssesConfig,
     batch_rules,
     check_config,
@@ -51,6 +53,7 @@ from lightning_ulysses.sequence_parallel import SequenceParallel
 from lightning_ulysses.upstream import deepspeed as upstream_deepspeed
 from lightning_ulysses.upstream import lightning as upstream_lightning
 from lightning_ulysses.upstream import shards
+from lightning_ulysses.upstream.together import EndsTogether
 from lightning_ulysses.upstream.zero_buckets import agree_on_gradients
 from lightning_ulysses.upstream.zero_masters import MasterCopy
 
@@ -58,7 +61,7 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
 
 
-class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStrategy):
+class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, upstream_lightning.OwnsWindows, EndsTogether):
     """Trains an unchanged LightningModule on sequences split over processes, exactly.
 
     Every batch is cut along the sequence; attention exchanges slices of the sequence for heads; ZeRO shards parameters,
@@ -147,6 +150,7 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
         self._watch: HookWatch | None = None
         self._masters: MasterCopy | None = None
         self._monitors = Handle()
+        self._notices: Notices | None = None
 
     @property
     def mesh(self) -> SequenceMesh:
@@ -179,15 +183,10 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
 
     def _now(self) -> Clock:
         module, trainer = self._module_and_trainer
-        return Clock(
-            stage=trainer.state.stage.value if trainer.state.stage is not None else "",
-            is_training=trainer.training,
+        return replace(
+            read_clock(module, trainer),
             epoch=upstream_lightning.finished_epochs(trainer),
-            batch=trainer.fit_loop.total_batch_idx,
-            step=trainer.global_step,
-            accumulate=trainer.accumulate_grad_batches if module.automatic_optimization else 1,
             is_last=upstream_lightning.is_last_batch(trainer),
-            is_automatic=module.automatic_optimization,
         )
 
     @override
@@ -201,36 +200,27 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
             self.parallel_devices = [torch.device("cpu", index) for index in range(len(self.parallel_devices))]
         # Skips DeepSpeedStrategy's own method, which does nothing but refuse CPUs.
         DDPStrategy.setup_environment(self)
+        # Before the user's setup() and configure_model(), which may ask for it.
+        upstream_lightning.set_device_mesh(self._module_and_trainer[0], self.mesh.device_mesh)
 
     @override
     def setup_distributed(self) -> None:
         self.set_world_ranks()
-        wanted = (self.ulysses.sp_size, self.ulysses.dp_shard_size)
-        sizes = resolve_sizes(self.world_size, self.num_processes, *wanted)
         upstream_deepspeed.use_accelerator(self.root_device.type)
         with upstream_deepspeed.without_shared_memory_op() if self.root_device.type == "cpu" else nullcontext():
             super().setup_distributed()
-        if self._mesh is None:
-            self._mesh = SequenceMesh.create(sizes, self.root_device.type)
         seed = os.environ.get("PL_GLOBAL_SEED")
         self._base_seed = int(self.broadcast(seed if seed is not None else torch.initial_seed()))
+        # Ranks that are connected say once what is refused.
+        if self._mesh is None or self._mesh.is_closed:
+            wanted = (self.ulysses.sp_size, self.ulysses.dp_shard_size)
+            sizes = resolve_sizes(self.world_size, self.num_processes, *wanted)
+            self._mesh = SequenceMesh.create(sizes, self.root_device.type)
 
     @property
     @override
     def distributed_sampler_kwargs(self) -> dict[str, int]:
         return {"num_replicas": self.mesh.dp_size, "rank": self.mesh.dp_rank}
-
-    @property
-    @override
-    def handles_gradient_accumulation(self) -> bool:
-        """False: Lightning decides where a window ends, so that an epoch's last, shorter one is stepped as well."""
-        return False
-
-    @contextmanager
-    @override
-    def block_backward_sync(self) -> Generator[None, None, None]:
-        """Nothing to block: the engine reduces or accumulates by the boundary it has been told."""
-        yield
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
@@ -240,13 +230,14 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
         # Schedulers ask for the number of steps in there, and so for the length of a sampler that asks for the mesh.
         self._core = SequenceParallel(self.ulysses, self.mesh, self.root_device, self._base_seed)
         super().setup(trainer)
+        stage = upstream_deepspeed.zero_stage(self.config)
+        self._notices = Notices(self.mesh, stage, self.weights, self.root_device, rank_zero_info)
         self._clip_val = float(trainer.gradient_clip_val or 0.0)
         # Lightning's does nothing: DeepSpeed clips by its config alone.
         vars(self.precision_plugin)["clip_gradients"] = self._clip_gradients
         agree_on_gradients(
             self.deepspeed_engine.optimizer, module, self.root_device, self.core.batches, self.mesh.sp_size
         )
-        upstream_lightning.set_device_mesh(module, self.mesh.device_mesh)
         forget = partial(upstream_deepspeed.forget_trace, self.deepspeed_engine)
         self.core.install(module, gathers_parameters=self.zero_stage_3, forget=forget, say=rank_zero_info)
         self._masters = MasterCopy(self.deepspeed_engine.optimizer)
@@ -283,9 +274,7 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
             count = 0 if isinstance(optimizers[0], _MockOptimizer) else len(optimizers)
             raise no_optimizer(f"{count} optimizers and {len(schedulers)} schedulers", type(module).__name__)
         if self.ulysses.check_model:
-            assert isinstance(self.config, dict)
-            offload = self.config.get("zero_optimization", {}).get("offload_optimizer") or {}
-            stays = offload.get("device", "none") == "none"
+            stays = upstream_deepspeed.steps_on_device(self.config)
             check_elementwise(optimizers[0], self.root_device if stays else torch.device("cpu"))
         return optimizers[0], schedulers[0] if schedulers else None
 
@@ -315,11 +304,15 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
 
     def _step(self, name: str, batch: Any, *args: Any, is_boundary: bool = True, **kwargs: Any) -> Any:
         module, clock = self._module_and_trainer[0], replace(self._now(), is_boundary=is_boundary)
+        if not clock.is_training:
+            self.agree_in_evaluation()
         # By way of the module's own call, around which ZeRO-3 gathers parameters, and not of the engine's.
         tried = partial(self._forward_redirection, module, module, name)
         assert self._watch is not None
         with self._watch.in_user_step(name):
             batch = self.core.try_step(clock, lambda batch: tried(batch, *args, **kwargs), batch)
+            if clock.is_training and self._notices is not None:
+                self._notices.started(self.core.split_of(clock.kind))
             with self.core.step(clock, name):
                 return joined(getattr(super(), name)(batch, *args, **kwargs))
 
@@ -334,6 +327,11 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
         if output is None and module.automatic_optimization:
             raise no_output(module)
         return output
+
+    @override
+    def evaluates_in_step(self) -> bool:
+        counts = upstream_lightning.evaluation_batches(self._module_and_trainer[1])
+        return evaluates_in_step(counts, self.mesh, self.zero_stage_3)
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -360,10 +358,13 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
     @override
     def optimizer_step(self, optimizer: Any, closure: Any, model: Any = None, **kwargs: Any) -> Any:
         assert self._watch is not None
+        skipped = self.deepspeed_engine.skipped_steps
         with self._watch.explained():
             output = super().optimizer_step(optimizer, closure, model, **kwargs)
         self.deepspeed_engine.optimizer.clip_grad = self._clip_val
         self.core.stepped()
+        if self.deepspeed_engine.skipped_steps > skipped and self._notices is not None:
+            self._notices.skipped(self._module_and_trainer[1].global_step + 1)
         return output
 
     @override
@@ -432,17 +433,15 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
         self._monitors.remove()
         vars(self.precision_plugin).pop("clip_gradients", None)
         upstream_deepspeed.restore_linear()
+        upstream_deepspeed.let_go(self.model)
         super().teardown()
+        # On a GPU, a failed rank would wait for collectives that nobody completes.
+        if self._mesh is not None and (self.root_device.type == "cpu" or not self._module_and_trainer[1].interrupted):
+            self._mesh.close()
 
     @classmethod
     @override
     def register_strategies(cls, strategy_registry: _StrategyRegistry) -> None:
-        offload: Mapping[str, Any] = {"stage": 3, "offload_optimizer": True, "offload_parameters": True}
-        entries: dict[str, Mapping[str, Any]] = {
-            "": {"stage": 2},
-            **{f"_stage_{stage}": {"stage": stage} for stage in (1, 2, 3)},
-            "_stage_3_offload": offload,
-        }
-        for suffix, settings in entries.items():
+        for suffix, settings in REGISTERED.items():
             description = f"Ulysses sequence parallelism with DeepSpeed ZeRO: {dict(settings)}"
             strategy_registry.register(cls.strategy_name + suffix, cls, description=description, **settings)

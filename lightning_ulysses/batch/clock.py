@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -35,3 +36,21 @@ class Clock:
     def kind(self) -> str:
         """The stage whose step runs: a sanity check runs that of validation."""
         return "validate" if self.stage == "sanity_check" else self.stage
+
+
+def read_clock(module: Any, trainer: Any) -> Clock:
+    """The progress of a run of Lightning.
+
+    Args:
+        module: A LightningModule.
+        trainer: Its Trainer.
+    """
+    return Clock(
+        stage=trainer.state.stage.value if trainer.state.stage is not None else "",
+        is_training=trainer.training,
+        epoch=trainer.current_epoch,
+        batch=trainer.fit_loop.total_batch_idx,
+        step=trainer.global_step,
+        accumulate=trainer.accumulate_grad_batches if module.automatic_optimization else 1,
+        is_automatic=module.automatic_optimization,
+    )

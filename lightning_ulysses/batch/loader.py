@@ -80,6 +80,8 @@ class TrainLoader(SeededLoader):
         returns: Whether a resumed epoch goes back to the batch after the last optimizer step.
         count: Counts the targets of a batch, for each tensor that may hold them.
         dp_size: Data-parallel ranks. Saved, to resume on another number of them.
+        most: Batches of an epoch that all ranks have, where some rank has more; else None.
+        shared: Given the number of micro-batches that were loaded for a window, returns how many all ranks have.
     """
 
     def __init__(
@@ -94,8 +96,12 @@ class TrainLoader(SeededLoader):
         returns: bool = False,
         count: Callable[[Any], Mapping[str, float]],
         dp_size: int,
+        most: int | None = None,
+        shared: Callable[[int], int] = int,
     ) -> None:
         super().__init__(loader, key, epoch)
+        self._most = most
+        self._shared = shared
         self.plans: deque[AccumulationWindow] = deque()
         self._window = window
         self._limit = limit
@@ -109,6 +115,9 @@ class TrainLoader(SeededLoader):
         # Batches of the epoch used before the current iteration began, and before the next one will begin.
         self._began = self._began_next = 0
         self._trail = Trail(loader)
+
+    def __len__(self) -> int:
+        return len(self._loader) if self._most is None else min(len(self._loader), self._most)
 
     def advance(self) -> None:
         """Counts a batch that the step uses. The training loop may have fetched more batches than that."""
@@ -147,6 +156,7 @@ class TrainLoader(SeededLoader):
             # Windows count from the start of the epoch, also in a resumed run. The last one of an epoch may be shorter.
             size = int(min(self._window - position % self._window, max(1, self._limit() - position)))
             batches = list(islice(source, size))
+            batches = batches[: self._shared(len(batches))]
             if not batches:
                 return
             self.plans.append(AccumulationWindow(batches, self._count))
@@ -155,6 +165,9 @@ class TrainLoader(SeededLoader):
                     self._trail.add(number, batch)
             position += len(batches)
             yield from batches
+            if len(batches) < size:
+                # The epoch is over on some rank, which does not come to the next exchange.
+                return
 
     def state_dict(self) -> dict[str, Any]:
         """The number of batches used in this epoch; 0 after the last one.

@@ -14,6 +14,7 @@ from lightning_ulysses.batch.loader import SeededLoader, TrainLoader
 from lightning_ulysses.batch.random_streams import named_stream
 from lightning_ulysses.batch.recognition import entries_of
 from lightning_ulysses.batch.same_batch import SameBatches
+from lightning_ulysses.batch.same_length import SameLength
 from lightning_ulysses.batch.whole import WholeBatch, read_batch
 from lightning_ulysses.context import LocalBatch
 from lightning_ulysses.errors import UlyssesError
@@ -93,6 +94,7 @@ class BatchPipeline:
         self._device = device
         self._seed = seed
         self.same = SameBatches(mesh, device)
+        self._same_length = SameLength(mesh, device)
         self._train_loader: TrainLoader | None = None
         self._evaluations = 0
 
@@ -122,6 +124,7 @@ class BatchPipeline:
 
         if not clock.is_training:
             return SeededLoader(dataloader, key, epoch)
+        most, asks = self._same_length.of_epoch(dataloader)
         self._train_loader = TrainLoader(
             dataloader,
             key,
@@ -133,6 +136,8 @@ class BatchPipeline:
             # Counts the batch as `read` will get it. `StepWeights.begin` refuses one whose targets change later.
             count=lambda batch: self._read(prepare(batch), clock.kind).counts_of_group(),
             dp_size=self._mesh.dp_size,
+            most=most,
+            shared=self._same_length.of_window if asks else int,
         )
         return self._train_loader
 

@@ -88,8 +88,8 @@ def load_config(args: argparse.Namespace) -> tuple[pl.LightningModule, list[Any]
         raise UlyssesError(f"{args.config}: {error}", "a YAML file", "correct it") from error
     if not isinstance(config, dict) or ("model" not in config and args.model is None):
         raise UlyssesError(f"{args.config} without model", "a config of LightningCLI", "name its class under `model`")
-    # Imports work as in the user's own program, started in the current folder or in that of the config.
-    sys.path[:0] = [str(Path.cwd()), str(args.config.resolve().parent)]
+    # Behind everything else: a file of the user's must not take the place of a library.
+    sys.path += [str(Path.cwd()), str(args.config.resolve().parent)]
     seed = config.get("seed_everything")
     torch.manual_seed(seed if isinstance(seed, int) and not isinstance(seed, bool) else 0)
     module, data = _instantiate(config, args)

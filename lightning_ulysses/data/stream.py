@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, ClassVar, Literal, NoReturn, get_args
 
 import torch
 import torch.distributed as dist
@@ -94,6 +94,9 @@ class PackedStream(IterableDataset[Any]):
         >>> stream = PackedStream(lambda: map(tokenize, open("corpus.jsonl")), max_tokens=65536)
         >>> loader = DataLoader(stream, batch_size=None, num_workers=2)
     """
+
+    #: All ranks end at the same step, so that nobody has to ask.
+    ends_together: ClassVar[bool] = True
 
     def __init__(
         self,

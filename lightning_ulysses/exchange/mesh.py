@@ -58,6 +58,14 @@ def resolve_sizes(
     return MeshSizes(sp_size=sp, dp_size=dp)
 
 
+def _is_alive(group: dist.ProcessGroup) -> bool:
+    try:
+        dist.get_process_group_ranks(group)
+    except KeyError:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class SequenceMesh:
     """Sizes of the mesh, the rank of this process along each axis, and the process group of each axis.
@@ -78,6 +86,7 @@ class SequenceMesh:
     sp_group: dist.ProcessGroup | None = None
     dp_group: dist.ProcessGroup | None = None
     device_mesh: DeviceMesh | None = None
+    groups: tuple[dist.ProcessGroup, ...] = ()
 
     @classmethod
     def create(cls, sizes: MeshSizes, device_type: str) -> SequenceMesh:
@@ -97,7 +106,20 @@ class SequenceMesh:
             sp_group=device_mesh.get_group(SEQUENCE_AXIS) if sizes.sp_size > 1 else None,
             dp_group=device_mesh.get_group(DATA_AXIS) if sizes.dp_size > 1 else None,
             device_mesh=device_mesh,
+            groups=tuple(device_mesh.get_all_groups()),
         )
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the groups are gone: `close` was called, or the world to which they belonged has ended."""
+        return not all(map(_is_alive, self.groups))
+
+    def close(self) -> None:
+        """Ends the groups, which hold threads and connections; the sizes remain. Closing twice does nothing."""
+        for group in self.groups:
+            # An axis as long as the world may have the world's own group.
+            if _is_alive(group) and group is not dist.group.WORLD:
+                dist.destroy_process_group(group)
 
     def check_heads(self, num_heads: int) -> None:
         """Raises `UlyssesError` if some rank would get no query head. The error names the largest P that works."""

@@ -200,11 +200,22 @@ def fit_single(
             loss = (output["loss"] if isinstance(output, dict) else output) * (count(batch) / total)
             loss.backward()
             value += float(loss.detach())
-        norms.append(float(torch.nn.utils.clip_grad_norm_(module.parameters(), clip or math.inf)))
+        norms.append(_clipped(module, clip))
         losses.append(value)
         optimizer.step()
     after = {name: p.detach().float().clone() for name, p in module.named_parameters()}
     return StepResult(tuple(losses), tuple(norms), before, after)
+
+
+def _clipped(module: pl.LightningModule, clip: float | None) -> float:
+    """The 2-norm of the gradient, which is then scaled down to ``clip``; in float64, since it is the reference."""
+    grads = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+    norm = math.sqrt(sum(float(grad.double().square().sum()) for grad in grads))
+    # As torch and DeepSpeed clip.
+    factor = 1.0 if clip is None else clip / (norm + 1e-6)
+    for grad in grads:
+        grad.mul_(min(factor, 1.0))
+    return norm
 
 
 def compare(result: StepResult, reference: StepResult) -> Difference:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -65,6 +66,17 @@ def check_engine(model: Any, path: object) -> None:
             "pass ckpt_path to fit, validate, test or predict; lightning_ulysses.export.load_weights(path) gives the "
             "weights without a Trainer",
         )
+
+
+def zero_stage(config: Any) -> int:
+    """The stage of a DeepSpeed config; 0 without ZeRO."""
+    return int((config.get("zero_optimization") or {}).get("stage", 0))
+
+
+def steps_on_device(config: Any) -> bool:
+    """Whether the optimizer of a DeepSpeed config steps where the model is."""
+    offload = (config.get("zero_optimization") or {}).get("offload_optimizer") or {}
+    return bool(offload.get("device", "none") == "none")
 
 
 def allow_weights_only_load(engine: Any) -> None:
@@ -205,6 +217,29 @@ def release_engines() -> None:
     for engine in (engine for engine in found if not hasattr(engine, "_released")):
         engine._released = True
         engine.destroy()
+
+
+def let_go(model: Any) -> None:
+    """Removes what keeps an engine alive after its run; it can still save and gather.
+
+    Its hooks on gradients sit on nodes of autograd, where Python's collector does not see that they hold the engine,
+    its buffers and its process groups. They would also take the gradients of the next engine of the same module
+    (``_grad_acc_hooks`` in ``zero/stage_1_and_2.py`` and ``zero/stage3.py``). And ZeRO-3 keeps each module for good on
+    a list (``zero/parameter_offload.py``, ``FWD_MODULE_STACK``) and in the cache of a method
+    (``zero/partitioned_param_coordinator.py``, ``__params_to_release``).
+
+    Args:
+        model: A strategy's; a run that was refused early has no engine.
+    """
+    for hook in getattr(getattr(model, "optimizer", None), "_grad_acc_hooks", ()):
+        hook.remove()
+    offload: Any = sys.modules.get("deepspeed.runtime.zero.parameter_offload")
+    if offload is not None:
+        module = getattr(model, "module", None)
+        offload.FWD_MODULE_STACK[:] = [each for each in offload.FWD_MODULE_STACK if each is not module]
+        # The function with the cache is inside a decorated method.
+        method = vars(offload.PartitionedParameterCoordinator)["_PartitionedParameterCoordinator__params_to_release"]
+        inspect.getclosurevars(method).nonlocals["func"].cache_clear()
 
 
 def forget_world() -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,12 @@ def used_batches(trainer: pl.Trainer) -> float:
         return float("inf")
     limit = loader.limits[0] if loader.limits else None
     return float("inf") if limit is None else float(limit)
+
+
+def evaluation_batches(trainer: pl.Trainer) -> list[float]:
+    """Batches of the evaluation that begins, for each dataloader; infinite if unknown."""
+    batches: Any = trainer._active_loop.max_batches  # type: ignore[union-attr]
+    return [float(count) for count in (batches if isinstance(batches, list) else [batches])]
 
 
 def forget_train_loader(trainer: pl.Trainer) -> None:
@@ -174,6 +181,23 @@ def before_monitoring(trainer: pl.Trainer, check: Callable[[str, str, Any], None
             guard(callback, "_run_early_stopping_check", kind, monitor)
     guard(loop, "_get_monitor_value", "ReduceLROnPlateau", None)
     return handle
+
+
+class OwnsWindows:
+    """Mixin for a strategy on DeepSpeed: Lightning decides where an accumulation window ends.
+
+    So the last window of an epoch, which may be shorter, is stepped as well.
+    """
+
+    @property
+    def handles_gradient_accumulation(self) -> bool:
+        """False: DeepSpeed's own count goes on across epochs."""
+        return False
+
+    @contextmanager
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        """Nothing to block: the engine reduces or accumulates by the boundary it has been told."""
+        yield
 
 
 class AcceptsCompiled:

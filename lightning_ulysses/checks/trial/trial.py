@@ -39,9 +39,13 @@ from lightning_ulysses.interceptors.draw_table import DrawTable
 from lightning_ulysses.loss.evidence import LossEvidence
 from lightning_ulysses.loss.logged import Logged, LogRules, find_rules, is_number
 from lightning_ulysses.regions.notes import RegionTally
+from lightning_ulysses.upstream.meeting import all_arrive, arrive, next_meeting
 
 Step = Callable[[Any], Any]
 Inputs = tuple[Any, LocalBatch]
+
+# Seconds for which a rank whose step failed waits for the others.
+_PATIENCE = 60.0
 
 # Tokens of a batch that one process may run whole.
 _SMALL = 16384
@@ -162,17 +166,20 @@ class StepTrial:
         plans: tuple[SequencePlan, ...] = ()
         report = SliceReport(counts, reason="")
         self._recorder, logged = None, Logged()
+        failed: Exception | None = None
         try:
             with self._tried():
                 plans = self._record(step, sample)
                 if sample.part is not None:
                     report, logged = self._compare(step, sample.part)
-        except UlyssesError:
+        except UlyssesError as failure:
+            failed = failure
             report = SliceReport(counts, reason="", fails=self._recorder is not None)
         except Exception as failure:
+            failed = failure
             report = SliceReport(counts, reason=repr(failure), fails=self._recorder is not None)
         mine = (report, plans, self._recorder is not None, logged)
-        reports, everyones_plans, recorded, everyones_logs = zip(*self._from_all(mine), strict=True)
+        reports, everyones_plans, recorded, everyones_logs = zip(*self._from_all(mine, failed), strict=True)
         verdict = judge([*zip(reports, everyones_plans, strict=True)], self._context.mesh.sp_size)
         bound = HALF if any(report.is_half for report in reports) else LOGS
         self.log_rules = find_rules(everyones_logs, self._context.mesh.sp_size, bound, verdict.names)
@@ -184,6 +191,7 @@ class StepTrial:
         context, recorder = self._context, self._recorder
         rehearsal = Rehearsal(context, recorder.recording)
         fault: str | None = ""
+        failed: Exception | None = None
         try:
             with self._tried(), self._split_by(plan), state_kept(self._module):
                 inputs, local = self._sample.planned()
@@ -194,8 +202,8 @@ class StepTrial:
                 size = context.mesh.sp_size
                 fault = disagreement(recorder.recording, recorder.draws, rehearsal, size, half)
         except Exception as failure:
-            fault = repr(failure)
-        faults = [each for each in self._from_all(fault) if each is not None]
+            failed, fault = failure, repr(failure)
+        faults = [each for each in self._from_all(fault, failed) if each is not None]
         self.fault = faults[0] if faults else ""
         return not faults
 
@@ -205,20 +213,27 @@ class StepTrial:
         Slices show nothing of a loss that needs the whole sequence.
         """
         names: frozenset[str] = frozenset()
+        failed: Exception | None = None
         try:
             with self._tried(), state_kept(self._module):
                 read = self._by_rows()
                 whole, *parts = [(self._alone(step, *inputs).recording, inputs[1]) for inputs in read]
                 names = names_of_rows(whole[0], parts, not computes_precisely(self._module))
-        except Exception:
-            names = frozenset()
-        return frozenset.intersection(*self._from_all(names))
+        except Exception as failure:
+            failed, names = failure, frozenset()
+        return frozenset.intersection(*self._from_all(names, failed))
 
     @property
     def _draws(self) -> DrawTable:
         return self._context.notes.of(DrawTable)
 
-    def _from_all(self, mine: Any) -> list[Any]:
+    def _from_all(self, mine: Any, failed: Exception | None) -> list[Any]:
+        # A rank that failed alone may have left the others in an exchange of the step, where they wait for it.
+        meeting = next_meeting("trial")
+        if failed is None:
+            arrive(meeting)
+        elif not all_arrive(meeting, _PATIENCE):
+            raise failed
         everyone: list[Any] = [None] * self._context.mesh.world_size
         dist.all_gather_object(everyone, mine)
         return everyone

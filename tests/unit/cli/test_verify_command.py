@@ -122,6 +122,16 @@ def test_a_script_that_is_its_own_module(program: Path) -> None:
     assert "put what your script runs under `if __name__ == '__main__':`" in call(program, "unguarded.py").stderr
 
 
+def test_files_beside_the_config_shadow_no_library(program: Path) -> None:
+    """Not even one that nothing has imported yet; the user's own modules are found all the same."""
+    (program / "plistlib.py").write_text("raise SystemError('shadowed')")
+    text = (program / "users_program.py").read_text()
+    (program / "users_program.py").write_text(f"import plistlib\n{text}")
+    sys.modules.pop("plistlib", None)
+    module, *_ = load_config(parser().parse_args(["verify", "--config", str(program / "my.yaml")]))
+    assert type(module).__name__ == "GPT" and Path(sys.modules["plistlib"].__file__ or "").parent != program
+
+
 def test_config(program: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def load(name: str = "my.yaml", *options: str) -> Any:
         return load_config(parser().parse_args(["verify", "--config", str(program / name), *options]))

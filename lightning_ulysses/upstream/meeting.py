@@ -1,0 +1,90 @@
+"""Lets ranks ask for each other without a collective, so that a rank that waits for nobody can stop waiting.
+
+They write to the store through which their process groups were made, which only torch's own modules use otherwise
+(torch ``distributed/distributed_c10d.py``).
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from lightning_ulysses.exchange.agreement import digest
+
+# Seconds between two looks.
+_PAUSE = 0.05
+# More than there are ranks.
+_OFF = 2**40
+
+
+def _store() -> Any:
+    return dist.PrefixStore("lightning_ulysses", dist.distributed_c10d._get_default_store())
+
+
+def next_meeting(name: str) -> str:
+    """A name for the next meeting of this kind, the same on all ranks as long as all hold as many."""
+    return f"{name}/{_store().add(f'{name}/of/{dist.get_rank()}', 1)}"
+
+
+def arrive(name: str) -> None:
+    """Tells the other ranks that this one has come; waits for nobody."""
+    _store().add(name, 1)
+
+
+def all_arrive(name: str, seconds: float) -> bool:
+    """Whether all ranks come within a time, this one included. All that ask get the same answer.
+
+    Args:
+        name: Of the meeting; the same on all ranks, and another one for each meeting.
+        seconds: How long to wait. A rank that is gone, or waits in a collective, never comes.
+    """
+    try:
+        store, size = _store(), dist.get_world_size()
+        count, deadline = int(store.add(name, 1)), time.monotonic() + seconds
+        while 0 <= count < size and time.monotonic() < deadline:
+            time.sleep(_PAUSE)
+            count = int(store.add(name, 0))
+        if 0 <= count < size:
+            # Whoever comes later finds that the meeting was called off. The last rank may just have come.
+            count = int(store.add(name, -_OFF)) + _OFF
+            if count == size:
+                store.add(name, _OFF)
+    except RuntimeError:
+        # The rank that keeps the store is gone.
+        return False
+    return count == size
+
+
+def rank_zero_says_it(name: str, text: str, seconds: float) -> bool:
+    """Whether rank 0 has the same text to say, so that this rank need not.
+
+    Rank 0 waits until the others have asked, since the store may end with it.
+
+    Args:
+        name: Of the occasion; the same on all ranks, and another one each time.
+        text: What this rank would say.
+        seconds: How long to wait for ranks that say nothing.
+
+    Returns:
+        False on rank 0, and on a rank whose text rank 0 does not have.
+    """
+    mine, others = str(digest(text)).encode(), dist.get_world_size() - 1
+    said, asked = f"{name}/said", f"{name}/asked"
+    try:
+        store = _store()
+        if dist.get_rank() > 0:
+            store.wait([said], timedelta(seconds=seconds))
+            is_same = bytes(store.get(said)) == mine
+            store.add(asked, 1)
+            return is_same
+        store.set(said, mine)
+        deadline = time.monotonic() + seconds
+        while int(store.add(asked, 0)) < others and time.monotonic() < deadline:
+            time.sleep(_PAUSE)
+    except RuntimeError:
+        # Rank 0 says nothing, or is gone with the store.
+        return False
+    return False

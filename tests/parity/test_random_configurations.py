@@ -1,0 +1,23 @@
+"""Random configurations: each is exact, or refused by name."""
+
+from __future__ import annotations
+
+import pytest
+from configurations import draw, outcome
+
+from lightning_ulysses.testing.processes import ProcessPool
+
+# More from the command line, see `configurations`.
+SEEDS = range(10)
+
+
+def test_seeds_differ() -> None:
+    drawn = [draw(seed) for seed in range(200)]
+    assert len(set(drawn)) == 200 and drawn[7] == draw(7)
+    assert {each.stage for each in drawn[:10]} == {1, 2, 3} and {each.packed for each in drawn[:10]} == {True, False}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_random_configuration(pool: ProcessPool, seed: int) -> None:
+    found = outcome(pool, draw(seed))
+    assert found == "exact" or found.startswith("refused: Got "), found
