@@ -123,6 +123,8 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
             self.config["zero_force_ds_cpu_optimizer"] = False
         # Only DeepSpeed's timers read it; Lightning would build a second train dataloader to guess it.
         self.config.setdefault("train_micro_batch_size_per_gpu", 1)
+        # Its throughput timer waits for the device twice in each step, and counts samples, which are slices here.
+        self.config.setdefault("timers", {"throughput": {"enabled": False}})
         self._mesh: SequenceMesh | None = None
         self._core: SequenceParallel | None = None
         self._base_seed = 0
@@ -194,6 +196,7 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
             super().setup_distributed()
         if self._mesh is None:
             self._mesh = SequenceMesh.create(sizes, self.root_device.type)
+        self._mesh = self._mesh.with_host_groups(self.root_device.type)
         seed = os.environ.get("PL_GLOBAL_SEED")
         self._base_seed = int(self.broadcast(seed if seed is not None else torch.initial_seed()))
 
@@ -225,9 +228,7 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
         self._clip_val = float(trainer.gradient_clip_val or 0.0)
         # Lightning's does nothing: DeepSpeed clips by its config alone.
         vars(self.precision_plugin)["clip_gradients"] = self._clip_gradients
-        agree_on_gradients(
-            self.deepspeed_engine.optimizer, module, self.root_device, self.core.batches, self.mesh.sp_size
-        )
+        agree_on_gradients(self.deepspeed_engine.optimizer, module, self.mesh, self.core.batches, self.core.turns)
         upstream_lightning.set_device_mesh(module, self.mesh.device_mesh)
         forget = partial(upstream_deepspeed.forget_trace, self.deepspeed_engine)
         self.core.install(module, gathers_parameters=self.zero_stage_3, forget=forget, say=rank_zero_info)
@@ -380,6 +381,8 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
         self._monitors.remove()
         vars(self.precision_plugin).pop("clip_gradients", None)
         upstream_deepspeed.restore_linear()
+        if self._mesh is not None:
+            self._mesh = self._mesh.without_host_groups()
         super().teardown()
 
     @classmethod
