@@ -23,6 +23,7 @@ from lightning_ulysses.context import LocalBatch, SequenceContext, activate, cur
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.exchange.agreement import RunningDigest
 from lightning_ulysses.exchange.mesh import SequenceMesh
+from lightning_ulysses.exchange.turns import BackwardTurns
 from lightning_ulysses.interceptors.install_all import install_interceptors
 from lightning_ulysses.loss.evidence import LossWatch
 from lightning_ulysses.loss.weights import StepWeights
@@ -149,6 +150,11 @@ class SequenceParallel:
     def batches(self) -> RunningDigest:
         """The hash of all batches that were received, the same on all ranks of a group."""
         return self._pipeline.same.running
+
+    @property
+    def turns(self) -> BackwardTurns:
+        """Called in each backward before attention exchanges gradients."""
+        return self.context.notes.of(BackwardTurns)
 
     @property
     def local(self) -> LocalBatch:

@@ -141,6 +141,8 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, upstream_ligh
             self.config["zero_force_ds_cpu_optimizer"] = False
         # Only DeepSpeed's timers read it; Lightning would build a second train dataloader to guess it.
         self.config.setdefault("train_micro_batch_size_per_gpu", 1)
+        # Its throughput timer waits for the device twice in each step, and counts samples, which are slices here.
+        self.config.setdefault("timers", {"throughput": {"enabled": False}})
         self._mesh: SequenceMesh | None = None
         self._core: SequenceParallel | None = None
         self._base_seed = 0
@@ -216,6 +218,7 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, upstream_ligh
             wanted = (self.ulysses.sp_size, self.ulysses.dp_shard_size)
             sizes = resolve_sizes(self.world_size, self.num_processes, *wanted)
             self._mesh = SequenceMesh.create(sizes, self.root_device.type)
+        self._mesh = self._mesh.with_host_groups(self.root_device.type)
 
     @property
     @override
@@ -235,9 +238,7 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, upstream_ligh
         self._clip_val = float(trainer.gradient_clip_val or 0.0)
         # Lightning's does nothing: DeepSpeed clips by its config alone.
         vars(self.precision_plugin)["clip_gradients"] = self._clip_gradients
-        agree_on_gradients(
-            self.deepspeed_engine.optimizer, module, self.root_device, self.core.batches, self.mesh.sp_size
-        )
+        agree_on_gradients(self.deepspeed_engine.optimizer, module, self.mesh, self.core.batches, self.core.turns)
         forget = partial(upstream_deepspeed.forget_trace, self.deepspeed_engine)
         self.core.install(module, gathers_parameters=self.zero_stage_3, forget=forget, say=rank_zero_info)
         self._masters = MasterCopy(self.deepspeed_engine.optimizer)
@@ -434,6 +435,8 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, upstream_ligh
         vars(self.precision_plugin).pop("clip_gradients", None)
         upstream_deepspeed.restore_linear()
         upstream_deepspeed.let_go(self.model)
+        if self._mesh is not None:
+            self._mesh = self._mesh.without_host_groups()
         super().teardown()
         # On a GPU, a failed rank would wait for collectives that nobody completes.
         if self._mesh is not None and (self.root_device.type == "cpu" or not self._module_and_trainer[1].interrupted):

@@ -15,6 +15,7 @@ from lightning_ulysses.attention.ulysses import exchanged
 from lightning_ulysses.context import LocalBatch, SequenceContext
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.exchange.mesh import ALONE
+from lightning_ulysses.exchange.turns import BackwardTurns
 from lightning_ulysses.geometry.mask_spec import MaskSpec
 
 
@@ -76,7 +77,9 @@ def _answer(context: SequenceContext, batch: LocalBatch | None, call: AttentionC
     # Only if the trial has seen a memory; otherwise a wrong length is an error in `exchanged`.
     if tally.attends_memory and _sees_memory(context, batch, call):
         return plain() if call.memory is None else call.write(call.memory())
-    return call.write(exchanged(batch, call.q, call.k, call.v, call.meaning(batch, known), context.mesh))
+    out = exchanged(batch, call.q, call.k, call.v, call.meaning(batch, known), context.mesh)
+    context.notes.of(BackwardTurns).before(out)
+    return call.write(out)
 
 
 def _known_mask(context: SequenceContext, region: LocalBatch | None, mask: Tensor) -> MaskSpec | None:

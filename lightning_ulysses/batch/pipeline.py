@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from lightning_ulysses.attention.mask_table import note_documents
 from lightning_ulysses.batch.clock import Clock
 from lightning_ulysses.batch.loader import SeededLoader, TrainLoader
 from lightning_ulysses.batch.random_streams import named_stream
@@ -21,6 +23,9 @@ from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.exchange.mesh import SequenceMesh
 from lightning_ulysses.geometry.batch_keys import KEPT, BatchRules
 from lightning_ulysses.loss.accumulation import AccumulationWindow
+
+# Documents of the whole row, under the names of transformers and flash-attn.
+_CU_SEQLENS = ("cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens_q", "cu_seqlens_k")
 
 
 def _same(batch: Any) -> Any:
@@ -46,19 +51,30 @@ def local_batch(
         stand_in: See `WholeBatch.shard`.
         targets: The same.
     """
-    sharded, shards, seen = whole.shard(rank, stand_in=stand_in, targets=targets)
+    pin = device.type == "cuda"
+    sharded, shards, seen = whole.shard(rank, stand_in=stand_in, targets=targets, pin=pin)
     result = move(sharded)
     moved = entries_of(result)
     local = LocalBatch(
         whole.layout,
         # The very tensors that the module gets, so that they are recognised.
-        shards={key: moved[key] if key in moved else t.to(device) for key, t in shards.items()},
+        shards={key: moved[key] if key in moved else t.to(device, non_blocking=pin) for key, t in shards.items()},
         counts=whole.counts_of_rank(rank),
         seen=seen,
         rows=whole.rows,
         whole=whole.whole,
     )
+    _note_documents(whole, moved, local)
     return result, local
+
+
+def _note_documents(whole: WholeBatch, moved: Mapping[str, Any], local: LocalBatch) -> None:
+    """Takes note of what the batch's ``cu_seqlens`` say, which are read here on the host, for where they were moved."""
+    host = entries_of(whole.template)
+    for key in _CU_SEQLENS:
+        given, there = host.get(key), moved.get(key)
+        if isinstance(given, Tensor) and isinstance(there, Tensor) and given.dim() == 1 and given.shape == there.shape:
+            note_documents(local, there, given.tolist())
 
 
 def fill_mask(local: LocalBatch, name: str) -> None:

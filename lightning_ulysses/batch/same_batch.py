@@ -70,8 +70,12 @@ class SameBatches:
             return
         # The length is for the message; the hash compares all values.
         numbers = [whole.layout.seq_len, self.running.number]
-        mine = torch.tensor(numbers, dtype=torch.int64, device=self._device)
-        received = from_all(mine, None if everywhere else self._mesh.sp_group)
+        mine = torch.tensor(numbers, dtype=torch.int64)
+        # A group of one sequence has no group of its own on the host.
+        on_host = self._mesh.host_group, mine
+        group, mine = on_host if everywhere else (self._mesh.sp_group, mine.to(self._device))
+        # (ranks, 2), read from the device at once
+        received = from_all(mine, group).cpu()
         for group in received.split(self._mesh.sp_size):
             if not bool((group == group[0]).all()):
                 raise different_batches(f" (sequence lengths {group[:, 0].tolist()})")

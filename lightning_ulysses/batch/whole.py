@@ -64,7 +64,7 @@ class WholeBatch:
         return {name: values[rank] / copies for name, values in self.counts.items()}
 
     def shard(
-        self, rank: int, *, stand_in: bool = False, targets: str | None = None
+        self, rank: int, *, stand_in: bool = False, targets: str | None = None, pin: bool = False
     ) -> tuple[Any, dict[str, Tensor], dict[str, float]]:
         """Cuts out one rank's slice.
 
@@ -74,6 +74,7 @@ class WholeBatch:
                 targets is 0/0, and its backward gives NaN even after a multiplication by 0.
             targets: The tensor that holds the targets, where it is known. A mask of the user's own gets a stand-in only
                 then: it may as well mean something else.
+            pin: Whether slices are put into pinned memory, from which a GPU copies them without a wait of the host.
 
         Returns:
             The batch in its original type, the slices by key, and the number of targets that the module sees.
@@ -102,7 +103,15 @@ class WholeBatch:
                 # 1 in a mask keeps the token. 0 in labels is some class.
                 shards[key].view(-1)[place] = 1 if key in MASK_KEYS or name != key else 0
                 seen[name] = 1.0
+        if pin:
+            # Last, since a clone or a copy would leave pinned memory again.
+            shards = {key: pinned(tensor) for key, tensor in shards.items()}
         return _rebuild(self.template, {k: v for k, v in shards.items() if k not in self.hidden}), shards, seen
+
+
+def pinned(tensor: Tensor) -> Tensor:
+    """The same values in pinned memory; the tensor itself if it is there already, or not on the host."""
+    return tensor if tensor.device.type != "cpu" or tensor.is_pinned() else tensor.pin_memory()
 
 
 def _rebuild(template: Any, new: dict[str, Tensor]) -> Any:

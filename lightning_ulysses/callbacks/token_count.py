@@ -68,12 +68,14 @@ class TokenCountMonitor(EvaluationMonitor):
     ``train/loss`` is logged after every step. The other training values are logged every ``log_every_n_steps``, and
     after the last step of an epoch or a run.
 
-    When training ends, rank 0 prints a table. It also writes ``token_report.csv`` (one row per optimizer step and rank)
-    and ``token_report.png`` into the log directory. ``lightning-ulysses report DIR`` shows both again. Checkpoints hold
-    the steps so far, 64 bytes per step and rank, so that a resumed run reports all of them.
+    When training ends, rank 0 prints a table. It also writes ``token_report.csv`` and ``token_report.png`` into the log
+    directory. The csv has one row per optimizer step and rank, and one for all ranks of each step before the last 1000.
+    ``lightning-ulysses report DIR`` shows both again. Checkpoints hold the steps so far, so that a resumed run reports
+    all of them: 64 bytes for each rank of the last steps, and 96 for each earlier step.
 
     Args:
-        prog_bar: Whether the progress bar shows loss and throughput.
+        prog_bar: Whether the progress bar shows loss and throughput. On a GPU this costs a wait for the device in every
+            micro-batch, since Lightning reads the values anew for each.
         peak_flops: Dense operations per second of one device in the precision of the run. By default that of bf16, if
             the GPU is known. Otherwise ``throughput/mfu`` is not logged.
         report: Whether to print the table and write the files.
@@ -94,7 +96,7 @@ class TokenCountMonitor(EvaluationMonitor):
 
     def __init__(
         self,
-        prog_bar: bool = True,
+        prog_bar: bool = False,
         peak_flops: float | None = None,
         report: bool = True,
         report_dir: str | Path | None = None,
@@ -233,7 +235,7 @@ class TokenCountMonitor(EvaluationMonitor):
             self._waiting = []
 
     def _log_tokens(self, pl_module: pl.LightningModule, counts: Tensor, sums: Tensor, norm: Any) -> None:
-        """Logs the values beside the loss. They stay on the device until a logger or the progress bar reads them."""
+        """Logs the values beside the loss. They stay on the device until a logger reads them."""
         assert self._ledger is not None
         most = counts.amax(dim=0)
         values = {

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_ulysses.callbacks.token_ledger import (
     DOCUMENTS,
+    FIELDS,
     LOSS,
     PADDING,
     PAIRS,
@@ -24,22 +25,28 @@ from lightning_ulysses.callbacks.token_ledger import (
 )
 
 GIB = 2.0**30
+# Steps whose ranks are kept apart. Of earlier ones only what all ranks have together is kept.
+_APART = 1000
 Table = dict[str, NDArray[np.float64]]
 
 
 @dataclass
 class TokenHistory:
-    """One record per optimizer step, kept by one rank: 8 numbers of 8 bytes for each step and rank.
+    """One record per optimizer step, kept by one rank.
+
+    The last 1000 steps or more take 8 numbers of 8 bytes for each rank, and each earlier step 10 numbers for all ranks.
 
     Attributes:
         steps: Number of each step, from 1.
         seconds: Duration of each step; NaN for the first one of a fit.
-        counts: (W, fields) of each step; see `token_ledger.FIELDS`.
+        counts: (W, fields) of each of the last steps; see `token_ledger.FIELDS`.
+        sums: (earlier steps, fields + 2) what `_sum_up` makes of the counts of each earlier step.
     """
 
     steps: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     counts: list[Tensor] = field(default_factory=list)
+    sums: Tensor = field(default_factory=lambda: torch.zeros(0, len(FIELDS) + 2, dtype=torch.float64))
     _on_device: int = 0
 
     def add(self, step: int, seconds: float, counts: Tensor) -> None:
@@ -55,16 +62,21 @@ class TokenHistory:
         return self._on_device
 
     def flush(self) -> None:
-        """Copies everything to the host, in one transfer."""
+        """Copies everything to the host, in one transfer, and sums up steps that are long past."""
         if self._on_device:
             self.counts[-self._on_device :] = torch.stack(self.counts[-self._on_device :]).cpu().unbind()
             self._on_device = 0
+        # Not one by one: each time all earlier sums are copied.
+        if len(self.counts) >= _APART + _APART // 4:
+            past, self.counts = self.counts[:-_APART], self.counts[-_APART:]
+            self.sums = torch.cat([self.sums, torch.stack([_sum_up(counts) for counts in past])])
 
     def rewind(self, step: int) -> None:
         """Drops the steps after ``step``, which will be trained again."""
         self.flush()
         kept = sum(known <= step for known in self.steps)
-        self.steps, self.seconds, self.counts = self.steps[:kept], self.seconds[:kept], self.counts[:kept]
+        self.steps, self.seconds = self.steps[:kept], self.seconds[:kept]
+        self.counts, self.sums = self.counts[: max(kept - len(self.sums), 0)], self.sums[:kept]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything as tensors. Steps with the same number of ranks share a tensor of counts."""
@@ -76,6 +88,7 @@ class TokenHistory:
             "steps": torch.tensor(self.steps, dtype=torch.int64),
             "seconds": torch.tensor(self.seconds, dtype=torch.float64),
             "counts": blocks,
+            "sums": self.sums,
         }
 
     @classmethod
@@ -85,10 +98,14 @@ class TokenHistory:
             state["steps"].tolist(),
             state["seconds"].tolist(),
             [counts.cpu() for block in state["counts"] for counts in block.unbind()],
+            # Checkpoints of earlier versions have the ranks of all steps.
+            state["sums"].cpu() if "sums" in state else cls().sums,
         )
 
     def table(self, ledger: StepLedger, peak_flops: float | None) -> Table:
         """One row per step and rank, by column; see `token_report.COLUMNS`.
+
+        Steps that are summed up have one row, whose rank is NaN.
 
         Args:
             ledger: Has the weights of the ranks and the operations of the model.
@@ -96,10 +113,33 @@ class TokenHistory:
         """
         self.flush()
         columns: dict[str, list[NDArray[np.float64]]] = {}
-        for step, seconds, counts in zip(self.steps, self.seconds, self.counts, strict=True):
-            for name, values in _rows(step, seconds, counts.numpy(), ledger, peak_flops).items():
-                columns.setdefault(name, []).append(np.broadcast_to(values, len(counts)))
+        for step, seconds, held in zip(self.steps, self.seconds, [*self.sums, *self.counts], strict=True):
+            make, size = (_rows, len(held)) if held.dim() == 2 else (_row, 1)
+            for name, values in make(step, seconds, held.numpy(), ledger, peak_flops).items():
+                columns.setdefault(name, []).append(np.broadcast_to(values, size))
         return {name: np.concatenate(parts) for name, parts in columns.items()}
+
+
+def _sum_up(counts: Tensor) -> Tensor:
+    """(W, fields) of a step -> (fields + 2,): sums over ranks, but the largest peak, then the largest work, and W."""
+    most, sums = counts.amax(dim=0), counts.sum(dim=0)
+    sums[PEAK] = most[PEAK]
+    return torch.cat([sums, most[WORK : WORK + 1], sums.new_full((1,), len(counts))])
+
+
+def _row(
+    step: int, seconds: float, sums: NDArray[np.float64], ledger: StepLedger, peak_flops: float | None
+) -> dict[str, Any]:
+    """The row of a step that is summed up: what all ranks have together."""
+    *_, most_work, size = sums
+    row = _rows(step, seconds, sums[None, : len(FIELDS)], ledger, peak_flops)
+    return {
+        **row,
+        "rank": float("nan"),
+        "weight": 1.0,
+        "imbalance": most_work * size / sums[WORK],
+        "mfu": row["mfu"] / size,
+    }
 
 
 def _rows(

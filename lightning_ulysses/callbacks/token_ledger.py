@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_ulysses.context import LocalBatch
 from lightning_ulysses.cost.flops import ModelOperations
+from lightning_ulysses.exchange.gather import gather_single
 from lightning_ulysses.exchange.mesh import SequenceMesh
 from lightning_ulysses.geometry.batch_keys import MASK_KEYS
 from lightning_ulysses.geometry.layout import Runs, SequenceLayout
@@ -210,8 +210,7 @@ class StepLedger:
             mine[PADDING] += self._padding[0]
             mine[DOCUMENTS : PAIRS + 1] -= self._padding[1:]
         mine[LOSS] = own_loss
-        everyone = mine.new_empty(self._mesh.world_size * len(FIELDS))
-        dist.all_gather_into_tensor(everyone, mine)
+        everyone = gather_single(mine)
         self._sums, self._padding = np.zeros(len(FIELDS)), None
         # (W * fields,) -> (W, fields)
         return everyone.unflatten(0, (-1, len(FIELDS)))

@@ -41,7 +41,7 @@ _Floats = NDArray[np.float64]
 
 
 def write_csv(table: Table, path: Path) -> None:
-    """Writes one row per step and rank; unknown values stay empty."""
+    """Writes one row per step and rank; unknown values stay empty, such as the rank of a row for all ranks."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
@@ -120,11 +120,13 @@ def rich_table(table: Table) -> RichTable:
     shown = RichTable(title="Tokens by rank", caption=_summary(table), caption_justify="left", box=SIMPLE)
     for name in ("rank", "targets", "weight", "tokens", "padding", "pad %", "documents", "GiB"):
         shown.add_column(name, justify="right", no_wrap=True)
-    for rank in np.unique(table["rank"]):
-        own = {name: values[table["rank"] == rank] for name, values in table.items()}
+    is_apart = ~np.isnan(table["rank"])
+    lines = [(f"{int(rank)}", table["rank"] == rank) for rank in np.unique(table["rank"][is_apart])]
+    for line, rows in [("all, earlier", ~is_apart)] * (not is_apart.all()) + lines:
+        own = {name: values[rows] for name, values in table.items()}
         sums = {name: float(own[name].sum()) for name in ("targets", "tokens", "padding", "documents")}
         shown.add_row(
-            f"{int(rank)}",
+            line,
             _short(sums["targets"]),
             f"{100 * own['weight'].mean():.1f} %",
             _short(sums["tokens"]),
@@ -152,6 +154,8 @@ def _draw_range(axes: Any, steps: _Floats, values: _Floats, label: str, **style:
 
 
 def _draw_ranks(axes: Any, table: Table) -> None:
+    is_apart = ~np.isnan(table["rank"])
+    table = {name: values[is_apart] for name, values in table.items()}
     real, ranks = table["tokens"] - table["padding"], np.unique(table["rank"])
     if len(ranks) > _MOST_LINES:
         _draw_range(axes, table["step"], real, "tokens", color="tab:blue")

@@ -10,7 +10,7 @@ Source: DeepSpeed-Ulysses (arXiv 2309.14509). Fusing q, k and v and uneven split
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -41,10 +41,28 @@ def _row_sizes(ranges: tuple[Ranges, ...], sizes: list[int]) -> list[int]:
     ]
 
 
-def _is_uniform(ranges: Ranges) -> bool:
-    """Whether all ranges have the same length and follow each other, so that one strided copy moves all heads."""
+def _sharers(ranges: Ranges, total: int) -> int:
+    """How many consecutive ranks share each range, if all ranges are equally long and tile the heads; else 0.
+
+    Example:
+        16 ranks with 8 key/value heads: 2 ranks share each. 8 ranks with 32 query heads: 1.
+    """
     width = ranges[0][1]
-    return ranges == tuple((rank * width, (rank + 1) * width) for rank in range(len(ranges)))
+    sharers = width * len(ranges) // total
+    tiled = sharers and ranges == tuple((r // sharers * width, (r // sharers + 1) * width) for r in range(len(ranges)))
+    return sharers if tiled else 0
+
+
+def _blocks(peers: range, sharers: int) -> Iterator[tuple[range, int]]:
+    """Divides ``peers`` into few blocks in which each range of heads has equally many sharers: (peers, sharers)."""
+    # The first and the last range may have lost the rank that is not on the wire.
+    begin = min(-(-peers.start // sharers) * sharers, peers.stop)
+    end = max(peers.stop // sharers * sharers, begin)
+    for block, count in ((range(peers.start, begin), begin - peers.start), (range(begin, end), sharers)):
+        if block:
+            yield block, count
+    if end < peers.stop:
+        yield range(end, peers.stop), peers.stop - end
 
 
 def _on_wire(rank: int, sp_size: int) -> range:
@@ -82,17 +100,21 @@ def _pack_heads(send: Tensor, tensors: tuple[Tensor, ...], ranges: tuple[Ranges,
     """
     batch, _, share, _ = tensors[0].shape
     sizes = [tensor.shape[3] for tensor in tensors]
-    # The common case: one copy for each tensor instead of one for each tensor and peer.
-    if all(_is_uniform(ends) for ends in ranges):
+    # The common case: one copy for each tensor, or a few, instead of one for each tensor and peer.
+    sharers = [_sharers(ends, tensor.shape[1]) for ends, tensor in zip(ranges, tensors, strict=True)]
+    if all(sharers):
         widths = _widths(ranges, 0)
         # (elements,) -> (peers * S_r, B, sum of heads * D) -> each (peers * S_r, B, heads, D)
         columns = _columns(send.view(len(peers) * share, batch, -1), widths, sizes)
-        for column, tensor, width in zip(columns, tensors, widths, strict=True):
-            heads = tensor[:, peers.start * width : peers.stop * width]
-            # (B, peers * heads, S_r, D) -> (B, peers, heads, S_r, D) -> (peers, S_r, B, heads, D)
-            heads = heads.unflatten(1, (len(peers), width)).permute(1, 3, 0, 2, 4)
-            # (peers * S_r, B, heads, D) -> (peers, S_r, B, heads, D)
-            column.unflatten(0, (len(peers), share)).copy_(heads)
+        for column, tensor, width, shared in zip(columns, tensors, widths, sharers, strict=True):
+            for block, count in _blocks(peers, shared):
+                # (peers * S_r, B, heads, D) -> (block * S_r, B, heads, D)
+                part = column[(block.start - peers.start) * share : (block.stop - peers.start) * share]
+                heads = tensor[:, block.start // shared * width :][:, : len(block) // count * width]
+                # (B, ranges * heads, S_r, D) -> (B, ranges, heads, S_r, D) -> (ranges, S_r, B, heads, D)
+                heads = heads.unflatten(1, (len(block) // count, width)).permute(1, 3, 0, 2, 4)
+                # (block * S_r, B, heads, D) -> (ranges, sharers, S_r, B, heads, D)
+                part.unflatten(0, (len(block) // count, count, share)).copy_(heads.unsqueeze(1))
         return
     rows = _row_sizes(ranges, sizes)
     for peer, chunk in zip(peers, send.split([share * batch * rows[peer] for peer in peers]), strict=True):
@@ -134,40 +156,71 @@ def _scatter_heads(
     return tuple(column.permute(1, 2, 0, 3) for column in _columns(whole, _widths(ranges, rank), sizes))
 
 
+def _place(whole: Tensor, received: Tensor, own: Tensor | None, rank: int, sharers: int) -> None:
+    """Fills ``whole`` (S_r, B, all heads, D) from ranges of heads that are equally long, see `_sharers`.
+
+    Args:
+        whole: The result.
+        received: (peers, S_r, B, heads, D), from all ranks or, with ``own``, from all others.
+        own: (S_r, B, heads, D) of this rank.
+        rank: This rank.
+        sharers: Ranks that share each range. Theirs are summed.
+    """
+    parts = [(0, received)]
+    if own is not None:
+        parts = [(0, received[:rank]), (rank, own.unsqueeze(0)), (rank + 1, received[rank:])]
+    # (S_r, B, all heads, D) -> (S_r, B, ranges, heads, D) -> (ranges, S_r, B, heads, D)
+    target = whole.unflatten(2, (-1, received.shape[3])).permute(2, 0, 1, 3, 4)
+    filled = 0
+    for first, part in parts:
+        for block, count in _blocks(range(first, first + len(part)), sharers):
+            # (peers of the block, ...) -> (ranges, sharers, S_r, B, heads, D)
+            held = part[block.start - first : block.stop - first].unflatten(0, (-1, count))
+            begin = block.start // sharers
+            place = target[begin : begin + len(held)]
+            # The first of the sharers of a range fills it, and the others add to it.
+            for sharer in range(count):
+                if sharer == 0 and begin >= filled:
+                    place.copy_(held[:, sharer])
+                else:
+                    place.add_(held[:, sharer])
+            filled = begin + len(held)
+
+
 def _join_heads(whole: Tensor, parts: list[Tensor], ends: Ranges) -> None:
     """Fills ``whole`` (S_r, B, all heads, D) from (S_r, B, heads, D) of each rank. Shared heads are summed."""
-    is_tiled = all(left[1] == right[0] for left, right in pairwise(ends))
-    # Ranges overlap where a key/value head was sent to several ranks: its gradient is the sum of theirs.
-    if not is_tiled:
-        whole.zero_()
+    filled = 0
     for (begin, end), part in zip(ends, parts, strict=True):
-        if is_tiled:
-            whole[:, :, begin:end].copy_(part)
-        else:
-            whole[:, :, begin:end].add_(part)
+        # Ranges overlap where a key/value head was sent to several ranks: its gradient is the sum of theirs.
+        shared = max(filled - begin, 0)
+        if shared:
+            whole[:, :, begin : begin + shared].add_(part[:, :, :shared])
+        if begin + shared < end:
+            whole[:, :, begin + shared : end].copy_(part[:, :, shared:])
+        filled = max(filled, end)
 
 
 def _pack_tokens(
-    send: Tensor, tensors: tuple[Tensor, ...], widths: list[int], shares: tuple[int, ...], peers: list[int]
+    send: Tensor, tensors: tuple[Tensor, ...], widths: list[int], shares: tuple[int, ...], rank: int
 ) -> None:
-    """Copies the tokens for each of ``peers`` into the send buffer, one peer after another, tensors side by side.
+    """Copies the tokens for all other ranks into the send buffer, one rank after another, tensors side by side.
 
     Args:
-        send: The flat buffer. For each peer i it takes (S_i, B, sum of heads * D).
+        send: The flat buffer. For each other rank i it takes (S_i, B, sum of heads * D).
         tensors: Each (B, heads of this rank, S, D).
         widths: Heads of each tensor.
         shares: S_r of every rank.
-        peers: The ranks to send to.
+        rank: This rank, whose own tokens are left out.
     """
     sizes = [tensor.shape[3] for tensor in tensors]
-    # (elements,) -> (tokens of all peers, B, sum of heads * D) -> for each peer, each (S_i, B, heads, D)
-    chunks = send.view(-1, tensors[0].shape[0], sum(w * d for w, d in zip(widths, sizes, strict=True)))
-    columns = [_columns(chunk, widths, sizes) for chunk in chunks.split([shares[peer] for peer in peers])]
-    for index, tensor in enumerate(tensors):
-        # (B, heads, S, D) -> (S, B, heads, D) -> for each rank (S_i, B, heads, D)
-        tokens = tensor.permute(2, 0, 1, 3).split(shares)
-        for column, peer in zip(columns, peers, strict=True):
-            column[index].copy_(tokens[peer])
+    before, own = sum(shares[:rank]), shares[rank]
+    # (elements,) -> (tokens of all others, B, sum of heads * D) -> each (tokens of all others, B, heads, D)
+    rows = send.view(-1, tensors[0].shape[0], sum(w * d for w, d in zip(widths, sizes, strict=True)))
+    for column, tensor in zip(_columns(rows, widths, sizes), tensors, strict=True):
+        # (B, heads, S, D) -> (S, B, heads, D)
+        tokens = tensor.permute(2, 0, 1, 3)
+        column[:before].copy_(tokens[:before])
+        column[before:].copy_(tokens[before + own :])
 
 
 def _gather_heads(
@@ -196,35 +249,45 @@ def _gather_heads(
         send = tensors[0].permute(2, 0, 1, 3)[begin : begin + sum(shares[peer] for peer in peers)].contiguous()
     else:
         send = tensors[0].new_empty(sum(send_sizes))
-        _pack_tokens(send, tensors, widths[rank], shares, peers)
+        _pack_tokens(send, tensors, widths[rank], shares, rank)
     recv = send.new_empty(sum(recv_sizes))
     _exchange(recv, send, recv_sizes, send_sizes, group)
-    parts = [
-        # (elements,) -> (S_r, B, sum of heads * D) -> each (S_r, B, heads, D)
-        _columns(chunk.view(share, batch, row), width, sizes)
-        for chunk, row, width in zip(recv.split(recv_sizes), rows, widths, strict=True)
-        # Empty for the own chunk, which is inserted below.
-        if chunk.numel()
-    ]
-    if rank not in peers:
-        # (B, heads, S, D) -> (S, B, heads, D) -> (S_r, B, heads, D)
-        parts.insert(rank, [tensor.permute(2, 0, 1, 3).split(shares)[rank] for tensor in tensors])
-    results = []
-    for index, (total, size) in enumerate(zip(totals, sizes, strict=True)):
-        whole = tensors[0].new_empty(share, batch, total, size)
-        _join_heads(whole, [part[index] for part in parts], ranges[index])
-        # (S_r, B, heads, D) -> (B, heads, S_r, D)
-        results.append(whole.permute(1, 2, 0, 3))
-    return tuple(results)
+    # Now, and not beside the results. On a GPU, its memory is used again only after the exchange.
+    del send
+    # The own tokens, if they were not on the wire: each (B, heads, S, D) -> (S, B, heads, D) -> (S_r, B, heads, D)
+    own = None if rank in peers else [tensor.permute(2, 0, 1, 3).split(shares)[rank] for tensor in tensors]
+    wholes = [tensors[0].new_empty(share, batch, total, size) for total, size in zip(totals, sizes, strict=True)]
+    sharers = [_sharers(ends, total) for ends, total in zip(ranges, totals, strict=True)]
+    if all(sharers):
+        # (elements,) -> (peers, S_r, B, sum of heads * D)
+        received = recv.view(len(peers), share, batch, rows[rank])
+        columns = received.split([width * size for width, size in zip(widths[rank], sizes, strict=True)], dim=3)
+        for index, whole in enumerate(wholes):
+            # (peers, S_r, B, heads * D) -> (peers, S_r, B, heads, D)
+            part = columns[index].unflatten(3, (-1, sizes[index]))
+            _place(whole, part, None if own is None else own[index], rank, sharers[index])
+    else:
+        parts = [
+            # (elements,) -> (S_r, B, sum of heads * D) -> each (S_r, B, heads, D)
+            _columns(chunk.view(share, batch, row), width, sizes)
+            for chunk, row, width in zip(recv.split(recv_sizes), rows, widths, strict=True)
+            # Empty for the own chunk, which is inserted below.
+            if chunk.numel()
+        ]
+        if own is not None:
+            parts.insert(rank, own)
+        for index, whole in enumerate(wholes):
+            _join_heads(whole, [part[index] for part in parts], ranges[index])
+    # Each (S_r, B, heads, D) -> (B, heads, S_r, D)
+    return tuple(whole.permute(1, 2, 0, 3) for whole in wholes)
 
 
 def _is_bulky(tensors: tuple[Tensor, ...], totals: tuple[int, ...], shares: tuple[int, ...]) -> bool:
-    """Whether one all-to-all for each tensor costs less than copying the tensors into one buffer.
+    """Whether one all-to-all for each tensor is better than copying the tensors into one buffer.
 
-    Measured with gloo only. On other devices the tensors stay together.
+    Measured with gloo. On a GPU a collective of this size costs as much as its bytes, so that several take no longer,
+    and without the buffer the peak of memory is lower.
     """
-    if tensors[0].device.type != "cpu":
-        return False
     # Computed from the whole sequence and all heads: ranks must agree on the number of collectives.
     token = sum(total * tensor.shape[3] for total, tensor in zip(totals, tensors, strict=True))
     return tensors[0].shape[0] * sum(shares) * token * tensors[0].element_size() > _BULKY * len(shares)

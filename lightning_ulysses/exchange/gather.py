@@ -17,3 +17,12 @@ def join_sequence(x: Tensor, shares: tuple[int, ...], dim: int, group: dist.Proc
     dist.all_gather(parts, padded, group=group)
     # Each (S_i, ...) -> (S, ...) -> (..., S, ...)
     return torch.cat([part[:share] for part, share in zip(parts, shares, strict=True)]).movedim(0, dim).contiguous()
+
+
+def gather_single(mine: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """(elements,) of each rank -> (ranks * elements,), by one collective into one tensor."""
+    # torch 2.13 has renamed it, and warns about the former name.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    everyone = mine.new_empty(dist.get_world_size(group) * mine.numel())
+    gather(everyone, mine, group=group)
+    return everyone

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch.distributed as dist
@@ -70,6 +70,9 @@ def _is_alive(group: dist.ProcessGroup) -> bool:
 class SequenceMesh:
     """Sizes of the mesh, the rank of this process along each axis, and the process group of each axis.
 
+    Facts that the hosts know travel over groups of their own beside NCCL, so that no host waits for its device to send
+    or read them. Where the other groups are on the host already, there are no further ones.
+
     Consecutive ranks form a sequence-parallel group, so its all-to-alls stay inside a node if the group fits in one.
     The group of an axis of length one is ``None``.
 
@@ -87,6 +90,8 @@ class SequenceMesh:
     dp_group: dist.ProcessGroup | None = None
     device_mesh: DeviceMesh | None = None
     groups: tuple[dist.ProcessGroup, ...] = ()
+    host_group: dist.ProcessGroup | None = None
+    host_dp_group: dist.ProcessGroup | None = None
 
     @classmethod
     def create(cls, sizes: MeshSizes, device_type: str) -> SequenceMesh:
@@ -120,6 +125,33 @@ class SequenceMesh:
             # An axis as long as the world may have the world's own group.
             if _is_alive(group) and group is not dist.group.WORLD:
                 dist.destroy_process_group(group)
+
+    def with_host_groups(self, device_type: str) -> SequenceMesh:
+        """The mesh with gloo groups of the world and of the data-parallel axis. Every process must call it.
+
+        Without effect for the CPU, whose groups are on the host, and for a mesh that has them.
+        """
+        if device_type == "cpu" or self.host_group is not None:
+            return self
+        world = dist.new_group(backend="gloo")
+        # Every process takes part in making every group.
+        axes = [
+            dist.new_group(list(range(sp_rank, self.world_size, self.sp_size)), backend="gloo")
+            for sp_rank in range(self.sp_size)
+        ]
+        return replace(self, host_group=world, host_dp_group=axes[self.sp_rank] if self.dp_size > 1 else None)
+
+    def without_host_groups(self) -> SequenceMesh:
+        """Destroys the groups of `with_host_groups`; whoever waits in one of them gets an error."""
+        for group in (self.host_group, self.host_dp_group):
+            if group is not None and dist.is_initialized():
+                dist.destroy_process_group(group)
+        return replace(self, host_group=None, host_dp_group=None)
+
+    @property
+    def replicas(self) -> dist.ProcessGroup | None:
+        """The data-parallel axis for tensors on the host, or None if it has one rank."""
+        return self.host_dp_group or self.dp_group
 
     def check_heads(self, num_heads: int) -> None:
         """Raises `UlyssesError` if some rank would get no query head. The error names the largest P that works."""

@@ -149,13 +149,14 @@ class StepWeights:
         settled = self._resolver.settled
         names = sorted(self._tied | {settled}) if settled is not None else self._shared_names(totals)
         # NaN for a missing name makes the sum NaN on all ranks, so that all of them raise in `check`.
-        shared = torch.tensor([totals.get(name, math.nan) for name in names], dtype=torch.float64, device=self._device)
-        dist.all_reduce(shared, group=self._mesh.dp_group)
+        # On the host: sent by the device, the sum would wait for all of the last step.
+        shared = torch.tensor([totals.get(name, math.nan) for name in names], dtype=torch.float64)
+        dist.all_reduce(shared, group=self._mesh.replicas)
         return dict(zip(names, shared.tolist(), strict=True))
 
     def _shared_names(self, totals: Mapping[str, float]) -> list[str]:
         everyone: list[Any] = [None] * self._mesh.dp_size
-        dist.all_gather_object(everyone, set(totals), group=self._mesh.dp_group)
+        dist.all_gather_object(everyone, set(totals), group=self._mesh.replicas)
         return sorted(set.intersection(*everyone))
 
     def enter_epoch(self, epoch: int) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from compiled import PAIRS, CompiledByHand, named_as
 from exact import BOUND, fit_broken
 from models import VOCAB, HandWritten, count_targets
 from torch import Tensor, nn
 
 from lightning_ulysses import UlyssesError, sequence_positions
+from lightning_ulysses.exchange.mesh import SequenceMesh
 from lightning_ulysses.testing import SplitRun, StepResult, compare, fit_rank, fit_single, fit_split
 from lightning_ulysses.testing.processes import ProcessPool
 
@@ -118,3 +121,108 @@ def test_gradients_in_another_order(pool: ProcessPool, strategy: dict[str, Any])
     reference = fit_single(partial(HandWritten, lr=0.2), [PAIRS[:1]], count_targets)
     for result in pool.run(fit_partly_compiled, SplitRun(strategy=strategy), world_size=2):
         assert compare(named_as(result, reference), reference).largest <= BOUND
+
+
+class Forked(HandWritten):
+    """Adds two branches after each block, in an order that differs between ranks; so does that of their gradients."""
+
+    def __init__(self) -> None:
+        super().__init__(lr=0.2)
+        self.branches = nn.ModuleList(
+            [nn.ModuleList([nn.Linear(32, 32), nn.Sequential(nn.Linear(32, 8), nn.Linear(8, 32))]) for _ in self.blocks]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x) + self.place(sequence_positions(x))
+        turned = dist.is_initialized() and dist.get_rank() % 2 == 1
+        for block, (left, right) in zip(self.blocks, self.branches, strict=True):
+            h = block(h)
+            if turned:
+                added = right(h)
+                h = h + (added + left(h))
+            else:
+                added = left(h)
+                h = h + (added + right(h))
+        return self.head(h)
+
+
+# Full between the gradients of the two branches after the first block, and larger than what one exchange follows.
+SMALL = {"reduce_bucket_size": 12900}
+
+
+@pytest.mark.parametrize("strategy", [{"stage": 1, **SMALL}, {"stage": 2, "overlap_comm": True, **SMALL}])
+def test_small_buckets_of_gradients_in_another_order(pool: ProcessPool, strategy: dict[str, Any]) -> None:
+    reference = fit_single(Forked, [PAIRS[:1]], count_targets)
+    for result in fit_split(pool, Forked, PAIRS[:1], SplitRun(strategy=strategy)):
+        assert compare(result, reference).largest <= BOUND
+
+
+def drop(self: Any, param: Any, i: int) -> None:
+    self._take(param, i)
+
+
+def refused_in_order_of_arrival(rank: int) -> str:
+    with (
+        mock.patch("lightning_ulysses.upstream.zero_buckets.GradientQueue.add", drop),
+        pytest.raises(UlyssesError) as e,
+    ):
+        fit_rank(rank, Forked, PAIRS[:1], SplitRun(strategy={"stage": 2, **SMALL}))
+    return str(e.value)
+
+
+def test_in_order_of_arrival_their_buckets_differ(pool: ProcessPool) -> None:
+    for text in pool.run(refused_in_order_of_arrival, world_size=2):
+        assert "gradients on some ranks only" in text
+
+
+def fit_beside_nccl(rank: int, run: SplitRun) -> tuple[StepResult, list[str]]:
+    """As on a GPU: facts of the hosts travel over groups of their own, which are made and destroyed once."""
+    seen: list[str] = []
+    own, make, destroy, gather, reduce = (
+        SequenceMesh.with_host_groups,
+        dist.new_group,
+        dist.destroy_process_group,
+        dist.all_gather,
+        dist.all_reduce,
+    )
+    groups: list[Any] = []
+
+    def new_group(*args: Any, **kwargs: Any) -> Any:
+        group = make(*args, **kwargs)
+        if kwargs.get("backend") == "gloo":
+            groups.append(group)
+            seen.append("made")
+        return group
+
+    def destroyed(group: Any = None) -> None:
+        if any(group is other for other in groups):
+            seen.append("destroyed")
+        destroy(group)
+
+    def spy(name: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            seen.append(f"{name} {'host' if any(kwargs.get('group') is g for g in groups) else 'device'}")
+            return function(*args, **kwargs)
+
+        return call
+
+    with (
+        mock.patch.object(SequenceMesh, "with_host_groups", lambda self, device_type: own(self, "cuda")),
+        mock.patch.object(dist, "new_group", new_group),
+        mock.patch.object(dist, "destroy_process_group", destroyed),
+        mock.patch.object(dist, "all_gather", spy("all_gather", gather)),
+        mock.patch.object(dist, "all_reduce", spy("all_reduce", reduce)),
+    ):
+        result = fit_rank(rank, partial(HandWritten, lr=0.2), PAIRS[:2], run)
+    return result, seen
+
+
+def test_facts_of_the_hosts_travel_beside_the_devices(pool: ProcessPool) -> None:
+    run = SplitRun(4, 2, {"stage": 2, "check_model": False, "targets": "1"})
+    reference = fit_single(partial(HandWritten, lr=0.2), [PAIRS[:2]], count_targets)
+    for result, seen in pool.run(fit_beside_nccl, run, world_size=4):
+        assert compare(result, reference).largest <= BOUND
+        # The world, and one for each rank of a sequence-parallel group, of which this process is in one.
+        assert seen.count("made") == 3 and seen.count("destroyed") == 2
+        # The agreement before the bucket, and the targets over groups.
+        assert "all_gather host" in seen and "all_reduce host" in seen

@@ -120,6 +120,11 @@ class TorchVarlen:
         return varlen_attention(q, k, v, cu_seq_q, window_size, scale)
 
 
+def _is_gpu(tensor: Tensor) -> bool:
+    # No mock: it would remember, and so keep, every tensor that it was called with.
+    return True
+
+
 @contextmanager
 def gpu_paths() -> Iterator[tuple[TorchVarlen, CudaSdpa]]:
     """Has attention take the paths of a GPU with flash attention, on stand-ins.
@@ -129,7 +134,7 @@ def gpu_paths() -> Iterator[tuple[TorchVarlen, CudaSdpa]]:
     varlen, sdpa = TorchVarlen(), CudaSdpa()
     attention = "lightning_ulysses.attention"
     with (
-        mock.patch(f"{attention}.device.is_gpu", return_value=True),
+        mock.patch(f"{attention}.device.is_gpu", _is_gpu),
         mock.patch(f"{attention}.device.has_flash", lambda tensor: tensor.dtype != torch.float32),
         mock.patch(f"{attention}.packed._varlen", return_value=varlen),
         mock.patch(f"{attention}.kernel._sdpa", sdpa),

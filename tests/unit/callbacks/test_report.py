@@ -94,6 +94,31 @@ def test_history_survives_its_state_and_another_world() -> None:
     assert empty.steps == [] and empty.counts == []
 
 
+def test_ranks_of_steps_long_past_are_summed_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory and checkpoints grow with the steps, and no longer with steps times ranks."""
+    whole = history(40, 16).table(ledger(16), 1e3)
+    monkeypatch.setattr("lightning_ulysses.callbacks.token_history._APART", 8)
+    made = history(0)
+    for step in range(1, 41):
+        made.add(step, float("nan") if step == 1 else 0.5, counts(16, step))
+        made.flush()
+    assert 8 <= len(made.counts) < 10 and len(made.counts) + len(made.sums) == 40
+    again = TokenHistory.from_state(made.state_dict())
+    found = again.table(ledger(16), 1e3)
+    assert len(found["step"]) == len(made.sums) + 16 * len(made.counts)
+    for step in range(1, 41):
+        before, after = ({name: values[t["step"] == step] for name, values in t.items()} for t in (whole, found))
+        for name in ("loss", "padding_fraction", "imbalance", "seconds", "tokens_per_sec", "mfu"):
+            np.testing.assert_allclose(after[name][0], before[name][0], rtol=1e-12, err_msg=name)
+        for name in ("targets", "tokens", "padding", "documents", "weight"):
+            np.testing.assert_allclose(after[name].sum(), before[name].sum(), rtol=1e-12, err_msg=name)
+        assert after["peak_gib"].max() == before["peak_gib"].max()
+    leave(found, tmp_path, final=True)
+    np.testing.assert_array_equal(read_csv(tmp_path / CSV_NAME)["rank"], found["rank"])
+    again.rewind(10)
+    assert len(again.sums) == 10 and not again.counts and len(again.steps) == 10
+
+
 @pytest.mark.parametrize(("steps", "ranks"), [(4, 2), (1, 1), (100, 16)])
 def test_report_from_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], steps: int, ranks: int
