@@ -82,7 +82,8 @@ def discard(path: Path) -> None:
     elif path.is_dir():
         # Not a name that Lightning takes for a last checkpoint.
         away = path.with_name(f".{path.name}.removing")
-        shutil.rmtree(away, ignore_errors=True)
+        if away.exists():
+            shutil.rmtree(away)
         os.rename(path, away)
         shutil.rmtree(away)
 

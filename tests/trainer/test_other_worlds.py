@@ -17,8 +17,11 @@ from torch.utils.data import DataLoader
 
 from lightning_ulysses import UlyssesError
 from lightning_ulysses.checkpoints.convert import UNIVERSAL, is_converted
+from lightning_ulysses.cli.main import main
+from lightning_ulysses.export import load_weights
 from lightning_ulysses.testing import SplitRun, split_trainer
 from lightning_ulysses.testing.processes import ProcessPool
+from lightning_ulysses.testing.runs import snapshot
 
 # Whole batches, dealt to data-parallel ranks by a sampler: the first step sees the same data in every world.
 BATCHES = [token_batch(seed, 34, 1, "uneven") for seed in range(6)]
@@ -110,7 +113,8 @@ def test_a_conversion_is_used_again_and_never_half_of_one(pool: ProcessPool, tmp
     pool.run(fit, second, str(tmp_path), str(path), "AdamW", {}, world_size=2)
     assert (path / UNIVERSAL / "zero" / "optimizer_state.pt").stat().st_mtime_ns == written
     # A checkpoint of its own, without the shards.
-    shutil.move(path / UNIVERSAL, tmp_path / "other" / UNIVERSAL)
+    assert main(["convert", str(path), "--output", str(tmp_path / "other")]) == 0
+    shutil.rmtree(path)
     found = pool.run(fit, second, str(tmp_path), str(tmp_path / "other"), "AdamW", {}, world_size=2)[0][0]
     assert off(found, straight) <= 1e-6
 
@@ -135,3 +139,20 @@ def test_another_optimizer_is_refused(pool: ProcessPool, tmp_path: Path) -> None
     saved(pool, SplitRun(2, 2), tmp_path)
     for text in pool.run(refused, str(tmp_path / "middle.ckpt"), "RMSprop", world_size=2):
         assert "a checkpoint of the optimizer AdamW to resume with RMSprop" in text
+
+
+def evaluate(rank: int, path: str, run: SplitRun) -> dict[str, Tensor]:
+    module = Grouped()
+    loader: Any = DataLoader(BATCHES[:1], batch_size=None)  # type: ignore[arg-type]
+    split_trainer(run).validate(module, loader, ckpt_path=path, verbose=False)
+    return snapshot(module)
+
+
+@pytest.mark.parametrize(("first", "second"), [((2, 3), (1, 2)), ((1, 2), (2, 3)), ((2, 3), (3, 3))])
+def test_evaluation_in_another_world(pool: ProcessPool, tmp_path: Path, first: Any, second: Any) -> None:
+    runs = [SplitRun(world, world, {"stage": stage}) for world, stage in (first, second)]
+    saved(pool, runs[0], tmp_path)
+    path = str(tmp_path / "middle.ckpt")
+    wanted = load_weights(path)
+    for found in pool.run(evaluate, path, runs[1], world_size=second[0]):
+        assert all(torch.equal(found[name], wanted[name]) for name in found)
