@@ -56,9 +56,13 @@ def load_weights(checkpoint: str | Path, prefix: str = "") -> dict[str, Tensor]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     weights: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), "checkpoint")
-    # Averages that a callback saved in place of the trained weights.
+    # Also averages that a callback saved in place of the trained weights.
     for file in (Path(checkpoint) / "checkpoint").glob("mp_rank_00_model_states.pt"):
-        replaced = torch.load(file, map_location="cpu", weights_only=False, mmap=True).get(REPLACED, {})
+        state = torch.load(file, map_location="cpu", weights_only=False, mmap=True)
+        # At stage 1, DeepSpeed's function leaves out what is frozen.
+        for name, tensor in (state.get("module") or {}).items():
+            weights.setdefault(name, tensor.float())
+        replaced = state.get(REPLACED, {})
         weights.update({name: tensor.float() for name, tensor in replaced.items() if name in weights})
     chosen = {name[len(prefix) :]: tensor for name, tensor in weights.items() if name.startswith(prefix)}
     if not chosen:

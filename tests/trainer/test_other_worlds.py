@@ -10,7 +10,6 @@ import lightning as L
 import pytest
 import torch
 from exact import Keep
-from lightning.pytorch.callbacks import ModelCheckpoint
 from models import LlamaModule, token_batch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -47,12 +46,23 @@ class Grouped(LlamaModule):
         return getattr(torch.optim, self.kind)([matrices, vectors], lr=0.002, **self.settings)
 
 
+class Saves(L.Callback):
+    """Saves after two steps."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+        if trainer.global_step == 2:
+            trainer.save_checkpoint(self.path)
+
+
 def fit(
     rank: int, run: SplitRun, folder: str, resumed: str | None, kind: str, settings: dict[str, Any]
 ) -> tuple[dict[str, Tensor], float, list[float]]:
-    keep, saver = Keep(), ModelCheckpoint(dirpath=folder, filename="middle", every_n_train_steps=2)
-    callbacks: list[L.Callback] = [keep] if resumed else [keep, saver]
-    trainer = {"enable_checkpointing": not resumed, "gradient_clip_val": 0.5, **run.trainer}
+    keep = Keep()
+    callbacks: list[L.Callback] = [keep] if resumed else [keep, Saves(f"{folder}/middle.ckpt")]
+    trainer = {"gradient_clip_val": 0.5, **run.trainer}
     module = Grouped(kind, **settings)
     if not resumed:
         module.frozen.data.fill_(3.0)
@@ -93,6 +103,8 @@ def test_another_world_and_stage(
     path = str(tmp_path / "middle.ckpt")
     # The middle of the epoch: four more steps on the batches that follow.
     results = pool.run(fit, runs[1], str(tmp_path), path, kind, settings, world_size=second[0])
+    # Not yet; also frozen parameters are exported at every stage.
+    assert off(load_weights(path), straight) > 1e-4
     for found, others, decays in results:
         assert off(found, straight) <= 1e-6
         assert others == 6 + 15
