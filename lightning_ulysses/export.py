@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def load_weights(checkpoint: str | Path, prefix: str = "") -> dict[str, Tensor]:
     Of a run with a callback that averages weights, these are the averages.
 
     Args:
-        checkpoint: The directory that the Trainer saved.
+        checkpoint: The directory that the Trainer saved. Only a trusted one: it is unpickled, which can run any code.
         prefix: Selects the weights whose names begin with it, and removes it from them. ``"model."`` selects those of
             ``self.model``.
 
@@ -55,9 +56,13 @@ def load_weights(checkpoint: str | Path, prefix: str = "") -> dict[str, Tensor]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     weights: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), "checkpoint")
-    # Averages that a callback saved in place of the trained weights.
+    # Also averages that a callback saved in place of the trained weights.
     for file in (Path(checkpoint) / "checkpoint").glob("mp_rank_00_model_states.pt"):
-        replaced = torch.load(file, map_location="cpu", weights_only=False, mmap=True).get(REPLACED, {})
+        state = torch.load(file, map_location="cpu", weights_only=False, mmap=True)
+        # At stage 1, DeepSpeed's function leaves out what is frozen.
+        for name, tensor in (state.get("module") or {}).items():
+            weights.setdefault(name, tensor.float())
+        replaced = state.get(REPLACED, {})
         weights.update({name: tensor.float() for name, tensor in replaced.items() if name in weights})
     chosen = {name[len(prefix) :]: tensor for name, tensor in weights.items() if name.startswith(prefix)}
     if not chosen:
@@ -72,16 +77,38 @@ def load_weights(checkpoint: str | Path, prefix: str = "") -> dict[str, Tensor]:
 def export_weights(checkpoint: str | Path, output: str | Path, prefix: str = "") -> None:
     """Writes the result of `load_weights` to one file: safetensors if ``output`` ends so, else ``torch.save``.
 
+    Tied weights are written once. In safetensors, where names cannot share a tensor, the metadata say which name stands
+    for another, as Hugging Face does; ``safetensors.torch.load_model`` ties them again.
+
     Args:
-        checkpoint: The directory that the Trainer saved.
+        checkpoint: The directory that the Trainer saved. Only a trusted one: it is unpickled, which can run any code.
         output: The file to write.
         prefix: See `load_weights`.
-    """
-    weights = load_weights(checkpoint, prefix)
-    if Path(output).suffix == ".safetensors":
-        from safetensors.torch import save_file
 
-        # safetensors refuses tensors that share memory, such as tied weights.
-        save_file({name: tensor.clone().contiguous() for name, tensor in weights.items()}, output, {"format": "pt"})
-    else:
+    Raises:
+        UlyssesError: See `load_weights`; or if safetensors is not installed.
+    """
+    is_safe = Path(output).suffix == ".safetensors"
+    if is_safe and find_spec("safetensors") is None:
+        raise UlyssesError(
+            f"output {str(output)!r} without the package safetensors",
+            "the package that writes such files",
+            "pip install safetensors, or write to a name that ends with .pt",
+        )
+    weights = load_weights(checkpoint, prefix)
+    if not is_safe:
+        # Names that share a tensor share it in the file as well.
         torch.save(weights, output)
+        return
+    from safetensors.torch import save_file
+
+    kept, metadata, first = {}, {"format": "pt"}, dict[object, str]()
+    for name, tensor in weights.items():
+        place = tensor.data_ptr(), tensor.shape, tensor.stride()
+        standing = first.setdefault(place, name) if tensor.numel() else name
+        if standing == name:
+            # safetensors refuses parts of a larger tensor.
+            kept[name] = tensor.clone().contiguous()
+        else:
+            metadata[name] = standing
+    save_file(kept, output, metadata)

@@ -1,7 +1,7 @@
 """Writes a directory beside its place and moves it there when it is complete, so that no moment shows half of it.
 
 A checkpoint ``last.ckpt`` is written as ``last.saving.ckpt``. Where directories cannot be exchanged in one step, the
-one that is replaced is ``last.former.ckpt`` for a moment. At every moment one of the three is complete, if one was before.
+one that is replaced is ``last.former.ckpt`` for a moment. At every moment one of the three is complete, if one was.
 Lightning's search for ``ckpt_path="last"`` finds all three names.
 """
 
@@ -82,7 +82,8 @@ def discard(path: Path) -> None:
     elif path.is_dir():
         # Not a name that Lightning takes for a last checkpoint.
         away = path.with_name(f".{path.name}.removing")
-        shutil.rmtree(away, ignore_errors=True)
+        if away.exists():
+            shutil.rmtree(away)
         os.rename(path, away)
         shutil.rmtree(away)
 

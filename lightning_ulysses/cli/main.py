@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lightning_ulysses.cli import doctor, verify
+from lightning_ulysses.cli import convert, doctor, verify
 from lightning_ulysses.errors import UlyssesError
 
 
@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("folder", metavar="DIR", type=Path, help="the run's log directory")
     command.set_defaults(run=report)
     verify.add_command(commands)
+    convert.add_command(commands)
     doctor.add_command(commands)
     return parser
 

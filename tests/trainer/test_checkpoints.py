@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_ulysses import TokenCountMonitor
+from lightning_ulysses.checkpoints.manifest import NAME
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.export import export_weights, load_weights
 from lightning_ulysses.testing import SplitRun, StepResult, compare, fit_single, split_loader, split_trainer
@@ -130,3 +132,63 @@ def test_validate_from_a_checkpoint_and_export_one_file(pool: ProcessPool, tmp_p
 def test_export_refuses_what_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(UlyssesError, match="holds no sharded checkpoint"):
         load_weights(tmp_path)
+
+
+class Tied(LlamaModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model.lm_head.weight = self.model.model.embed_tokens.weight
+
+
+def save_tied(rank: int, path: str, stage: int) -> None:
+    run = SplitRun(2, 2, {"stage": stage}, {"max_steps": 1})
+    trainer = split_trainer(run)
+    trainer.fit(Tied(), split_loader([token_batch(0, 33)], run, rank))
+    trainer.save_checkpoint(path)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_tied_weights_are_written_once(pool: ProcessPool, tmp_path: Path, stage: int) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import load_model
+
+    pool.run(save_tied, str(tmp_path / "tied.ckpt"), stage, world_size=2)
+    weights = load_weights(tmp_path / "tied.ckpt")
+    one, other = "model.model.embed_tokens.weight", "model.lm_head.weight"
+    for name in ("weights.pt", "weights.safetensors"):
+        export_weights(tmp_path / "tied.ckpt", tmp_path / name)
+    loaded = torch.load(tmp_path / "weights.pt")
+    assert loaded[one].data_ptr() == loaded[other].data_ptr()
+    with safe_open(tmp_path / "weights.safetensors", "pt") as file:
+        assert set(weights) - set(file.keys()) in ({one}, {other})
+    module = Tied()
+    load_model(module, str(tmp_path / "weights.safetensors"))
+    assert all(torch.equal(value, weights[name]) for name, value in module.state_dict().items())
+
+
+def test_loading_before_setup_is_refused(tmp_path: Path) -> None:
+    trainer = split_trainer(SplitRun(1, 1))
+    with pytest.raises(UlyssesError, match="before the strategy was set up"):
+        trainer.strategy.load_checkpoint(tmp_path)
+
+
+def without_manifest(rank: int, path: str) -> int:
+    run = SplitRun(2, 2, {}, {"max_steps": 4})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        split_trainer(run).fit(LlamaModule(), split_loader([token_batch(0, 33)] * 4, run, rank), ckpt_path=path)
+    return sum(f"has no {NAME}" in str(warning.message) for warning in caught)
+
+
+def test_a_checkpoint_without_a_manifest_is_resumed_with_a_warning(pool: ProcessPool, tmp_path: Path) -> None:
+    path = tmp_path / "old.ckpt"
+    pool.run(save_two, str(path), world_size=2)
+    (path / NAME).unlink()
+    assert pool.run(without_manifest, str(path), world_size=2) == [1, 0]
+
+
+def save_two(rank: int, path: str) -> None:
+    run = SplitRun(2, 2, {}, {"max_steps": 2})
+    trainer = split_trainer(run)
+    trainer.fit(LlamaModule(), split_loader([token_batch(0, 33)] * 4, run, rank))
+    trainer.save_checkpoint(path)

@@ -156,7 +156,9 @@ def test_a_step_that_failed_is_taken_again(pool: ProcessPool, tmp_path: Path) ->
 
 def documents(seed: int, count: int = 60) -> list[Tensor]:
     draws = torch.Generator().manual_seed(seed)
-    return [torch.randint(1, 50, (int(torch.randint(3, 12, (), generator=draws)),), generator=draws) for _ in range(count)]
+    return [
+        torch.randint(1, 50, (int(torch.randint(3, 12, (), generator=draws)),), generator=draws) for _ in range(count)
+    ]
 
 
 def stream(seed: int = 0, max_tokens: int = 32, **settings: Any) -> DataLoader[Any]:

@@ -74,7 +74,7 @@ def test_at_every_moment_a_complete_one_is_found(
         with monkeypatch.context() as patch:
             for owner, name in ((os, "rename"), (os, "replace"), (shutil, "rmtree"), (os, "fsync")):
                 original = getattr(owner, name)
-                patch.setattr(owner, name, lambda *a, o=original, n=name, **k: (killed(n), o(*a, **k)) and None)
+                patch.setattr(owner, name, lambda *a, o=original, n=name, **k: [killed(n), o(*a, **k)][1])
             try:
                 save(folder / "last.ckpt", 5, lambda: killed("shard"))
             except Killed:
