@@ -7,7 +7,6 @@ They write to the store through which their process groups were made, which only
 from __future__ import annotations
 
 import time
-from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
@@ -73,18 +72,21 @@ def rank_zero_says_it(name: str, text: str, seconds: float) -> bool:
     """
     mine, others = str(digest(text)).encode(), dist.get_world_size() - 1
     said, asked = f"{name}/said", f"{name}/asked"
+    deadline = time.monotonic() + seconds
     try:
         store = _store()
-        if dist.get_rank() > 0:
-            store.wait([said], timedelta(seconds=seconds))
-            is_same = bytes(store.get(said)) == mine
-            store.add(asked, 1)
-            return is_same
-        store.set(said, mine)
-        deadline = time.monotonic() + seconds
-        while int(store.add(asked, 0)) < others and time.monotonic() < deadline:
+        if dist.get_rank() == 0:
+            store.set(said, mine)
+            while int(store.add(asked, 0)) < others and time.monotonic() < deadline:
+                time.sleep(_PAUSE)
+            return False
+        while not store.check([said]):
+            if time.monotonic() > deadline:
+                return False
             time.sleep(_PAUSE)
+        is_same = bytes(store.get(said)) == mine
+        store.add(asked, 1)
     except RuntimeError:
-        # Rank 0 says nothing, or is gone with the store.
+        # Rank 0 is gone, and the store with it.
         return False
-    return False
+    return is_same

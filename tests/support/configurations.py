@@ -75,9 +75,22 @@ class Configuration:
 
     def batches(self) -> list[dict[str, Tensor]]:
         """The micro-batches of all groups."""
-        return [self._batch(1000 * self.seed + index, length) for index, length in enumerate(self.lengths)]
+        return [PackingCollator()(rows) if self.packed else rows[0] for rows in self._rows()]
 
-    def _batch(self, seed: int, length: int) -> dict[str, Tensor]:
+    def whole_batches(self) -> list[dict[str, Tensor]]:
+        """The same for one process, in which each document of a pack is a batch of its own."""
+        return [self._batch(row) if self.packed else row for rows in self._rows() for row in rows]
+
+    @staticmethod
+    def _batch(row: dict[str, Tensor]) -> dict[str, Tensor]:
+        # (tokens,) -> (1, tokens)
+        return {name: tensor[None] for name, tensor in row.items()}
+
+    def _rows(self) -> list[list[dict[str, Tensor]]]:
+        return [self._draw(1000 * self.seed + index, length) for index, length in enumerate(self.lengths)]
+
+    def _draw(self, seed: int, length: int) -> list[dict[str, Tensor]]:
+        """A micro-batch, or the documents of one."""
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.randint(0, VOCAB, (self.rows, length), generator=generator)
         labels = tokens.clone()
@@ -88,15 +101,13 @@ class Configuration:
         # At least one target remains behind the shift.
         labels[:, 1] = tokens[:, 1]
         if self.packed:
-            cut = 1 + length // 3
-            pack = [{"input_ids": tokens[0, :cut], "labels": labels[0, :cut]}]
-            pack.append({"input_ids": tokens[0, cut:], "labels": labels[0, cut:]})
-            return PackingCollator()(pack)
+            parts = slice(0, 2 + length // 3), slice(2 + length // 3, None)
+            return [{"input_ids": tokens[0, part], "labels": labels[0, part]} for part in parts]
         if self.model == "hand":
             shifted = torch.full_like(labels, -100)
             shifted[:, :-1] = labels[:, 1:]
-            return {"input_ids": tokens, "shift_labels": shifted}
-        return {"input_ids": tokens, "labels": labels}
+            return [{"input_ids": tokens, "shift_labels": shifted}]
+        return [{"input_ids": tokens, "labels": labels}]
 
 
 def draw(seed: int) -> Configuration:
@@ -144,7 +155,7 @@ def outcome(pool: ProcessPool, configuration: Configuration) -> str:
         if isinstance(failure.cause, UlyssesError):
             return f"refused: {failure.cause}"
         raise
-    wanted = fit_single(configuration.make(), [batches], count_targets, clip=configuration.clip)
+    wanted = fit_single(configuration.make(), [configuration.whole_batches()], count_targets, clip=configuration.clip)
     assert wanted.step().norm() > 1e-4
     for result in results:
         assert compare(result, wanted).largest <= BOUND, compare(result, wanted)

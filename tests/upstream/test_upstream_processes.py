@@ -11,6 +11,7 @@ import pytest
 import torch.distributed as dist
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.trainer.states import TrainerFn
 
 from lightning_ulysses.testing import QUIET
 from lightning_ulysses.upstream.lightning import evaluation_batches
@@ -29,6 +30,7 @@ def test_lightning_asks_the_connector_for_its_handlers() -> None:
 
 def test_lightning_counts_evaluation_batches() -> None:
     trainer = L.Trainer(accelerator="cpu", devices=1, **QUIET)
+    trainer.state.fn = TrainerFn.VALIDATING
     trainer.validating = True
     trainer.validate_loop._max_batches = [3, float("inf")]
     assert evaluation_batches(trainer) == [3.0, float("inf")]
