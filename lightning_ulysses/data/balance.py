@@ -42,7 +42,7 @@ class Deal:
 
 def pack_costs(packs: Packs, lengths: Ints, cost: CostModel) -> NDArray[np.float64]:
     """(packs,) the cost of each pack, with ``lengths`` (pieces,) in tokens."""
-    return cost.of(packs.sums(lengths), packs.sums(lengths**2))
+    return cost.of(packs.sums(lengths), packs.sums(lengths, power=2))
 
 
 def imbalance(costs: NDArray[np.float64]) -> float:
@@ -74,7 +74,8 @@ def divide(packs: Packs, chosen: Ints, count: int) -> tuple[Packs, Ints]:
     touched = np.zeros(len(packs), dtype=bool)
     touched[chosen] = True
     members = np.concatenate(
-        [packs.members[np.repeat(~touched, packs.sizes)], *(pieces for _, _, _, pieces in heap)], dtype=np.int64
+        [packs.members[np.repeat(~touched, packs.sizes)], *(pieces for _, _, _, pieces in heap)],
+        dtype=packs.members.dtype,
     )
     sizes = np.concatenate([packs.sizes[~touched], [len(pieces) for _, _, _, pieces in heap]])
     numbers = np.concatenate([np.flatnonzero(~touched), [number for _, _, number, _ in heap]])

@@ -26,6 +26,8 @@ from lightning_ulysses.errors import UlyssesError
 # Pairs (number of data-parallel ranks, packs that these ranks used). Resuming an epoch on another number of ranks adds
 # one.
 Segments = tuple[tuple[int, int], ...]
+# Documents of which 64-bit copies are made at a time.
+_SOME = 2**20
 
 
 @dataclass(frozen=True)
@@ -123,41 +125,49 @@ class PackingPlan:
     @cached_property
     def fingerprint(self) -> str:
         """Identifies the packs: the settings, and a digest of the lengths."""
-        digest = hashlib.blake2b(self.lengths.astype("<i8").tobytes(), digest_size=8).hexdigest()
+        hashed = hashlib.blake2b(digest_size=8)
+        for begin in range(0, len(self.lengths), _SOME):
+            hashed.update(self.lengths[begin : begin + _SOME].astype("<i8").tobytes())
+        digest = hashed.hexdigest()
         names = ("seed", "max_tokens", "overlong", "window", "shuffle", "drop_last")
         settings = " ".join(f"{name}={getattr(self.settings, name)}" for name in names)
         cost = self.settings.cost
         return f"lengths={len(self.lengths)}:{digest} {settings} cost={cost.per_token!r}+{cost.per_pair!r}"
 
     def _pack(self, epoch: int) -> Packs:
-        count, settings = len(self.pieces.index), self.settings
+        count, settings = len(self.pieces), self.settings
         order = random_order(count, settings.seed, epoch, 0) if settings.shuffle else np.arange(count)
         return best_fit(self.pieces.lengths, order, settings.max_tokens, settings.window)
 
     @cached_property
-    def _first(self) -> Packs:
-        return self._pack(0)
-
-    @cached_property
     def count(self) -> int:
         """The number of packs in every epoch, for any number of data-parallel ranks."""
-        packs, tokens = len(self._first), int(self.pieces.lengths.sum())
+        first = self._pack(0)
+        # The epoch that is most likely to be asked for.
+        self._packed = 0, widen(first, count := self._count(len(first)))
+        return count
+
+    def _count(self, packs: int) -> int:
+        """The number of packs in every epoch, if the first one by itself has ``packs``."""
+        tokens = int(self.pieces.lengths.sum(dtype=np.int64))
         if not self.settings.shuffle or tokens < 2 * self.settings.window * self.settings.max_tokens:
             return packs
         # Lightning asks for the length only once, but another epoch may need a few packs more than the first one. In
         # all cases seen, these were less than a twentieth of the room that the first one leaves empty. A tenth is
         # reserved.
         spare = 1 + packs // 5000 + (packs - tokens // self.settings.max_tokens) // 10
-        return min(packs + spare, len(self.pieces.index))
+        return min(packs + spare, len(self.pieces))
 
     def packs(self, epoch: int) -> Packs:
         """The `count` packs of an epoch, before they are dealt."""
-        epoch = epoch if self.settings.shuffle else 0
+        epoch, count = epoch if self.settings.shuffle else 0, self.count
         if self._packed is None or self._packed[0] != epoch:
-            packs = self._first if epoch == 0 else self._pack(epoch)
+            # Those of the former epoch make room first.
+            self._packed = self._dealt = None
+            packs = self._pack(epoch)
             # An epoch that needs even more packs takes those of the first epoch, in an order of its own.
-            packs = packs if len(packs) <= self.count else self._first
-            self._packed = epoch, widen(packs, self.count)
+            packs = packs if len(packs) <= count else self._pack(0)
+            self._packed = epoch, widen(packs, count)
         return self._packed[1]
 
     def deal(self, epoch: int, former: Segments, ranks: int, items: int = 1) -> Deal:
@@ -203,10 +213,11 @@ class PackingPlan:
     def pack(self, packs: Packs, number: int) -> Pack:
         """One pack: the number of each whole document, and a `Piece` for each part of a document."""
         members = packs[number]
-        index, begin, end = self.pieces.index[members], self.pieces.begin[members], self.pieces.end[members]
+        index, begin = self.pieces.locate(members)
+        tokens = self.pieces.lengths[members]
         entries = Pack(index.tolist())
-        for place in np.flatnonzero(end - begin < self.lengths[index]):
-            entries[place] = Piece(int(index[place]), int(begin[place]), int(end[place]))
+        for place in np.flatnonzero(tokens < self.lengths[index]):
+            entries[place] = Piece(int(index[place]), int(begin[place]), int(begin[place]) + int(tokens[place]))
         return entries
 
     def report(self, dealt: Deal) -> PackingReport:

@@ -14,7 +14,12 @@ from numpy.typing import NDArray
 
 from lightning_ulysses.errors import UlyssesError
 
-Ints = NDArray[np.int64]
+# Of 32 bits where the values allow, since there may be many millions of documents.
+Ints = NDArray[np.integer[Any]]
+# Pieces and packs that are worked on at a time.
+_SOME, _SOME_PACKS = 2**20, 2**16
+# Empty packs that are kept at hand in each window.
+_EMPTY = 8
 Overlong = Literal["split", "truncate", "drop", "error"]
 
 
@@ -55,24 +60,59 @@ def _taken_for_a_number(what: str) -> UlyssesError:
 class Pieces:
     """Pieces of documents that each fit into a pack; one entry per piece.
 
+    Nothing but the lengths is kept for every piece. Most pieces are whole documents, whose number follows from theirs.
+
     Attributes:
-        index: (pieces,) the document of each piece.
-        begin: (pieces,) its first token in that document.
-        end: (pieces,) one past its last token.
+        lengths: (pieces,) tokens of each.
+        max_tokens: Most tokens of a piece.
+        cut: (documents,) the numbers of the documents that are cut into several pieces, rising.
+        more: (documents,) how many pieces each of these has beside its first one.
+        kept: (pieces,) the document of each piece, if some documents are in none.
         overlong: Number of documents longer than ``max_tokens``.
         lost_tokens: Tokens that are in no piece.
     """
 
-    index: Ints
-    begin: Ints
-    end: Ints
+    lengths: Ints
+    max_tokens: int
+    cut: Ints
+    more: Ints
+    kept: Ints | None = None
     overlong: int = 0
     lost_tokens: int = 0
 
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def locate(self, pieces: Ints) -> tuple[Ints, Ints]:
+        """For each of some pieces its document, and its first token in that document."""
+        pieces = pieces.astype(np.int64)
+        if self.kept is not None:
+            return self.kept[pieces].astype(np.int64), np.zeros_like(pieces)
+        if not len(self.cut):
+            return pieces, np.zeros_like(pieces)
+        through = np.cumsum(self.more)
+        firsts = self.cut + through - self.more
+        # The cut document at or before each piece; -1 if there is none.
+        before = np.searchsorted(firsts, pieces, side="right") - 1
+        offset = pieces - firsts[before]
+        is_part = (before >= 0) & (offset <= self.more[before])
+        whole = pieces - np.where(before >= 0, through[before], 0)
+        return np.where(is_part, self.cut[before], whole), np.where(is_part, offset * self.max_tokens, 0)
+
     @property
-    def lengths(self) -> Ints:
-        """(pieces,) tokens of each."""
-        return self.end - self.begin
+    def index(self) -> Ints:
+        """(pieces,) the document of each piece."""
+        return self.locate(np.arange(len(self)))[0]
+
+    @property
+    def begin(self) -> Ints:
+        """(pieces,) its first token in that document."""
+        return self.locate(np.arange(len(self)))[1]
+
+    @property
+    def end(self) -> Ints:
+        """(pieces,) one past its last token."""
+        return self.begin + self.lengths
 
 
 @dataclass(frozen=True)
@@ -95,9 +135,22 @@ class Packs:
         """(packs,) the number of pieces in each."""
         return np.diff(self.offsets)
 
-    def sums(self, values: Ints) -> Ints:
-        """(packs,) the sum of ``values`` over each pack; ``values`` has one entry per piece."""
-        return np.add.reduceat(values[self.members], self.offsets[:-1])
+    def sums(self, values: Ints, power: int = 1) -> Ints:
+        """(packs,) the sum of ``values`` over each pack; ``values`` has one entry per piece.
+
+        Args:
+            values: (pieces,).
+            power: The power to which each value is raised, 1 or 2.
+        """
+        sums = np.empty(len(self), dtype=np.int64)
+        # Some packs at a time: 64-bit copies of all pieces would take more than all else.
+        for first in range(0, len(self), _SOME_PACKS):
+            edges = self.offsets[first : first + _SOME_PACKS + 1]
+            some = values[self.members[edges[0] : edges[-1]]].astype(np.int64)
+            sums[first : first + _SOME_PACKS] = np.add.reduceat(
+                some * some if power == 2 else some, edges[:-1] - edges[0]
+            )
+        return sums
 
     def __getitem__(self, pack: int) -> Ints:
         return self.members[self.offsets[pack] : self.offsets[pack + 1]]
@@ -138,7 +191,11 @@ def check_lengths(lengths: Any, documents: int) -> Ints:
             "at least one token in each document",
             "filter such documents out of the dataset",
         )
-    return array.astype(np.int64)
+    return array.astype(_narrow(int(array.max())))
+
+
+def _narrow(largest: int) -> Any:
+    return np.int32 if largest < 2**31 else np.int64
 
 
 def check_overlong(overlong: object) -> None:
@@ -160,9 +217,11 @@ def fit_to_packs(lengths: Ints, max_tokens: int, overlong: Overlong) -> Pieces:
         UlyssesError: For such a document with ``"error"``; if ``"drop"`` leaves no document; for any other value.
     """
     check_overlong(overlong)
-    index = np.arange(len(lengths))
     longer = np.flatnonzero(lengths > max_tokens)
-    if longer.size and overlong == "error":
+    none = np.empty(0, dtype=np.int64)
+    if not longer.size:
+        return Pieces(lengths, max_tokens, none, none)
+    if overlong == "error":
         raise UlyssesError(
             f"document {longer[0]} of {lengths[longer[0]]} tokens with max_tokens={max_tokens} "
             f"({longer.size} of {len(lengths)} documents are longer)",
@@ -170,20 +229,25 @@ def fit_to_packs(lengths: Ints, max_tokens: int, overlong: Overlong) -> Pieces:
             f"set overlong='split', 'truncate' or 'drop', or max_tokens={lengths.max()}",
         )
     if overlong == "split":
-        counts = -(-lengths // max_tokens)
-        index = np.repeat(index, counts)
-        begin = (np.arange(len(index)) - np.repeat(np.cumsum(counts) - counts, counts)) * max_tokens
-        return Pieces(index, begin, np.minimum(begin + max_tokens, lengths[index]), longer.size)
-    if overlong == "drop":
-        index = np.flatnonzero(lengths <= max_tokens)
-        if not index.size:
+        more = (lengths[longer].astype(np.int64) - 1) // max_tokens
+        rest = lengths.copy()
+        rest[longer] -= (more * max_tokens).astype(lengths.dtype)
+        # Whole pieces in front of the last one of each document.
+        made = np.insert(rest, np.repeat(longer, more), max_tokens).astype(np.int32, copy=False)
+        return Pieces(made, max_tokens, longer, more, overlong=longer.size)
+    if overlong == "truncate":
+        kept, made = None, np.minimum(lengths, max_tokens).astype(np.int32, copy=False)
+    else:
+        kept = np.flatnonzero(lengths <= max_tokens).astype(_narrow(len(lengths)))
+        made = lengths[kept].astype(np.int32, copy=False)
+        if not kept.size:
             raise UlyssesError(
                 f"a dataset whose {len(lengths)} documents are all longer than max_tokens={max_tokens}",
                 "something left after overlong='drop'",
                 f"set overlong='split', or max_tokens={lengths.max()}",
             )
-    end = np.minimum(lengths[index], max_tokens)
-    return Pieces(index, np.zeros_like(index), end, longer.size, int(lengths.sum() - end.sum()))
+    lost = int(lengths.sum(dtype=np.int64) - made.sum(dtype=np.int64))
+    return Pieces(made, max_tokens, none, none, kept, longer.size, lost)
 
 
 def random_order(count: int, *key: int) -> Ints:
@@ -194,9 +258,14 @@ def random_order(count: int, *key: int) -> Ints:
     """
     bits = np.uint64(count.bit_length())
     # The low bits of each number hold its position. Sorting such numbers takes half the time of an argsort.
-    drawn = np.random.PCG64(list(key)).random_raw(count) >> bits << bits
-    ordered = np.sort(drawn | np.arange(count, dtype=np.uint64))
-    return (ordered & np.uint64((1 << int(bits)) - 1)).astype(np.int64)
+    drawn = np.random.PCG64(list(key)).random_raw(count)
+    drawn >>= bits
+    drawn <<= bits
+    for begin in range(0, count, _SOME):
+        drawn[begin : begin + _SOME] |= np.arange(begin, min(begin + _SOME, count), dtype=np.uint64)
+    drawn.sort()
+    drawn &= np.uint64((1 << int(bits)) - 1)
+    return drawn.astype(_narrow(count))
 
 
 def group(members: Ints, packs: Ints) -> Packs:
@@ -226,45 +295,74 @@ def best_fit(lengths: Ints, order: Ints, max_tokens: int, window: int) -> Packs:
         window: Tokens in a window, as a number of full packs. With larger windows, packs are fuller, but the order of
             the pieces has less influence on which of them share a pack.
     """
-    members: list[Ints] = []
-    packs: list[Ints] = []
-    numbered = 0
+    members = np.empty(len(order), dtype=_narrow(len(lengths)))
+    sizes: list[Ints] = []
+    packed = 0
     while order.size:
-        rows = max(1, int(lengths[order].sum()) // (window * max_tokens))
-        pieces, needs = _windows(lengths, order, rows)
-        chosen, free = _fill(needs, max_tokens)
-        keep = pieces >= 0
-        if rows > 1:
-            used = free < max_tokens
-            emptiest = np.where(used, free, -1).argmax(axis=1)
-            # A window with a single pack keeps it. Otherwise the loop would never end.
-            again = keep & (chosen == emptiest[:, None]) & (used.sum(axis=1) > 1)[:, None]
-            keep &= ~again
-            order = pieces[again]
-        else:
-            order = order[:0]
-        number = chosen + (numbered + np.arange(rows) * free.shape[1])[:, None]
-        members.append(pieces[keep])
-        packs.append(number[keep])
-        numbered += rows * free.shape[1]
-    return group(np.concatenate(members), np.concatenate(packs))
+        rows = max(1, _total(lengths, order) // (window * max_tokens))
+        width = -(-len(order) // rows)
+        # Windows that fit into the caches of a processor, and whose copies take little memory.
+        some = max(1, min(2**16 // window, 2 * _SOME // width))
+        left: list[Ints] = []
+        for first in range(0, rows, some):
+            pieces, needs = _windows(lengths, order, rows, slice(first, min(first + some, rows)), max_tokens)
+            packs, again = _pack_windows(pieces, needs, max_tokens, rows > 1)
+            members[packed : packed + len(packs.members)] = packs.members
+            packed += len(packs.members)
+            sizes.append(packs.sizes)
+            left.append(again)
+        order = np.concatenate(left)
+    return Packs(members, np.concatenate([[0], *sizes]).cumsum())
 
 
-def _windows(lengths: Ints, order: Ints, rows: int) -> tuple[Ints, Ints]:
-    """``order`` as windows (rows, width), longest first and filled up with -1, and the tokens of each piece."""
+def _total(lengths: Ints, order: Ints) -> int:
+    """All tokens of some pieces."""
+    return sum(int(lengths[order[i : i + _SOME]].sum(dtype=np.int64)) for i in range(0, len(order), _SOME))
+
+
+def _pack_windows(pieces: Ints, needs: Ints, max_tokens: int, may_leave: bool) -> tuple[Packs, Ints]:
+    """The packs of some windows, and the pieces of the emptiest pack of each, if it may leave one."""
+    chosen, free = _fill(needs, max_tokens)
+    keep = pieces >= 0
+    again = np.zeros_like(keep)
+    if may_leave:
+        used = free < max_tokens
+        emptiest = np.where(used, free, -1).argmax(axis=1)
+        # A window with a single pack keeps it. Otherwise the loop would never end.
+        again = keep & (chosen == emptiest[:, None]) & (used.sum(axis=1) > 1)[:, None]
+        keep &= ~again
+    number = chosen + (np.arange(len(pieces)) * free.shape[1])[:, None]
+    return group(pieces[keep], number[keep]), pieces[again]
+
+
+def _windows(lengths: Ints, order: Ints, rows: int, chosen: slice, max_tokens: int) -> tuple[Ints, Ints]:
+    """Some of the windows into which ``order`` falls, longest piece first and filled up with -1, and their tokens.
+
+    Args:
+        lengths: (pieces,) tokens.
+        order: Piece numbers.
+        rows: How many windows there are. They differ by at most one piece: the gaps lie in the last column.
+        chosen: The windows to give.
+        max_tokens: At least the longest length.
+
+    Returns:
+        (windows, width) piece numbers, and (windows, width) tokens.
+    """
     width = -(-len(order) // rows)
-    pieces = np.full(rows * width, -1)
-    needs = np.zeros(rows * width, dtype=np.int64)
-    # Rows differ by at most one piece: the gaps lie in the last column, instead of all in the last row.
-    places = np.arange(rows * width).reshape(rows, width)
-    places = np.concatenate([places[:, :-1].ravel(), places[: len(order) - rows * (width - 1), -1]])
-    pieces[places] = order
-    needs[places] = lengths[order]
-    ranked = (needs.max() - needs).reshape(rows, width) << 32 | np.arange(width)
-    columns = np.sort(ranked, axis=1) & 0xFFFFFFFF
-    return (
-        np.take_along_axis(pieces.reshape(rows, width), columns, axis=1),
-        np.take_along_axis(needs.reshape(rows, width), columns, axis=1),
+    pieces = np.full((chosen.stop - chosen.start, width), -1, dtype=order.dtype)
+    pieces[:, :-1] = order[chosen.start * (width - 1) : chosen.stop * (width - 1)].reshape(len(pieces), width - 1)
+    last = order[rows * (width - 1) :][chosen]
+    pieces[: len(last), -1] = last
+    needs = lengths[pieces].astype(np.int64)
+    needs[pieces < 0] = 0
+    # The column in the low bits: a stable argsort in one sort.
+    bits = width.bit_length()
+    ranked = (max_tokens - needs) << bits | np.arange(width)
+    ranked = ranked.astype(np.uint32 if max_tokens.bit_length() + bits <= 32 else np.int64, copy=False)
+    ranked.sort(axis=1)
+    columns = (ranked & ranked.dtype.type((1 << bits) - 1)).astype(np.int64)
+    return np.take_along_axis(pieces, columns, axis=1), max_tokens - (ranked >> ranked.dtype.type(bits)).astype(
+        np.int64
     )
 
 
@@ -280,23 +378,24 @@ def _fill(needs: Ints, capacity: int) -> tuple[Ints, Ints]:
         it is left.
     """
     rows, width = needs.shape
-    small = capacity < 2**15
-    signed, unsigned = (np.int16, np.uint16) if small else (np.int32, np.uint32)
-    columns = np.ascontiguousarray(needs.T, dtype=signed)
-    free = np.full((rows, int(needs.sum(axis=1).max()) // capacity + 8), capacity, dtype=signed)
+    # Any two packs of a row hold more than one capacity, so there are fewer than twice as many as full ones.
+    most = 2 * int(needs.sum(axis=1).max()) // capacity + 2 + _EMPTY
+    bits = most.bit_length()
+    # The pack in the low bits, its room above: the least number tells the fullest pack that has enough room. Without
+    # enough room, the unsigned difference is larger than any room.
+    kind: Any = np.uint32 if capacity.bit_length() + bits < 32 else np.uint64
+    columns = np.ascontiguousarray(needs.T, dtype=kind) << kind(bits)
+    packs = np.arange(most, dtype=kind)[:, None] | np.full(rows, capacity << bits, dtype=kind)
+    left, least = np.empty_like(packs), np.empty(rows, dtype=kind)
     chosen = np.empty((width, rows), dtype=np.int64)
-    scratch = np.empty(free.size, dtype=signed)
-    every = np.arange(rows)
-    opened = 1
-    for need, best in zip(columns, chosen, strict=True):
-        if opened > free.shape[1]:
-            free = np.concatenate([free, np.full_like(free, capacity)], axis=1)
-            scratch = np.empty(free.size, dtype=signed)
-        slack = scratch[: rows * opened].reshape(rows, opened)
-        np.subtract(free[:, :opened], need[:, None], out=slack)
-        # As an unsigned number, negative slack is larger than any room. So argmin picks the fullest pack with enough
-        # room, and an empty pack only if no other has room.
-        slack.view(unsigned).argmin(axis=1, out=best)
-        free[every, best] -= need
-        opened = max(opened, int(best.max()) + 2)
-    return chosen.T, free.astype(np.int64)
+    flat, every = packs.reshape(-1), np.arange(rows)
+    opened = _EMPTY
+    for number, need in enumerate(columns):
+        np.subtract(packs[:opened], need, out=left[:opened])
+        np.minimum.reduce(left[:opened], axis=0, out=least)
+        best = np.bitwise_and(least, kind((1 << bits) - 1), out=chosen[number], casting="unsafe")
+        flat[best * rows + every] = least
+        # Each piece opens one pack at most.
+        if number % _EMPTY == _EMPTY - 1 or opened < 2 * _EMPTY:
+            opened = min(most, max(opened, int(chosen[max(0, number - _EMPTY) : number + 1].max()) + 2 + _EMPTY))
+    return chosen.T, (packs[:opened] >> kind(bits)).T.astype(np.int64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
+import numpy as np
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DistributedSampler, Sampler
@@ -105,7 +106,7 @@ class SequenceShardSampler(DistributedSampler[Pack]):
         if pieces.lost_tokens:
             rank_zero_warn(
                 f"{pieces.overlong} of {len(self.lengths)} documents are longer than max_tokens={max_tokens}; "
-                f"overlong={overlong!r} loses {pieces.lost_tokens} of {self.lengths.sum()} tokens."
+                f"overlong={overlong!r} loses {pieces.lost_tokens} of {self.lengths.sum(dtype=np.int64)} tokens."
             )
 
     def _place(self) -> Place:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+import zlib
 from bisect import bisect_left, insort
 from typing import Any
 
@@ -128,7 +130,8 @@ def test_lengths_that_cannot_be(lengths: Any, documents: int, words: str) -> Non
 
 def test_lengths_of_any_integer_type() -> None:
     for dtype in (np.uint8, np.int32, np.uint64):
-        assert check_lengths(np.array([1, 200], dtype=dtype), 2).dtype == np.int64
+        assert check_lengths(np.array([1, 200], dtype=dtype), 2).dtype == np.int32
+    assert check_lengths([1, 2**31], 2).tolist() == [1, 2**31]
 
 
 @pytest.mark.parametrize(
@@ -166,9 +169,10 @@ def test_an_epoch_that_needs_more_packs_takes_those_of_the_first(monkeypatch: py
     lengths = np.random.default_rng(0).integers(300, 700, 3000)
     made = plan(lengths, 1000, window=2)
     by_need = sorted((made._pack(epoch) for epoch in range(1, 8)), key=len)
-    monkeypatch.setitem(made.__dict__, "_first", by_need[0])
+    worse = next(epoch for epoch in range(1, 8) if len(made._pack(epoch)) > len(by_need[0]))
+    pack = made._pack
+    monkeypatch.setattr(made, "_pack", lambda epoch: pack(epoch) if epoch else by_need[0])
     monkeypatch.setitem(made.__dict__, "count", len(by_need[0]))
-    worse = next(epoch for epoch in range(1, 8) if len(made._pack(epoch)) > made.count)
     assert as_lists(made.packs(worse)) == as_lists(by_need[0])
 
 
@@ -192,3 +196,28 @@ def test_fingerprint_names_everything_that_packs_depend_on() -> None:
     changes = [{"overlong": "drop"}, {"window": 9}, {"cost": CostModel(2)}, {"shuffle": False}, {"drop_last": True}]
     others += [plan(lengths, 10, **{**base, **change}) for change in changes]
     assert len({first, *(other.fingerprint for other in others)}) == len(others) + 1
+
+
+def test_plans_are_those_of_earlier_versions() -> None:
+    """A run that is resumed with a newer version goes on with the same packs."""
+    found = []
+    for window, overlong, max_tokens in ((8, "split", 400), (64, "truncate", 1500), (2, "drop", 90)):
+        made = plan(long_tailed(3000), max_tokens, window=window, overlong=overlong, seed=3)
+        dealt = made.deal(1, (), 4)
+        packs = [made.pack(made.packs(1), number) for number in (0, 17)]
+        found.append(zlib.crc32(repr((dealt.steps.tolist(), as_lists(dealt.packs), packs, made.fingerprint)).encode()))
+    assert found == [3425836451, 1455530683, 2042207839]
+
+
+def test_a_plan_takes_little_memory_for_each_document() -> None:
+    lengths = np.minimum(long_tailed(2**21), 16_000).astype(np.int32)
+    tracemalloc.start()
+    try:
+        made = plan(lengths, 4000, window=64, overlong="split")
+        made.deal(0, (), 8)
+        made.deal(1, (), 8)
+        most = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # 4 bytes each for lengths, order and members; twice the latter where packs are split.
+    assert most / len(lengths) < 60

@@ -50,7 +50,7 @@ def test_no_token_is_lost_doubled_or_moved(
     assume(overlong != "drop" or min(lengths) <= 40)
     group = ranks(size, lengths, max_tokens=40, overlong=overlong, shuffle=shuffle)
     plan = group[0]._plan
-    if len(plan.pieces.index) < -(-plan.count // size) * size:
+    if len(plan.pieces) < -(-plan.count // size) * size:
         with pytest.raises(UlyssesError, match="data-parallel ranks"):
             len(group[0])
         return
