@@ -24,14 +24,14 @@ import time
 from pathlib import Path
 
 
-def make(folder: Path, megabytes: float) -> None:
+def make(folder: Path, megabytes: float, characters: int) -> None:
     """Writes the corpus and the tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     texts = [file.read_text(errors="replace") for file in files]
-    pieces = [text[begin : begin + 4000] for text in texts for begin in range(0, len(text), 4000)]
+    pieces = [text[begin : begin + characters] for text in texts for begin in range(0, len(text), characters)]
     rust = Tokenizer(models.BPE())
     rust.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     rust.decoder = decoders.ByteLevel()
@@ -74,6 +74,7 @@ def measure(folder: Path, cache: Path) -> dict[str, float | str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=float, default=50)
+    parser.add_argument("--characters", type=int, default=4000, help="length of a document")
     parser.add_argument("--trees", nargs="+", default=["."], help="source trees to compare")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--here", nargs=2, help=argparse.SUPPRESS)
@@ -82,7 +83,7 @@ def main() -> None:
         print(json.dumps(measure(*map(Path, arguments.here))))
         return
     with tempfile.TemporaryDirectory() as name:
-        make(Path(name), arguments.megabytes)
+        make(Path(name), arguments.megabytes, arguments.characters)
         for turn in range(arguments.rounds):
             for tree in arguments.trees:
                 environment = {**os.environ, "PYTHONPATH": str(Path(tree).resolve()), "TOKENIZERS_PARALLELISM": "false"}

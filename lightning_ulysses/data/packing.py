@@ -135,7 +135,7 @@ class Packs:
         """(packs,) the number of pieces in each."""
         return np.diff(self.offsets)
 
-    def sums(self, values: Ints, power: int = 1) -> Ints:
+    def sums(self, values: Ints, power: int = 1) -> NDArray[np.int64]:
         """(packs,) the sum of ``values`` over each pack; ``values`` has one entry per piece.
 
         Args:
