@@ -16,10 +16,8 @@ from lightning_ulysses.errors import UlyssesError
 
 # Of 32 bits where the values allow, since there may be many millions of documents.
 Ints = NDArray[np.integer[Any]]
-# Pieces and packs that are worked on at a time.
-_SOME, _SOME_PACKS = 2**20, 2**16
-# Empty packs that are kept at hand in each window.
-_EMPTY = 8
+# Pieces and packs that are worked on at a time, and empty packs that are kept at hand in each window.
+_SOME, _SOME_PACKS, _EMPTY = 2**20, 2**16, 8
 Overlong = Literal["split", "truncate", "drop", "error"]
 
 
