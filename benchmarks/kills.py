@@ -173,7 +173,7 @@ def survive(folder: Path, kills: int, size: Size, seed: int = 0) -> list[tuple[f
     (folder / "killed").mkdir()
     straight = run(folder / "alone", size, None)
     # A share of the run, so that all kills together leave something to be killed.
-    length = 1.5 * straight.seconds / max(kills, 3)
+    length = max(2.0, 1.5 * straight.seconds / max(kills, 3))
     moments, before = [], 0
     for number in range(kills):
         after = draws.uniform(0.0, 1.0) * length

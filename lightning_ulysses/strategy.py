@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import uuid
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -23,10 +22,7 @@ from typing_extensions import override
 
 from lightning_ulysses.batch.clock import Clock, read_clock
 from lightning_ulysses.batch.same_length import evaluates_in_step
-from lightning_ulysses.checkpoints.commit import discard
-from lightning_ulysses.checkpoints.load import find, load_to_evaluate, load_to_train
-from lightning_ulysses.checkpoints.manifest import Division, Manifest
-from lightning_ulysses.checkpoints.save import saved_whole
+from lightning_ulysses.checkpoints.hooks import CheckpointedStrategy
 from lightning_ulysses.checks.hooks import HookWatch
 from lightning_ulysses.checks.monitors import check_monitored
 from lightning_ulysses.checks.notices import Notices
@@ -45,14 +41,12 @@ from lightning_ulysses.context import LocalBatch
 from lightning_ulysses.divided import joined
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.exchange.mesh import SequenceMesh, resolve_sizes
-from lightning_ulysses.export import keep_replaced, restore_replaced
 from lightning_ulysses.geometry.split_plan import read_plan
 from lightning_ulysses.loss.weights import StepWeights
 from lightning_ulysses.patching.handle import Handle
 from lightning_ulysses.sequence_parallel import SequenceParallel
 from lightning_ulysses.upstream import deepspeed as upstream_deepspeed
 from lightning_ulysses.upstream import lightning as upstream_lightning
-from lightning_ulysses.upstream import shards
 from lightning_ulysses.upstream.together import EndsTogether
 from lightning_ulysses.upstream.zero_buckets import agree_on_gradients
 from lightning_ulysses.upstream.zero_masters import MasterCopy
@@ -61,7 +55,9 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
 
 
-class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, upstream_lightning.OwnsWindows, EndsTogether):
+class UlyssesDeepSpeedStrategy(
+    upstream_lightning.AcceptsCompiled, upstream_lightning.OwnsWindows, EndsTogether, CheckpointedStrategy
+):
     """Trains an unchanged LightningModule on sequences split over processes, exactly.
 
     Every batch is cut along the sequence; attention exchanges slices of the sequence for heads; ZeRO shards parameters,
@@ -146,8 +142,6 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, upstream_ligh
         self._mesh: SequenceMesh | None = None
         self._core: SequenceParallel | None = None
         self._base_seed = 0
-        # Names the run in its checkpoints, by the one of rank 0.
-        self._run = uuid.uuid4().hex
         self._clip_val = 0.0
         self._watch: HookWatch | None = None
         self._masters: MasterCopy | None = None
@@ -369,58 +363,27 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, upstream_ligh
         return output
 
     @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, *args: Any, **kwargs: Any) -> None:
-        assert self._watch is not None and self._masters is not None
-        path = Path(self.broadcast(filepath))
-        with self._watch.closed(), saved_whole(path, self._manifest(), self.local_rank == 0) as beside:
-            self._masters.carry_edits()
-            if not self.zero_stage_3:
-                keep_replaced(checkpoint, self._module_and_trainer[0])
-            super().save_checkpoint(checkpoint, beside, *args, **kwargs)
+    def ranks_of_sequence(self) -> int:
+        return self.mesh.sp_size
 
-    def _division(self) -> Division:
-        assert isinstance(self.config, dict)
-        zero = self.config.get("zero_optimization") or {}
-        return Division(
-            self.world_size, int(zero.get("stage", 0)), shards.precision_of(self.config), shards.layout(zero)
-        )
-
-    def _manifest(self) -> Manifest:
-        optimizer = type(getattr(self.deepspeed_engine.optimizer, "optimizer", None)).__name__
-        step = self._module_and_trainer[1].global_step
-        return Manifest(self._run, step, self.mesh.sp_size, optimizer, self._division())
-
+    @contextmanager
     @override
-    def remove_checkpoint(self, filepath: str | Path) -> None:
-        if self.is_global_zero:
-            discard(Path(filepath))
+    def settled(self) -> Generator[None, None, None]:
+        assert self._watch is not None and self._masters is not None
+        with self._watch.closed():
+            self._masters.carry_edits()
+            yield
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        upstream_deepspeed.check_engine(self.model, checkpoint_path)
-        module, trainer = self._module_and_trainer
-        natively = partial(super().load_checkpoint, weights_only=weights_only)
-        if self.load_full_weights and self.zero_stage_3:
-            return natively(checkpoint_path)
-        upstream_deepspeed.allow_weights_only_load(self.deepspeed_engine)
+        checkpoint = super().load_checkpoint(checkpoint_path, weights_only)
+        _, trainer = self._module_and_trainer
         if trainer.training:
-            found = find(checkpoint_path)
-            self._run = found.run or self._run
-            checkpoint = load_to_train(found, self._division(), self.deepspeed_engine, natively, rank_zero_info)
+            # DeepSpeed has loaded that of the run that saved.
             self.deepspeed_engine.optimizer.clip_grad = self._clip_val
-        else:
-            checkpoint = load_to_evaluate(find(checkpoint_path), self._division(), module, natively)
-        restore_replaced(checkpoint)
         upstream_lightning.settle_progress(checkpoint, self.mesh.dp_size, trainer.max_steps != -1)
         upstream_lightning.forget_train_loader(trainer)
         return checkpoint
-
-    @override
-    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        super().load_model_state_dict(checkpoint, strict)
-        # DeepSpeed has loaded the trained weights; these were saved in their place.
-        if not self.zero_stage_3 and "state_dict" in checkpoint:
-            self._module_and_trainer[0].load_state_dict(checkpoint["state_dict"], strict=strict)
 
     def _close(self) -> None:
         if self._core is not None:

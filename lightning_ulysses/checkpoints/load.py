@@ -58,6 +58,11 @@ def _is_last(path: Path) -> bool:
     return path.suffix == ".ckpt" and path.name.startswith("last")
 
 
+def _is_beside(path: Path) -> bool:
+    # The names of `checkpoints.commit`.
+    return path.stem.endswith((".saving", ".former"))
+
+
 def find(path: str | Path) -> Found:
     """The checkpoint at a path, if it is complete, the same on every rank; a collective.
 
@@ -101,7 +106,8 @@ def _choose(path: Path) -> Found:
         manifest = read(path / UNIVERSAL)
         assert manifest is not None
         return Found(path, manifest, manifest.division)
-    _check_directory(path)
+    if not (path.is_dir() and _is_beside(path)):
+        _check_directory(path)
     manifest, problem = _complete(path)
     if _is_last(path) and (manifest is not None or problem is not None):
         run = manifest.run if manifest is not None else None
@@ -128,8 +134,7 @@ def _complete(path: Path) -> tuple[Manifest | None, str | None]:
     except UlyssesError as error:
         return None, error.got
     if manifest is None:
-        is_beside = path.stem.endswith((".saving", ".former"))
-        return None, "it was not written to its end" if is_beside else None
+        return None, "it was not written to its end" if _is_beside(path) else None
     return manifest, lacking(path, manifest)
 
 

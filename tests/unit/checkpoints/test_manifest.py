@@ -84,8 +84,7 @@ def test_at_every_moment_a_complete_one_is_found(
                 return
         # Whichever of the names Lightning chooses for "last".
         for name in os.listdir(folder):
-            found = find(folder / name) if (folder / name / "checkpoint").exists() else find(folder / "last.ckpt")
-            assert is_complete(found.path)
+            assert is_complete(find(folder / name).path)
         newest = newest_complete(folder)
         assert newest is not None
         kept = read(Path(newest))
