@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from unittest import mock
 
 import lightning as L
 import pytest
@@ -29,8 +31,17 @@ _ON_HOST = ("batch/", "geometry/", "data/", "exchange/agreement.py", "upstream/z
 _READS = {"item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__", "__index__", "masked_select"}
 
 
+def _callers(frame: FrameType | None, most: int) -> Iterator[FrameType]:
+    while frame is not None and most:
+        yield frame
+        frame, most = frame.f_back, most - 1
+
+
 def _reader(frame: FrameType | None) -> str | None:
-    """The line of ours that reads values, itself or by torch."""
+    """The line of ours that reads values, itself or by torch, or Lightning's that reads what is logged."""
+    names = [f.f_code.co_name for f in _callers(frame, 8)]
+    if "convert_tensors_to_scalars" in names:
+        return "Lightning:logged values"
     while frame is not None and "/torch/" in frame.f_code.co_filename:
         frame = frame.f_back
     if frame is None or not frame.f_code.co_filename.startswith(_OURS):
@@ -83,19 +94,34 @@ class Reading(LlamaModule):
         return loss
 
 
-def waits(rank: int, make: Any, stage: int) -> dict[str, int]:
+def waits(rank: int, make: Any, stage: int, **monitor: Any) -> dict[str, int]:
+    """What reads values in four steady micro-batches."""
+    from deepspeed.accelerator import get_accelerator
+
     run = SplitRun(strategy={"stage": stage, "reduce_bucket_size": 12_000}, trainer={"accumulate_grad_batches": 2})
     spy = Spy()
     packed = {"position_ids": torch.arange(33)[None] % 12}
     batches = [{**token_batch(seed, 33), **packed} for seed in range(10)]
-    trainer = split_trainer(run, [TokenCountMonitor(report=False), spy])
-    trainer.fit(make(), split_loader(batches, run, rank))
+    trainer = split_trainer(run, [TokenCountMonitor(report=False, **monitor), spy])
+    with mock.patch.object(get_accelerator(), "synchronize") as synchronize:
+        trainer.fit(make(), split_loader(batches, run, rank))
+    # DeepSpeed's throughput timer waits for the device, but is off.
+    assert not synchronize.called
     return dict(spy.waits.found)
+
+
+def shown(rank: int) -> dict[str, int]:
+    return waits(rank, LlamaModule, 2, prog_bar=True)
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_no_wait_is_ours_in_a_steady_step(pool: ProcessPool, stage: int) -> None:
     assert pool.run(waits, LlamaModule, stage, world_size=2) == [{}] * 2
+
+
+def test_values_in_the_progress_bar_are_read_for_each_micro_batch(pool: ProcessPool) -> None:
+    for found in pool.run(shown, world_size=2):
+        assert found["Lightning:logged values item"] >= 4
 
 
 def test_a_read_of_the_loss_is_counted(pool: ProcessPool) -> None:

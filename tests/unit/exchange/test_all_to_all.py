@@ -14,7 +14,7 @@ import torch.distributed as dist
 from models import HandWritten, LlamaModule, pair_batch, token_batch
 from torch import Tensor
 
-from lightning_ulysses.exchange.all_to_all import heads_to_seq, seq_to_heads
+from lightning_ulysses.exchange.all_to_all import _blocks, _sharers, heads_to_seq, seq_to_heads
 from lightning_ulysses.geometry.heads import head_layout
 from lightning_ulysses.geometry.layout import SequenceLayout
 from lightning_ulysses.testing import SplitRun, split_loader, split_trainer
@@ -95,6 +95,29 @@ def exchange(rank: int, sizes: tuple[int, int, int, int], rows: int, value_size:
 @pytest.mark.parametrize(("rows", "value_size", "kind"), [(1, 6, "contiguous"), (2, 4, "transposed"), (2, 9, "spread")])
 def test_exchange(pool: ProcessPool, sizes: tuple[int, int, int, int], rows: int, value_size: int, kind: str) -> None:
     assert max(pool.run(exchange, sizes, rows, value_size, kind, world_size=sizes[0])) <= 1e-12
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "sp"), [(64, 8, 16), (64, 64, 16), (64, 1, 16), (32, 8, 4), (12, 6, 12)])
+def test_blocks_of_ranks_that_share_heads(heads: int, kv_heads: int, sp: int) -> None:
+    """For every set of ranks on the wire, few blocks that hand each rank its range of heads."""
+    ranges = head_layout(heads, kv_heads, sp).kv_ranges
+    sharers = _sharers(ranges, kv_heads)
+    width = ranges[0][1]
+    assert sharers * kv_heads == sp * width
+    for begin in range(sp):
+        for end in range(begin + 1, sp + 1):
+            blocks = list(_blocks(range(begin, end), sharers))
+            assert [peer for block, _ in blocks for peer in block] == list(range(begin, end)) and len(blocks) <= 3
+            for block, count in blocks:
+                assert len(block) % count == 0
+                for place, peer in enumerate(block):
+                    first = (block.start // sharers + place // count) * width
+                    assert ranges[peer] == (first, first + width)
+
+
+def test_ranges_that_are_not_regular_have_no_blocks() -> None:
+    assert _sharers(head_layout(9, 3, 2).kv_ranges, 3) == 0
+    assert _sharers(head_layout(10, 5, 4).kv_ranges, 5) == 0 and _sharers(head_layout(10, 5, 4).query_ranges, 10) == 0
 
 
 def round_trip(rank: int, sizes: tuple[int, int, int, int], dtype: torch.dtype) -> list[bool]:
