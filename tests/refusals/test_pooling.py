@@ -151,7 +151,7 @@ REFUSED: dict[str, tuple[Any, tuple[str, ...]]] = {
     "mean in the step": (partial(Between, mean), ("(3, 32)", "given to 'head' (Head)")),
     "first in the step": (partial(Between, first), ("given to 'head' (Head)",)),
     "loss module": (partial(Between, mean, "module"), ("(3, 5)", "given to 'criterion' (CrossEntropyLoss)")),
-    "beside the tokens": (partial(Between, mean, "context"), ("(3, 32)", "given to 'head' (Head)")),
+    "beside the tokens": (partial(Between, mean, "context"), ("'head.linear' (Linear)",)),
 }
 
 

@@ -168,7 +168,7 @@ def refused(rank: int, settings: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("settings", "part"), [({"split": "blocks"}, "no module that attends"), ({}, "positions that start at 0")]
+    ("settings", "part"), [({"split": "blocks"}, "no module that attends"), ({}, "the queries of attention call 0")]
 )
 def test_what_has_no_blocks_is_refused(pool: ProcessPool, settings: dict[str, Any], part: str) -> None:
     for text in pool.run(refused, settings, world_size=2):
