@@ -163,11 +163,16 @@ class SplitChoice:
             if trial.attends and not verdict.moved.is_result:
                 raise refusal(verdict, name, step, plan)
         elif verdict.reason is not None:
-            if verdict.reason and clock.is_training and self._context.mesh.rank == 0:
-                warn_unchecked(verdict.reason, name)
+            self._warn(clock, verdict, name, step)
             self.advice = advice(plan)
         elif clock.is_training:
             self._settle(verdict, is_exact, refusal(verdict, name, step, plan))
+
+    def _warn(self, clock: Clock, verdict: Verdict, name: str, step: str) -> None:
+        # Evaluation needs no loss.
+        is_open = clock.is_training or verdict.fails or not verdict.is_recorded
+        if verdict.reason and is_open and self._context.mesh.rank == 0:
+            warn_unchecked(verdict.reason, name, step)
 
     def _settle(self, verdict: Verdict, is_exact: bool, refused: UlyssesError) -> None:
         """Takes note of how losses of slices add up to that of the batch, or of why they do not."""
@@ -191,8 +196,7 @@ class SplitChoice:
         if verdict.fails:
             raise unfit(verdict, name, kind)
         if verdict.reason is not None:
-            if verdict.reason and self._context.mesh.rank == 0 and (clock.is_training or not verdict.is_recorded):
-                warn_unchecked(verdict.reason, name)
+            self._warn(clock, verdict, name, kind)
         elif clock.is_training and not plan.join:
             is_mean = bool(verdict.names) if self._weights.by_targets else verdict.averages
             self._settle(verdict, is_mean or verdict.adds_up, refusal(verdict, name, kind, None))

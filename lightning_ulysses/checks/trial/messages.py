@@ -31,11 +31,11 @@ def refusal(verdict: Verdict, module: str, step: str, plan: SequencePlan | None)
     if verdict.moved is not None:
         return moved_error(verdict.moved, f"a {step} of {module} in which", f"to leave the model as it is, {joined}")
     what = f"whose slices add up to it only within {verdict.misfit:.1g}"
-    if verdict.pooled is not None:
-        what += f", first seen in {verdict.pooled.where}"
     if verdict.is_additive:
         weights = [round(weight, 4) for weight in verdict.weights]
         what = f"in which slices have the weights {weights}, while no tensor of the batch has such targets"
+    if verdict.pooled is not None:
+        what += f", first seen in {verdict.pooled.where}"
     return NoTokenMean(
         f"a loss of {module}.{step} that is no mean over tokens of the batch, {what}",
         "a mean over targets, each of which lies in one slice, marked in labels by ignore_index or by a loss_mask",
@@ -139,10 +139,10 @@ def explained(error: UlyssesError, found: UlyssesError | None) -> UlyssesError:
     return error
 
 
-def warn_unchecked(reason: str, module: str) -> None:
+def warn_unchecked(reason: str, module: str, step: str) -> None:
     """Says once that nothing is known of the loss."""
     warnings.warn(
-        f"The loss of {module}.training_step could not be tried on a few tokens ({reason}). "
+        f"NOT CHECKED: {step} of {module} could not be tried on a few tokens ({reason}). It runs as it is. "
         "`lightning-ulysses verify` compares it on a whole batch.",
         stacklevel=2,
     )

@@ -101,7 +101,7 @@ def first_changed(
         _, others = part.found.get(call, ("", []))
         for one, other in zip(tensors, others, strict=False):
             is_pooled = one.shape == other.shape and one.numel() > 1
-            distance = _distance(one, other) if is_pooled and pooled else _by_token(one, other, cut)
+            distance = _by_token(one, other, cut) if not pooled else _distance(one, other) if is_pooled else 0.0
             if not distance <= bound:
                 return Change(f"what {called(call[0], kind)} returns", distance)
     return None

@@ -17,12 +17,11 @@ from lightning_ulysses.attention.route import AttentionTally
 from lightning_ulysses.batch.excerpt import excerpts, most_filled, most_uneven
 from lightning_ulysses.batch.pipeline import fill_mask, local_batch
 from lightning_ulysses.batch.whole import WholeBatch, read_batch
-from lightning_ulysses.checks.probing.probe import computes_precisely
 from lightning_ulysses.checks.step import check_joined
 from lightning_ulysses.checks.trial.blocks import BlockFinder
 from lightning_ulysses.checks.trial.outputs import Change
 from lightning_ulysses.checks.trial.replay import Recorder, Recording, Rehearsal, Replay
-from lightning_ulysses.checks.trial.sandbox import StepEnds, repeatable, sandbox, state_kept
+from lightning_ulysses.checks.trial.sandbox import StepEnds, computes_precisely, repeatable, sandbox, state_kept
 from lightning_ulysses.checks.trial.verdict import (
     HALF,
     LOGS,

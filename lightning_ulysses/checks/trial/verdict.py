@@ -55,7 +55,7 @@ class SliceReport:
         reason: Why nothing can be said; empty where the step itself will say so.
         fails: Whether the step raises on the slice, and not on the whole.
         is_half: Whether the model computes in half precision.
-        pooled: Where an output without tokens differs first, if the gradient does not fit.
+        pooled: Where an output without tokens differs first.
     """
 
     counts: Mapping[str, float]
@@ -95,8 +95,6 @@ def compare(recorder: Recorder, replay: Replay, local: LocalBatch, half: bool) -
     pairs = zip(whole.gradients, replay.narrowed, strict=True)
     wanted = [narrowed(gradient, dim, replay.span) for gradient, dim in pairs]
     report = _fit(wanted, part.gradients, _flat(whole.gradients).norm(), counts, half)
-    if report.misfit <= (HALF if half else GRADIENTS):
-        return report
     return replace(report, pooled=first_changed(whole.modules, part.modules, cut, bound, pooled=True))
 
 
