@@ -95,7 +95,6 @@ class Place:
         region: What attention computes on: the batch, or the part of a planned model that is split. None outside of it.
         is_known: False in the backward of a planned step, where a repeated forward may belong anywhere.
         trial: Answers attention calls while the model or the step is tried on a few tokens; see `checks`.
-        is_probed: Whether submodules are tried by themselves, on tokens without labels; see `checks.probing`.
         is_uncompiled: Whether compiled code runs as it was written.
         last: The geometry of the region that ended here.
         watch: Sees attention calls while a way to split the model is tried.
@@ -106,7 +105,6 @@ class Place:
     region: LocalBatch | None = None
     is_known: bool = True
     trial: Trial | None = None
-    is_probed: bool = False
     is_uncompiled: bool = False
     last: SequenceLayout | None = None
     watch: Watch | None = None
@@ -249,13 +247,9 @@ class SequenceContext:
         """Ends a region of a planned model."""
         self.place = replace(self.place, region=None, last=layout)
 
-    def tried(
-        self, trial: Trial, batch: LocalBatch | None = None, *, is_probed: bool = False
-    ) -> AbstractContextManager[None]:
-        """Puts another batch, or none, in the place of the running one, and has ``trial`` answer attention calls."""
-        return self.at(
-            replace(self.place, batch=batch, region=batch, is_known=True, trial=trial, is_probed=is_probed, last=None)
-        )
+    def tried(self, trial: Trial, batch: LocalBatch) -> AbstractContextManager[None]:
+        """Puts another batch in the place of the running one, and has ``trial`` answer attention calls."""
+        return self.at(replace(self.place, batch=batch, region=batch, is_known=True, trial=trial, last=None))
 
     @contextmanager
     def alone(self) -> Iterator[None]:

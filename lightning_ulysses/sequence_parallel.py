@@ -15,7 +15,6 @@ from lightning_ulysses.batch.loader import SeededLoader
 from lightning_ulysses.batch.pipeline import BatchPipeline, fill_mask
 from lightning_ulysses.batch.predictions import join_outputs
 from lightning_ulysses.batch.whole import WholeBatch
-from lightning_ulysses.checks.probing import ModelProbe
 from lightning_ulysses.checks.step import check_intercepted
 from lightning_ulysses.checks.trial import SplitChoice, explained, state_kept
 from lightning_ulysses.config import UlyssesConfig
@@ -72,7 +71,6 @@ class SequenceParallel:
         self._device = device
         self._pipeline = BatchPipeline(settings.rules, mesh, device, seed)
         self._handle = Handle()
-        self._probe: ModelProbe | None = None
         self._choice = SplitChoice(settings, self.context, self._pipeline, self.weights, device)
         self._module: nn.Module = nn.Identity()
         self._clock = Clock()
@@ -113,7 +111,6 @@ class SequenceParallel:
         """
         self._module = module
         self._handle.add(install_interceptors(self.context, module, gathers_parameters).remove)
-        self._probe = ModelProbe(self.context, module, self._device, forget, self.settings.check_model)
         self._handle.add(self._choice.install(module, forget).remove)
         self._choice.say = say or self._choice.say
         if say is not None:
@@ -239,7 +236,6 @@ class SequenceParallel:
         Raises:
             UlyssesError: If the model cannot be split, or none of its attention was intercepted.
         """
-        assert self._probe is not None
         self.context.use(self._choice.plan(clock.kind))
         self.context.notes.of(LossWatch).is_open = self.weights.needs_evidence
         if clock.is_training:
@@ -249,12 +245,10 @@ class SequenceParallel:
                 self.weights.check_boundary(clock.is_boundary)
         suspensions = self.context.suspensions
         self._clock = clock
-        is_tried = self._module.training in self._probe.done
         with (
             self._pipeline.drawing(name, clock),
             self.context.step(self.local),
             self._logged(clock),
-            nullcontext() if is_tried else self._probe.watch(),
         ):
             try:
                 yield
@@ -289,14 +283,10 @@ class SequenceParallel:
         """Around a backward, in which activation checkpointing calls attention again.
 
         Raises:
-            UlyssesError: If tokens were pooled on the way to the loss, or slices do not add up to it.
+            UlyssesError: If slices do not add up to the loss.
         """
-        assert self._probe is not None
         with self.context.backward(self.local):
             yield
-            # The probe names layers that mix or pool tokens, in the step and here; what it misses is refused next.
-            if self._probe.pooling.is_open:
-                self._probe.pooling.settle()
             if self._choice.found is not None:
                 raise self._choice.found
             self._choice.advice = None

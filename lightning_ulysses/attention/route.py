@@ -109,7 +109,7 @@ def intercept(
 def _sees_memory(context: SequenceContext, batch: LocalBatch, call: AttentionCall) -> bool:
     """Whether keys (..., S_k, D) belong to a memory, which is whole on every rank and needs no exchange.
 
-    The trial has checked that they are not pooled from a slice; see `checks.probing`.
+    The trial has checked that they are not pooled from a slice; see `checks.trial`.
 
     Raises:
         UlyssesError: For causal attention to a memory, which has no positions in the sequence.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from math import gcd
 from typing import Any
 
 import torch
@@ -11,11 +12,14 @@ from torch.utils._pytree import tree_map
 
 from lightning_ulysses.batch.whole import WholeBatch, read_batch
 from lightning_ulysses.geometry.batch_keys import EDGE_KEYS, KEPT, MASK_KEYS, BatchRules
+from lightning_ulysses.geometry.shares import even_shares, starts
 
 _EDGES = (*EDGE_KEYS, "cu_seq_lens_k")
 # Tokens of an excerpt: enough to tell candidates apart, and few enough to cost nothing.
 _TOKENS, _TOKENS_PER_RANK = 48, 12
 _PLACES = 9
+# Chunks of this many tokens and more are cut by a slice that is as long, where its length is a prime number.
+_CHUNK = 11
 
 
 def excerpt(batch: Any, rules: BatchRules, *pieces: tuple[int, int]) -> Any:
@@ -76,8 +80,7 @@ def excerpts(batch: WholeBatch, rules: BatchRules, sp_size: int, sizes: Collecti
     seq_len = batch.layout.real_len
     longest = min(seq_len, max(_TOKENS, _TOKENS_PER_RANK * sp_size))
     for count in (longest, longest // 2, longest // 3, 4 * sp_size):
-        while count in sizes and 2 * sp_size < count < seq_len:
-            count -= 1
+        count = _length(count, seq_len, sp_size, sizes)
         if 2 * sp_size <= count < seq_len:
             if "position_ids" in batch.dims:
                 # A model may ask for the highest position.
@@ -86,6 +89,18 @@ def excerpts(batch: WholeBatch, rules: BatchRules, sp_size: int, sizes: Collecti
                 yield excerpt(batch.template, rules, ((seq_len - count) * place // (_PLACES - 1), count))
         else:
             yield batch.template
+
+
+def _length(count: int, seq_len: int, sp_size: int, sizes: Collection[int]) -> int:
+    """The largest good length of an excerpt up to ``count``."""
+    usual = [n for n in range(count, 2 * sp_size - 1, -1) if n == seq_len or n not in sizes]
+    return next((n for n in usual if _cuts_chunks(n, sp_size)), usual[0] if usual else count)
+
+
+def _cuts_chunks(count: int, sp_size: int) -> bool:
+    """Whether slices cut through chunks of any usual length, in which a layer may mix tokens."""
+    common = gcd(*starts(even_shares(count, sp_size))[1:])
+    return common == 1 or (common >= _CHUNK and all(common % n for n in range(2, common)))
 
 
 def most_filled(batches: Iterable[Any], rules: BatchRules, sp_size: int) -> Any:

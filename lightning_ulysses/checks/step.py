@@ -8,6 +8,16 @@ from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.regions.notes import RegionTally
 
 
+def check_joined(context: SequenceContext, step: str, module: str) -> None:
+    """Refuses a plan whose region is still open at the end of a step: it was never joined."""
+    if context.is_joined and context.place.region is not None:
+        raise UlyssesError(
+            f"a {step} of {module} that ended before it reached a submodule that the plan joins",
+            "a call of one behind each split",
+            "name a submodule under join that the step calls, or drop join and name the model's inputs under whole",
+        )
+
+
 def check_intercepted(context: SequenceContext, step: str, module: str, suspensions: int) -> bool:
     """Refuses a model if none of its attention calls was intercepted: they would attend within slices only.
 
@@ -30,13 +40,7 @@ def check_intercepted(context: SequenceContext, step: str, module: str, suspensi
             "a step that calls at least one of them",
             "name a submodule under split that the step calls (its forward by way of the module itself, not .forward)",
         )
-    # A region that is still open at the end of the step was never joined.
-    if context.is_joined and context.place.region is not None:
-        raise UlyssesError(
-            f"a {step} of {module} that ended before it reached a submodule that the plan joins",
-            "a call of one behind each split",
-            "name a submodule under join that the step calls, or drop join and name the model's inputs under whole",
-        )
+    check_joined(context, step, module)
     # Counted over all steps so far, and over attention to a memory as well.
     if context.mesh.sp_size > 1 and not context.notes.of(AttentionTally).calls and not was_hidden:
         raise UlyssesError(

@@ -122,8 +122,7 @@ class DrawTable:
         if not shape or (batch is None and not place.takes_calls):
             return None
         site = _site(name, len(shape))
-        # Modules are probed by themselves; the order of their draws is not that of the step.
-        if place.takes_calls and not place.is_probed:
+        if place.takes_calls:
             self._note(site, shape)
         if batch is None:
             return None

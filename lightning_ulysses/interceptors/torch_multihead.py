@@ -44,10 +44,7 @@ def install(context: SequenceContext) -> Handle:
             return original(*args, **kwargs)
         call = signature.bind(*args, **kwargs)
         call.arguments["need_weights"] = False
-        if place.is_probed:
-            # What answers there takes no mask.
-            call.arguments |= {**dict.fromkeys(_MASKS), "is_causal": False}
-        elif batch is not None:
+        if batch is not None:
             _stand_in(batch, context.share, call.arguments)
         return original(*call.args, **call.kwargs)
 

@@ -46,7 +46,7 @@ def install(context: SequenceContext) -> Handle:
             # Not `context.region`: with a plan that joins, the loss is computed after the region.
             place = context.place
             # Floating-point targets are class probabilities, which have no ignore_index.
-            wanted = losses.is_open and not place.is_probed and not target.is_floating_point()
+            wanted = losses.is_open and not target.is_floating_point()
             if wanted and place.batch is not None:
                 _note(place.batch, result, target, *args, **kwargs)
             return result

@@ -15,12 +15,11 @@ from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.exchange.cut_and_join import cut, join
 from lightning_ulysses.geometry.layout import SequenceLayout
 from lightning_ulysses.geometry.split_plan import ONLY_OUTPUT, SequencePlan
-from lightning_ulysses.notes import known
 from lightning_ulysses.patching.handle import Handle
 from lightning_ulysses.patching.outside_graphs import eager
 from lightning_ulysses.regions import recompute
 from lightning_ulysses.regions.matching import Inputs, Matcher
-from lightning_ulysses.regions.notes import Beside, RegionSizes, RegionTally
+from lightning_ulysses.regions.notes import RegionSizes, RegionTally
 from lightning_ulysses.regions.same_inputs import check_same_inputs
 
 # Regions of a run whose inputs are compared over the group; each comparison is a collective.
@@ -55,10 +54,6 @@ class Splitter:
         region = context.region
         if region is None:
             region = self._begin(leaves)
-            # All other tensors of this call are whole; the trial must not take them for slices of the same length.
-            others = self._inputs.put(args, kwargs, dict.fromkeys(given))
-            beside = known(leaf for leaf in tree_flatten(others)[0] if isinstance(leaf, Tensor))
-            region.notes.of(Beside).tensors = beside
         # Inside a region, inputs that are slices already pass unchanged.
         new = {key: self._cut(key, value, leaves, region.layout) for key, value in given.items()}
         context.enter(region)
@@ -251,8 +246,10 @@ class Local:
     def enter(self, module: nn.Module, args: Any) -> None:
         """The forward pre-hook."""
         stack, place = ExitStack(), self._context.place
-        inside = Place(hidden=place.region, watch=place.watch, is_uncompiled=place.is_uncompiled)
-        stack.enter_context(self._context.at(inside))
+        # A trial runs without the plan, and answers all calls itself.
+        if place.trial is None:
+            inside = Place(hidden=place.region, watch=place.watch, is_uncompiled=place.is_uncompiled)
+            stack.enter_context(self._context.at(inside))
         self._open.append(stack)
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:

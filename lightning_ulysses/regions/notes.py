@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from lightning_ulysses.context import LocalBatch
 from lightning_ulysses.geometry.layout import SequenceLayout
-from lightning_ulysses.notes import StorageTable
 
 
 @dataclass
@@ -22,13 +20,6 @@ class RegionSizes:
     """A note on a batch: the layout of the last region in its step."""
 
     layout: SequenceLayout | None = None
-
-
-@dataclass
-class Beside:
-    """A note on a region: the inputs of its first submodule that were not split, such as a text."""
-
-    tensors: StorageTable[Any] = field(default_factory=StorageTable)
 
 
 def split_layout(batch: LocalBatch) -> SequenceLayout:

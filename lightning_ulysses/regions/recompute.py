@@ -15,7 +15,7 @@ import torch.utils.checkpoint
 from torch import nn
 
 from lightning_ulysses.context import SequenceContext
-from lightning_ulysses.patching.early_bound import rebind
+from lightning_ulysses.patching.early_bound import rebind_all
 from lightning_ulysses.patching.handle import Handle
 from lightning_ulysses.upstream.deepspeed import checkpointing
 
@@ -75,8 +75,9 @@ def replace_checkpoints(
     of_deepspeed = checkpointing()
     if of_deepspeed is not None:
         owners += [(of_deepspeed, "checkpoint"), (of_deepspeed, "non_reentrant_checkpoint")]
-    for owner, name in owners:
-        original = getattr(owner, name)
-        checkpoint = replacement(original)
-        handle.patch(owner, name, checkpoint)
-        rebind(handle, root, original, checkpoint)
+    originals = [getattr(owner, name) for owner, name in owners]
+    functions = {original: replacement(original) for original in originals}
+    for (owner, name), original in zip(owners, originals, strict=True):
+        handle.patch(owner, name, functions[original])
+    # One search for all of them: it reads the globals of every imported module.
+    rebind_all(handle, root, functions)

@@ -97,6 +97,15 @@ def skips_join() -> Skips:
     return Skips("join")
 
 
+class RowMeans(LitModule):
+    """Averages rows, each over its own targets."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        y = batch["shift_labels"]
+        each = F.cross_entropy(self.gpt(batch["input_ids"]).transpose(1, 2), y, reduction="none")
+        return (each.sum(1) / (y != -100).sum(1).clamp(min=1)).mean()
+
+
 def compiled() -> LitModule:
     module = LitModule(mixes=True)
     module.gpt.compile(backend="eager")
@@ -145,7 +154,13 @@ REFUSED: dict[str, tuple[Any, list[Any], dict[str, Any], list[str]]] = {
         lit(takes_prefix=True),
         TEXT,
         plan(split={"transformer.h.*": {"x": 1}}),
-        ["positions that start at 0", "gpt.transformer.h.0"],
+        ["'gpt.transformer.h.0.attn' (SelfAttention)", "sequence_positions(x)"],
+    ),
+    "no mean over the targets of slices": (
+        RowMeans,
+        [token_batch(1, 33, 2, "uneven")],
+        {"plan": "litgpt_unjoined", "targets": "shift_labels"},
+        ["no mean over tokens"],
     ),
     "a checkpoint of one's own": (lit(checkpoints="unknown"), TEXT, plan(), ["other means than the checkpoint"]),
     "self-attention called local": (denoiser(forgets_text=True), [image_batch(1)], {"plan": "diffusers"}, ["attn2"]),

@@ -142,16 +142,16 @@ class Transformers(Module):
 
 
 REFUSED: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "BERT": (partial(Transformers, "Bert"), ("returned by 'model.bert.pooler.dense' (Linear)", "sp_size=1")),
-    "Llama": (partial(Transformers, "Llama"), ("(3, 5)", "returned by 'model' (LlamaForSequenceClassification)")),
+    "BERT": (partial(Transformers, "Bert"), ("no mean over tokens", "'model.bert.pooler.dense' (Linear)")),
+    "Llama": (partial(Transformers, "Llama"), ("no mean over tokens", "'model' (LlamaForSequenceClassification)")),
     "labels in the model": (partial(Transformers, "Bert", True), ("labels of shape (3,)", "sp_size=1")),
-    "mean": (partial(Inside, mean), ("returned by 'net.head.linear' (Linear)",)),
-    "first": (partial(Inside, first), ("returned by 'net.head.linear' (Linear)",)),
-    "last": (partial(Inside, last), ("returned by 'net.head.linear' (Linear)",)),
-    "mean in the step": (partial(Between, mean), ("(3, 32)", "given to 'head' (Head)")),
-    "first in the step": (partial(Between, first), ("given to 'head' (Head)",)),
-    "loss module": (partial(Between, mean, "module"), ("(3, 5)", "given to 'criterion' (CrossEntropyLoss)")),
-    "beside the tokens": (partial(Between, mean, "context"), ("(3, 32)", "given to 'head' (Head)")),
+    "mean": (partial(Inside, mean), ("no mean over tokens", "'net.head.linear' (Linear)")),
+    "first": (partial(Inside, first), ("no mean over tokens", "'net.head.linear' (Linear)")),
+    "last": (partial(Inside, last), ("no mean over tokens", "'net.head.linear' (Linear)")),
+    "mean in the step": (partial(Between, mean), ("no mean over tokens", "'head.linear' (Linear)")),
+    "first in the step": (partial(Between, first), ("no mean over tokens", "'head.linear' (Linear)")),
+    "loss module": (partial(Between, mean, "module"), ("no mean over tokens",)),
+    "beside the tokens": (partial(Between, mean, "context"), ("'head.linear' (Linear)",)),
 }
 
 
@@ -170,7 +170,7 @@ def test_every_rank_refuses_a_pooling(pool: ProcessPool, case: str) -> None:
 
 def test_zero_3_and_two_groups(pool: ProcessPool) -> None:
     run = SplitRun(4, 2, {**MEAN_OF_RANKS.strategy, "stage": 3})
-    for make, name in ((partial(Inside, mean), "'net.head.linear'"), (partial(Between, mean), "'head'")):
+    for make, name in ((partial(Inside, mean), "'net.head.linear'"), (partial(Between, mean), "'head.linear'")):
         for error in pool.run(refused, make, run, world_size=4):
             assert name in str(error)
 

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from exact import BOUND
 from mixing import PAIRS, Between, Conv, refused
-from models import VOCAB, HandWritten, LlamaModule, count_targets, hand_written, llama, token_batch
+from models import HandWritten, LlamaModule, count_targets, hand_written, llama, token_batch
 from torch import Tensor, nn
 
-from lightning_ulysses.attention.stand_in import keep_apart
-from lightning_ulysses.testing import SplitRun, compare, fit_single, fit_split
+from lightning_ulysses import UlyssesError
+from lightning_ulysses.testing import SplitRun, compare, fit_single, fit_split, split_loader, split_trainer
 from lightning_ulysses.testing.processes import ProcessPool
 
 TOKENS = [token_batch(seed, 40) for seed in range(2)]
@@ -58,6 +58,29 @@ class ByHand(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         q, k, v = self.qkv(h).chunk(3, dim=-1)
         return h + (q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])).softmax(-1) @ v
+
+
+class Chunks(nn.Module):
+    """Centers chunks of four tokens, which the slices of some sequences are made of."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+
+    def forward(self, h: Tensor) -> Tensor:
+        # (B, S, W) -> (B, S / 4, 4, W) -> (B, S, W)
+        pad = F.pad(h, (0, 0, 0, -h.shape[1] % 4)).unflatten(1, (-1, 4))
+        return (pad - pad.mean(2, keepdim=True)).flatten(1, 2)[:, : h.shape[1]]
+
+
+class Gated(nn.Module):
+    """Mixes tokens in a branch that begins at zero."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv, self.gate = nn.Conv1d(width, width, 3, padding=1), nn.Parameter(torch.zeros(1))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.gate * self.conv(h.transpose(1, 2)).transpose(1, 2)
 
 
 class Arange(nn.Module):
@@ -104,9 +127,14 @@ REFUSED: dict[str, tuple[Any, tuple[str, ...]]] = {
     "batch norm": (between(Norm), ("'between.norm' (BatchNorm1d)",)),
     "scan": (between(Scan), ("'between' (Scan)",)),
     "attention by hand": (between(ByHand), ("'between' (ByHand)", "scaled_dot_product_attention")),
-    "arange": (between(Arange), ("positions that start at 0", "'between", "sequence_positions(x)")),
-    "rotary arange": (between(Rotary), ("positions that start at 0", "'between' (Rotary)")),
-    "arange in the step": (Outside, ("positions that start at 0", "'place' (Embedding)")),
+    "chunks": (between(Chunks), ("'between' (Chunks)",)),
+    "a branch at zero": (between(Gated), ("'between.conv' (Conv1d)",)),
+    "arange": (between(Arange), ("'between.table' (Embedding)", "sequence_positions(x)")),
+    "rotary arange": (
+        between(Rotary),
+        ("the queries of attention call 0, in 'between' (Rotary)", "sequence_positions(x)"),
+    ),
+    "arange in the step": (Outside, ("'place' (Embedding)", "sequence_positions(x)")),
 }
 
 
@@ -125,15 +153,29 @@ FOUR = SplitRun(4, 4, {"stage": 3})
 )
 def test_by_default_they_are_split_inside(pool: ProcessPool, case: str, run: SplitRun) -> None:
     """What mixes tokens lies outside of the blocks that are split, or is given the whole sequence."""
-    make, parts = REFUSED[case]
-    if case == "rotary arange":
-        # Its attention counts positions inside, where no split is exact.
-        for error in pool.run(refused, make, run, world_size=run.world_size):
-            assert [part for part in parts if part not in str(error)] == [], error
-        return
+    make, _ = REFUSED[case]
     reference = fit_single(make, [[batch] for batch in PAIRS], count_targets)
     for result in fit_split(pool, make, PAIRS, run):
         assert compare(result, reference).largest <= BOUND, compare(result, reference)
+
+
+def validated(rank: int, make: Any) -> str:
+    trainer = split_trainer(CUT)
+    with pytest.raises(UlyssesError) as caught:
+        trainer.validate(make(), split_loader(PAIRS, CUT, rank), verbose=False)
+    return str(caught.value)
+
+
+class Measuring(Between):
+    """Validates by a metric, without a loss."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("largest", self(batch[0]).max().item())
+
+
+def test_evaluation_alone_is_refused_too(pool: ProcessPool) -> None:
+    for text in pool.run(validated, partial(Measuring, Conv), world_size=2):
+        assert "validation_step" in text and "'between.conv' (Conv1d)" in text, text
 
 
 def test_the_same_without_the_check_trains_wrongly(pool: ProcessPool) -> None:
@@ -212,16 +254,3 @@ def test_random_numbers_are_left_alone(pool: ProcessPool) -> None:
         fit_split(pool, Dropping, TOKENS, SplitRun(strategy={"check_model": on}))[0].losses for on in (True, False)
     ]
     assert losses[0] == losses[1]
-
-
-def test_the_stand_in_keeps_tokens_apart() -> None:
-    torch.manual_seed(0)
-    q, k, v = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 5)
-    before = keep_apart(q, k, v)
-    for tensor in (q, k, v):
-        changed = tensor.clone()
-        changed[:, :, 3] += 1
-        after = keep_apart(*(changed if t is tensor else t for t in (q, k, v)))
-        moved = (after != before).any(dim=-1).any(dim=1)[0]
-        assert moved.tolist() == [False, False, False, True, False, False]
-    assert before.shape == (1, 4, 6, 5) and VOCAB > 2

@@ -75,15 +75,23 @@ class Numbered(HandWritten):
         return self(batch[0])
 
 
-def predict(rank: int) -> Any:
+class Pooling(HandWritten):
+    """Predicts one vector for each row."""
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(batch[0]).mean(dim=1)
+
+
+def predict(rank: int, make: Any) -> Any:
     run = SplitRun()
-    return split_trainer(run).predict(Numbered(), split_loader([pair_batch(1, 33, 2)], run, rank))
+    return split_trainer(run).predict(make(), split_loader([pair_batch(1, 33, 2)], run, rank))
 
 
-def test_predictions_are_those_of_one_process(pool: ProcessPool) -> None:
+@pytest.mark.parametrize("make", [Numbered, Pooling])
+def test_predictions_are_those_of_one_process(pool: ProcessPool, make: Any) -> None:
     with torch.no_grad():
-        wanted = Numbered()(pair_batch(1, 33, 2)[0])
-    for (found,) in pool.run(predict, world_size=2):
+        wanted = make().predict_step(pair_batch(1, 33, 2), 0)
+    for (found,) in pool.run(predict, make, world_size=2):
         assert torch.allclose(found, wanted, atol=1e-5)
 
 
@@ -168,7 +176,7 @@ def refused(rank: int, settings: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize(
-    ("settings", "part"), [({"split": "blocks"}, "no module that attends"), ({}, "positions that start at 0")]
+    ("settings", "part"), [({"split": "blocks"}, "no module that attends"), ({}, "the queries of attention call 0")]
 )
 def test_what_has_no_blocks_is_refused(pool: ProcessPool, settings: dict[str, Any], part: str) -> None:
     for text in pool.run(refused, settings, world_size=2):

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lightning_ulysses.checks.trial.outputs import called
 from lightning_ulysses.geometry.split_plan import ONLY_OUTPUT, SequencePlan
 from lightning_ulysses.patching.handle import Handle
 from lightning_ulysses.regions.matching import submodules
@@ -21,6 +22,7 @@ class Block:
 
     Attributes:
         name: Its name below the LightningModule.
+        kind: Its class.
         in_list: Whether it is an element of a list of modules.
         lengths: The numbers of queries of the attention calls inside.
         calls_attention: Whether a call was made by itself, and not by another one of these modules inside.
@@ -30,6 +32,7 @@ class Block:
     """
 
     name: str
+    kind: str
     in_list: bool
     lengths: set[int] = field(default_factory=set)
     calls_attention: bool = False
@@ -53,6 +56,8 @@ class BlockFinder:
     def __init__(self, root: nn.Module) -> None:
         self._open: list[Block] = []
         self._found: dict[str, Block] = {}
+        #: For each attention call the innermost module around it, as messages call it.
+        self.callers: list[str] = []
         self._handle = Handle()
         named = {".".join(parts): module for parts, module in submodules(root).items() if parts}
         lists = {name for name, module in named.items() if isinstance(module, (nn.ModuleList, nn.Sequential))}
@@ -71,7 +76,7 @@ class BlockFinder:
             # Positions stand for names that a forward does not have.
             positional = {names[i] if i < len(names) else str(i): value for i, value in enumerate(args)}
             given.append({**positional, **kwargs})
-            self._open.append(Block(name, in_list))
+            self._open.append(Block(name, type(module).__name__, in_list))
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             block, inputs = self._open.pop(), given.pop()
@@ -89,6 +94,7 @@ class BlockFinder:
         """Notes an attention call of so many queries and keys, in all modules that run."""
         for block in self._open:
             block.lengths.add(queries)
+        self.callers.append(called(self._open[-1].name, self._open[-1].kind) if self._open else "")
         if self._open:
             self._open[-1].calls_attention = True
             self._open[-1].sees_sequence |= queries == keys

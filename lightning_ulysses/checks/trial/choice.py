@@ -17,6 +17,7 @@ from lightning_ulysses.checks.trial.messages import (
     advice,
     chosen,
     refusal,
+    unfit,
     unsplittable,
     warn_logged,
     warn_unchecked,
@@ -86,9 +87,9 @@ class SplitChoice:
         settings = self._settings
         self._module, self._forget = module, forget or _nothing
         wanted = settings.check_model or settings.split == "blocks"
-        # A plan of the user's own says where to split.
-        self._is_open = self._context.mesh.sp_size > 1 and wanted and settings.plan is None
-        if self._is_open and settings.split != "batch":
+        self._is_open = self._context.mesh.sp_size > 1 and wanted
+        # A plan of the user's own says where to split: it is tried, and no other.
+        if self._is_open and settings.split != "batch" and settings.plan is None:
             self._pipeline.fall_back(whole_rules(settings.rules), always=settings.split == "blocks")
         return self._handle
 
@@ -120,6 +121,9 @@ class SplitChoice:
         trial = self._trials.pop(clock.kind, None)
         if trial is None:
             return False
+        if self._settings.plan is not None:
+            self._rehearse(clock, trial, step, self._settings.plan)
+            return False
         with self._context.cutting():
             verdict = trial.run(step)
         self._forget()
@@ -143,24 +147,59 @@ class SplitChoice:
             raise self._pipeline.unread.get(clock.kind) or unsplittable(type(self._module).__name__, trial.fault)
         if trial.log_rules.unknown and self._context.mesh.rank == 0:
             warn_logged(trial.log_rules.unknown, type(self._module).__name__, clock.kind)
-        if clock.is_training:
-            self._judge(trial, verdict, is_exact)
+        self._judge(clock, trial, verdict, is_exact)
         return False
 
-    def _judge(self, trial: StepTrial, verdict: Verdict, is_exact: bool) -> None:
-        """What follows for a training step whose batch is cut."""
-        name = type(self._module).__name__
+    def _judge(self, clock: Clock, trial: StepTrial, verdict: Verdict, is_exact: bool) -> None:
+        """What follows for a step whose batch is cut.
+
+        Raises:
+            UlyssesError: On every rank, if tokens get other values on a slice.
+        """
+        name, step = type(self._module).__name__, _step_of(clock)
         plan = trial.plans[0] if trial.plans and self._settings.split == "batch" else None
-        if verdict.reason is not None:
-            if verdict.reason and self._context.mesh.rank == 0:
-                warn_unchecked(verdict.reason, name)
+        if verdict.moved is not None:
+            # What the step returns may be one value for each slice, and a step without attention says so itself.
+            if trial.attends and not verdict.moved.is_result:
+                raise refusal(verdict, name, step, plan)
+        elif verdict.reason is not None:
+            self._warn(clock, verdict, name, step)
             self.advice = advice(plan)
-        elif not is_exact:
-            self.found = refusal(verdict, name, plan)
+        elif clock.is_training:
+            self._settle(verdict, is_exact, refusal(verdict, name, step, plan))
+
+    def _warn(self, clock: Clock, verdict: Verdict, name: str, step: str) -> None:
+        # Evaluation needs no loss.
+        is_open = clock.is_training or verdict.fails or not verdict.is_recorded
+        if verdict.reason and is_open and self._context.mesh.rank == 0:
+            warn_unchecked(verdict.reason, name, step)
+
+    def _settle(self, verdict: Verdict, is_exact: bool, refused: UlyssesError) -> None:
+        """Takes note of how losses of slices add up to that of the batch, or of why they do not."""
+        if not is_exact:
+            self.found = refused
         elif verdict.adds_up and not verdict.is_coarse:
             self._weights.add_up()
         elif not verdict.is_coarse:
             self._weights.settle_targets(verdict.names)
+
+    def _rehearse(self, clock: Clock, trial: StepTrial, step: Step, plan: SequencePlan) -> None:
+        """Tries the user's own plan.
+
+        Raises:
+            UlyssesError: On every rank, if the step is another one under it.
+        """
+        self._plans[clock.kind] = plan
+        verdict = trial.rehearse(step, plan)
+        self._forget()
+        name, kind = type(self._module).__name__, _step_of(clock)
+        if verdict.fails:
+            raise unfit(verdict, name, kind)
+        if verdict.reason is not None:
+            self._warn(clock, verdict, name, kind)
+        elif clock.is_training and not plan.join:
+            is_mean = bool(verdict.names) if self._weights.by_targets else verdict.averages
+            self._settle(verdict, is_mean or verdict.adds_up, refusal(verdict, name, kind, None))
 
     def _split_inside(self, clock: Clock, plan: SequencePlan, trial: StepTrial, step: Step, verdict: Verdict) -> None:
         same = next((known for known in self._plans.values() if known == plan), None)
@@ -180,6 +219,10 @@ class SplitChoice:
             self._weights.settle_rows(names)
         if self._context.mesh.rank == 0:
             self.say(chosen(clock.kind, plan, why_blocks(verdict, trial.is_whole), names))
+
+
+def _step_of(clock: Clock) -> str:
+    return {"train": "training_step", "validate": "validation_step"}.get(clock.kind, f"{clock.kind}_step")
 
 
 def _nothing() -> None:

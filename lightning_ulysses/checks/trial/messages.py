@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Sequence
 
 from lightning_ulysses.checks.trial.blocks import written
+from lightning_ulysses.checks.trial.outputs import Change
 from lightning_ulysses.checks.trial.verdict import Verdict
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.geometry.batch_keys import KEPT
@@ -17,38 +18,60 @@ class NoTokenMean(UlyssesError):
     """For a step that is exact only where the sequence is whole before the loss; `fix` holds the plan."""
 
 
-def refusal(verdict: Verdict, module: str, plan: SequencePlan | None) -> UlyssesError:
+def refusal(verdict: Verdict, module: str, step: str, plan: SequencePlan | None) -> UlyssesError:
     """For a step that slices cannot add up to.
 
     Args:
         verdict: What the trial found.
         module: The user's class.
+        step: The name of the step.
         plan: One that would join the sequence before the loss, if the model's blocks were found.
     """
     joined = _joined(plan)
     if verdict.moved is not None:
-        return _moved(verdict.moved, module, joined)
+        return moved_error(verdict.moved, f"a {step} of {module} in which", f"to leave the model as it is, {joined}")
     what = f"whose slices add up to it only within {verdict.misfit:.1g}"
     if verdict.is_additive:
         weights = [round(weight, 4) for weight in verdict.weights]
         what = f"in which slices have the weights {weights}, while no tensor of the batch has such targets"
+    if verdict.pooled is not None:
+        what += f", first seen in {verdict.pooled.where}"
     return NoTokenMean(
-        f"a loss of {module}.training_step that is no mean over tokens of the batch, {what}",
+        f"a loss of {module}.{step} that is no mean over tokens of the batch, {what}",
         "a mean over targets, each of which lies in one slice, marked in labels by ignore_index or by a loss_mask",
         f"{joined}; or, for a mean over some tokens, put a mask over them into the batch as 'loss_mask'",
     )
 
 
-def _moved(moved: tuple[int, str, float], module: str, joined: str) -> NoTokenMean:
-    number, name, distance = moved
-    what = {"q": "the queries", "k": "the keys", "v": "the values"}[name]
+def moved_error(change: Change, what: str, instead: str) -> NoTokenMean:
+    """For a step that gives tokens other values on a slice.
+
+    Args:
+        change: What is another value.
+        what: Begins the sentence.
+        instead: What to do without changing the model.
+    """
     return NoTokenMean(
-        f"a training_step of {module} in which {what} of attention call {number} differ by {distance:.1g} between "
-        "the whole sequence and a slice of it",
-        "a step in which a token's queries, keys and values are its own: the same random numbers, positions and "
-        "scales on a slice as on the whole",
-        "draw with functions of torch, scale by the length of the whole sequence, and take positions from "
-        f"lightning_ulysses.sequence_positions(x); or {joined}",
+        f"{what} {change.where} (or what is computed right before it) differs by {change.distance:.1g} between the "
+        "whole sequence and a slice of it",
+        "tokens that meet in intercepted attention only, with the same positions, random numbers and scales on a slice "
+        "as on the whole",
+        "take positions from lightning_ulysses.sequence_positions(x) in place of torch.arange(x.shape[1]), or put "
+        "position_ids into the batch of a transformers model; draw with functions of torch; call "
+        f"torch.nn.functional.scaled_dot_product_attention where attention is written out by hand; {instead}; else "
+        "train without sequence parallelism (sp_size=1). check_model=False in the strategy switches this check off",
+    )
+
+
+def unfit(verdict: Verdict, module: str, step: str) -> UlyssesError:
+    """For a plan of the user's own under which the step is another one."""
+    instead = "split the model elsewhere, or leave plan out, so that a place is looked for"
+    if verdict.moved is not None:
+        return moved_error(verdict.moved, f"a plan under which, in {step} of {module},", instead)
+    return UlyssesError(
+        f"a plan under which {step} of {module} is not that of one process ({verdict.reason})",
+        "a plan that splits modules whose tokens meet in attention only, and joins behind each split",
+        instead,
     )
 
 
@@ -64,7 +87,7 @@ def why_blocks(verdict: Verdict, is_whole: bool) -> str:
     if is_whole:
         return "every rank gets the whole batch"
     if verdict.moved is not None:
-        return f"on a slice of the batch, attention call {verdict.moved[0]} gets other inputs"
+        return f"on a slice of the batch, {verdict.moved.where} differ"
     if verdict.is_known:
         return "slices of the batch have losses that do not add up to that of the whole"
     return "the step does not run on a slice of the batch"
@@ -116,10 +139,10 @@ def explained(error: UlyssesError, found: UlyssesError | None) -> UlyssesError:
     return error
 
 
-def warn_unchecked(reason: str, module: str) -> None:
+def warn_unchecked(reason: str, module: str, step: str) -> None:
     """Says once that nothing is known of the loss."""
     warnings.warn(
-        f"The loss of {module}.training_step could not be tried on a few tokens ({reason}). "
+        f"NOT CHECKED: {step} of {module} could not be tried on a few tokens ({reason}). It runs as it is. "
         "`lightning-ulysses verify` compares it on a whole batch.",
         stacklevel=2,
     )

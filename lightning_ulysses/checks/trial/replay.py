@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_ulysses.attention.call import AttentionCall
 from lightning_ulysses.checks.trial.blocks import BlockFinder
-from lightning_ulysses.context import SequenceContext
+from lightning_ulysses.checks.trial.outputs import ModuleOutputs
+from lightning_ulysses.context import LocalBatch, SequenceContext
 from lightning_ulysses.interceptors.draw_table import Drawn
 
 
@@ -26,6 +27,8 @@ class Recording:
         gradients: Of the loss with respect to ``outputs``; see `differentiate`.
         loss: The loss.
         logged: Numbers that the step logged.
+        returned: What the step returned.
+        modules: What modules returned.
     """
 
     inputs: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
@@ -33,6 +36,8 @@ class Recording:
     gradients: list[Tensor] = field(default_factory=list)
     loss: Tensor | None = None
     logged: dict[str, float] = field(default_factory=dict)
+    returned: Any = None
+    modules: ModuleOutputs = field(default_factory=ModuleOutputs)
 
     def note(self, call: AttentionCall, answer: Any, value: Tensor | None = None) -> Any:
         """Keeps the first tensor in ``answer``, or ``value`` in its place, as a leaf."""
@@ -64,6 +69,7 @@ class Recorder:
         blocks: Is told of each attention call.
         draws: For each call whether it drew random numbers, so that it would return something else again.
         drawn: What the step drew by itself; see `interceptors.draw_table`.
+        sees_memory: Whether some call had more or fewer keys than queries.
     """
 
     context: SequenceContext
@@ -71,11 +77,18 @@ class Recorder:
     recording: Recording = field(default_factory=Recording)
     draws: list[bool] = field(default_factory=list)
     drawn: list[Drawn] = field(default_factory=list)
+    sees_memory: bool = False
+
+    @property
+    def callers(self) -> list[str]:
+        """For each call of attention the name of the module that made it, where blocks are told."""
+        return self.blocks.callers if self.blocks is not None else []
 
     def answer(self, call: AttentionCall, plain: Callable[[], Any]) -> Any:
         """See `context.Trial`."""
         if self.blocks is not None:
             self.blocks.attends(call.q.shape[-2], call.k.shape[-2])
+        self.sees_memory |= call.q.shape[-2] != call.k.shape[-2]
         before = _random_state(call.q)
         # What is called may itself call a function that is taken over.
         with self.context.plain():
@@ -131,14 +144,20 @@ class Rehearsal:
         context: Tells what is split at this moment.
         whole: What `Recorder` kept.
         returned: What the calls themselves returned.
-        spans: For each call this rank's slice of the sequence; None where nothing is split.
+        regions: For each call the batch that is split there; None where nothing is.
     """
 
     context: SequenceContext
     whole: Recording
     recording: Recording = field(default_factory=Recording)
     returned: list[Tensor] = field(default_factory=list)
-    spans: list[slice | None] = field(default_factory=list)
+    regions: list[LocalBatch | None] = field(default_factory=list)
+
+    @property
+    def spans(self) -> list[slice | None]:
+        """For each call this rank's slice of the sequence; None where nothing is split."""
+        rank = self.context.mesh.sp_rank
+        return [None if region is None else region.layout.spans[rank] for region in self.regions]
 
     def note(self, call: AttentionCall, answer: Any) -> Any:
         """See `context.Watch`.
@@ -152,7 +171,7 @@ class Rehearsal:
         region = self.context.place.region or self.context.place.hidden
         span = None if region is None else region.layout.spans[self.context.mesh.sp_rank]
         self.returned.append(own.detach())
-        self.spans.append(span)
+        self.regions.append(region)
         return self.recording.note(call, answer, kept if span is None else narrowed(kept, cut_dim(kept, own), span))
 
 

@@ -16,10 +16,12 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from lightning_ulysses.batch.random_streams import named_stream
-from lightning_ulysses.checks.probing.attributes import attributes_kept, generators_kept
-from lightning_ulysses.checks.probing.compiled import uncompile_steps
+from lightning_ulysses.checks.trial.attributes import attributes_kept, generators_kept
 from lightning_ulysses.patching.handle import Handle
 from lightning_ulysses.regions.recompute import replace_checkpoints
+
+# The methods that Lightning compiles if the whole module is compiled.
+_STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 
 
 class StepEnds(Exception):
@@ -141,6 +143,51 @@ def _readonly_files(handle: Handle) -> None:
     handle.patch(torch, "save", save)
 
 
+def uncompile_steps(root: nn.Module) -> Handle:
+    """Makes ``root`` itself run uncompiled: its call, and the methods that Lightning compiles one by one.
+
+    Returns:
+        A handle that restores the compiled ones.
+    """
+    handle = Handle()
+    if root._compiled_call_impl is not None:
+        handle.patch(root, "_compiled_call_impl", None)
+    for name in _STEPS:
+        # Lightning stores a compiled method as an attribute of the instance. Dynamo keeps the original in it.
+        original = getattr(vars(root).get(name), "_torchdynamo_orig_callable", None)
+        if original is not None:
+            handle.patch(root, name, original)
+    return handle
+
+
+def computes_precisely(module: nn.Module) -> bool:
+    """Whether the module computes in float32 or float64."""
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        return False
+    return all(p.dtype in (torch.float32, torch.float64) for p in module.parameters() if p.is_floating_point())
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Multiplies in float32: the rounding of TF32 is as large as what a trial looks for."""
+    places: list[Any] = [torch.backends.cuda.matmul, torch.backends.cudnn]
+    name: str = "allow_tf32"
+    off: Any = False
+    try:
+        before = [getattr(place, name) for place in places]
+    except RuntimeError:
+        # Set by its newer name, after which torch refuses to read the older one.
+        name, off = "fp32_precision", "ieee"
+        before = [getattr(place, name) for place in places]
+    for place in places:
+        setattr(place, name, off)
+    try:
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            setattr(place, name, value)
+
+
 def _quiet_functions(root: nn.Module) -> Handle:
     """Switches off what would differ between two runs, or run a part of the step twice."""
     handle = Handle()
@@ -183,6 +230,7 @@ def sandbox(root: nn.Module, device: torch.device) -> Iterator[dict[str, Any]]:
         stack.callback(uncompile_steps(root).remove)
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(_without_tf32())
         yield logged
 
 

@@ -17,10 +17,11 @@ from lightning_ulysses.attention.route import AttentionTally
 from lightning_ulysses.batch.excerpt import excerpts, most_filled, most_uneven
 from lightning_ulysses.batch.pipeline import fill_mask, local_batch
 from lightning_ulysses.batch.whole import WholeBatch, read_batch
-from lightning_ulysses.checks.probing.probe import computes_precisely
+from lightning_ulysses.checks.step import check_joined
 from lightning_ulysses.checks.trial.blocks import BlockFinder
+from lightning_ulysses.checks.trial.outputs import Change
 from lightning_ulysses.checks.trial.replay import Recorder, Recording, Rehearsal, Replay
-from lightning_ulysses.checks.trial.sandbox import StepEnds, repeatable, sandbox, state_kept
+from lightning_ulysses.checks.trial.sandbox import StepEnds, computes_precisely, repeatable, sandbox, state_kept
 from lightning_ulysses.checks.trial.verdict import (
     HALF,
     LOGS,
@@ -30,13 +31,13 @@ from lightning_ulysses.checks.trial.verdict import (
     disagreement,
     judge,
     names_of_rows,
+    part_of_loss,
 )
 from lightning_ulysses.context import LocalBatch, SequenceContext
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.geometry.batch_keys import BatchRules
 from lightning_ulysses.geometry.split_plan import SequencePlan
 from lightning_ulysses.interceptors.draw_table import DrawTable
-from lightning_ulysses.loss.evidence import LossEvidence
 from lightning_ulysses.loss.logged import Logged, LogRules, find_rules, is_number
 from lightning_ulysses.regions.notes import RegionTally
 from lightning_ulysses.upstream.meeting import all_arrive, arrive, next_meeting
@@ -109,6 +110,11 @@ class StepTrial:
         """Whether the batch cannot be cut."""
         return self._first is not None and self._first.part is None
 
+    @property
+    def attends(self) -> bool:
+        """Whether the step called attention on the whole excerpt."""
+        return self._recorder is not None and bool(self._recorder.recording.outputs)
+
     def prepare(self, batch: WholeBatch, move: Callable[[Any], Any]) -> None:
         """Takes an excerpt of a batch, and moves it to the device in all forms in which the step will be tried."""
         mesh = self._context.mesh
@@ -159,7 +165,14 @@ class StepTrial:
                 self._sample = self._all()
             verdict = self._run(step, self._sample)
         self.plans = verdict.plans
+        if verdict.is_recorded and verdict.moved is None and not verdict.fails:
+            # Keys of another length were the same on the slice: they are no pooled tokens.
+            self._take_memory()
         return verdict
+
+    def _take_memory(self) -> None:
+        assert self._recorder is not None
+        self._context.notes.of(AttentionTally).attends_memory |= self._recorder.sees_memory
 
     def _run(self, step: Step, sample: _Sample) -> Verdict:
         counts = {} if sample.part is None else sample.part[1].counts
@@ -187,25 +200,74 @@ class StepTrial:
 
     def fits(self, step: Step, plan: SequencePlan) -> bool:
         """Whether a step whose model is split as ``plan`` says is that of one process; a collective."""
-        assert self._recorder is not None and self._sample is not None
-        context, recorder = self._context, self._recorder
-        rehearsal = Rehearsal(context, recorder.recording)
-        fault: str | None = ""
+        assert self._sample is not None
+        return self._rehearse(step, plan, self._sample.planned)[0] is None
+
+    def rehearse(self, step: Step, plan: SequencePlan) -> Verdict:
+        """Tries a plan of the user's on the excerpt; a collective.
+
+        Args:
+            step: Calls the user's step on inputs.
+            plan: The plan. Without a join, slices have losses of their own.
+
+        Raises:
+            UlyssesError: On every rank, if the plan does not fit the model.
+        """
+        assert self._first is not None
+        self._sample, error = self._first, None
         failed: Exception | None = None
         try:
+            with self._tried(), self._context.cutting():
+                self._record(step, self._sample)
+        except Exception as failure:
+            failed, error = failure, repr(failure)
+        errors = [each for each in self._from_all(error, failed) if each is not None]
+        if errors:
+            return Verdict(reason=errors[0], is_recorded=False)
+        part = self._sample.part
+        inputs = self._sample.planned if part is None else lambda: part
+        fault, reports = self._rehearse(step, plan, inputs)
+        if isinstance(fault, UlyssesError):
+            raise fault
+        if fault is not None:
+            moved = fault if isinstance(fault, Change) else None
+            return Verdict(moved=moved, reason=None if moved else str(fault), fails=True)
+        return judge([(report, ()) for report in reports], self._context.mesh.sp_size)
+
+    def _rehearse(
+        self, step: Step, plan: SequencePlan, planned: Callable[[], Inputs]
+    ) -> tuple[UlyssesError | Change | str | None, list[SliceReport]]:
+        """What differs from the step of one process, or went wrong; and what losses of slices say."""
+        assert self._recorder is not None
+        context, recorder = self._context, self._recorder
+        rehearsal = Rehearsal(context, recorder.recording)
+        fault: UlyssesError | Change | str | None = None
+        failed: Exception | None = None
+        report = SliceReport({})
+        tally = context.notes.of(AttentionTally)
+        before = tally.attends_memory
+        self._take_memory()
+        try:
             with self._tried(), self._split_by(plan), state_kept(self._module):
-                inputs, local = self._sample.planned()
+                inputs, local = planned()
                 draws = self._draws.replaying(recorder.drawn)
                 with repeatable(self._device), draws, context.rehearsed(plan, local, rehearsal), torch.enable_grad():
                     self._differentiate(step, inputs, rehearsal.recording)
+                    check_joined(context, "step", type(self._module).__name__)
                 half = not computes_precisely(self._module)
-                size = context.mesh.sp_size
-                fault = disagreement(recorder.recording, recorder.draws, rehearsal, size, half)
+                fault = disagreement(recorder, rehearsal, context.mesh, half, is_joined=bool(plan.join))
+                if fault is None and not plan.join:
+                    report = part_of_loss(recorder.recording, rehearsal, local.counts, half)
+        except UlyssesError as error:
+            failed = fault = error
         except Exception as failure:
             failed, fault = failure, repr(failure)
-        faults = [each for each in self._from_all(fault, failed) if each is not None]
-        self.fault = faults[0] if faults else ""
-        return not faults
+        faults, reports = zip(*self._from_all((fault, report), failed), strict=True)
+        found = [each for each in faults if each is not None]
+        if found:
+            tally.attends_memory = before
+        self.fault = getattr(found[0], "where", str(found[0])) if found else ""
+        return found[0] if found else None, list(reports)
 
     def targets_by_rows(self, step: Step) -> frozenset[str]:
         """Tensors whose counts of targets weight the losses of some rows in the loss of all; a collective.
@@ -250,6 +312,10 @@ class StepTrial:
 
     @contextmanager
     def _split_by(self, plan: SequencePlan) -> Iterator[None]:
+        if self._context.plan is plan:
+            # The user's own, whose hooks are in place.
+            yield
+            return
         handle = regions.install(self._context, self._module, plan)
         try:
             yield
@@ -281,10 +347,8 @@ class StepTrial:
         with self._draws.replaying(self._recorder.drawn):
             self._try(step, inputs, local, replay, replay.recording)
         logged = Logged(self._recorder.recording.logged, replay.recording.logged, local.counts)
-        if local.notes.of(LossEvidence).has_whole_part:
-            return SliceReport(local.counts, reason="a part of the loss is that of the whole batch"), logged
         half = not computes_precisely(self._module)
-        return compare(self._recorder.recording, replay, local.counts, half), logged
+        return compare(self._recorder, replay, local, half), logged
 
     def _try(self, step: Step, inputs: Any, local: LocalBatch, trial: Any, recording: Recording) -> None:
         kept, streams = state_kept(self._module), repeatable(self._device)
@@ -293,9 +357,11 @@ class StepTrial:
 
     def _differentiate(self, step: Step, inputs: Any, recording: Recording) -> None:
         try:
-            output = step(inputs)
+            with recording.modules.watched(self._module):
+                output = step(inputs)
         except StepEnds as end:
             output = end.loss
+        recording.returned = output
         loss = output.get("loss") if isinstance(output, dict) else output
         # Steps of evaluation often only log their loss.
         losses = [loss, *(value for name, value in self._logged.items() if "loss" in name)]

@@ -13,14 +13,17 @@ log 2 on every slice.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lightning_ulysses.checks.trial.replay import Recording, Rehearsal, Replay, cut_dim, narrowed
+from lightning_ulysses.checks.trial.outputs import Change, Slice, first_changed, result_change
+from lightning_ulysses.checks.trial.replay import Recorder, Recording, Rehearsal, Replay, cut_dim, narrowed
 from lightning_ulysses.context import LocalBatch
+from lightning_ulysses.exchange.mesh import SequenceMesh
 from lightning_ulysses.geometry.split_plan import SequencePlan
+from lightning_ulysses.loss.evidence import LossEvidence
 
 # Relative L2 differences that rounding in float32 does not reach, and a wrong loss surpasses.
 INPUTS, GRADIENTS, WEIGHTS = 1e-3, 3e-5, 1e-4
@@ -28,6 +31,16 @@ INPUTS, GRADIENTS, WEIGHTS = 1e-3, 3e-5, 1e-4
 LOGS = 1e-4
 # Where the model computes in half precision.
 HALF = 0.1
+# The same for single tokens.
+TOKENS_IN_HALF = 0.2
+
+_INPUTS = {"q": "queries", "k": "keys", "v": "values"}
+
+
+def attention_call(number: int, callers: Sequence[str]) -> str:
+    """A call of attention as messages call it."""
+    name = callers[number] if number < len(callers) else ""
+    return f"attention call {number}" + (f", in {name}" if name else "")
 
 
 @dataclass(frozen=True)
@@ -38,41 +51,51 @@ class SliceReport:
         counts: Valid targets of the slice, for each tensor that may hold them.
         weight: w_r; 0 where the loss of the slice depends on nothing.
         misfit: How far the gradient of the slice is from w_r times that of its own loss, relative to the whole one.
-        moved: For the attention call that first got other inputs its number, which of them, and by how much.
+        moved: What is another value on the slice, before attention answers or after it.
         reason: Why nothing can be said; empty where the step itself will say so.
         fails: Whether the step raises on the slice, and not on the whole.
         is_half: Whether the model computes in half precision.
+        pooled: Where an output without tokens differs first.
     """
 
     counts: Mapping[str, float]
     weight: float = 0.0
     misfit: float = 0.0
-    moved: tuple[int, str, float] | None = None
+    moved: Change | None = None
     reason: str | None = None
     fails: bool = False
     is_half: bool = False
+    pooled: Change | None = None
 
 
-def compare(whole: Recording, replay: Replay, counts: Mapping[str, float], half: bool) -> SliceReport:
+def compare(recorder: Recorder, replay: Replay, local: LocalBatch, half: bool) -> SliceReport:
     """Compares a slice with the whole.
 
     Args:
-        whole: The run on the whole excerpt.
+        recorder: The run on the whole excerpt.
         replay: The run on the slice.
-        counts: Valid targets of the slice.
+        local: The slice.
         half: Whether the model computes in half precision.
     """
-    part = replay.recording
+    whole, part = recorder.recording, replay.recording
+    counts, cut = local.counts, Slice(replay.span, local.layout.seq_len, local.rows)
     if len(part.outputs) != len(whole.outputs):
         return SliceReport(counts, reason=f"{len(part.outputs)} attention calls, and {len(whole.outputs)} on the whole")
-    moved = _first_moved(whole, part, replay.span, HALF if half else INPUTS)
+    bound = TOKENS_IN_HALF if half else INPUTS
+    moved = first_changed(whole.modules, part.modules, cut, bound)
+    moved = moved or _first_moved(recorder, part, replay.span, HALF if half else INPUTS)
+    if moved is None and whole.loss is None:
+        moved = result_change(whole.returned, part.returned, cut, bound)
     if moved is not None:
         return SliceReport(counts, moved=moved)
     if not whole.gradients or not part.gradients:
         return SliceReport(counts, reason="a loss that does not depend on what attention returns")
+    if local.notes.of(LossEvidence).has_whole_part:
+        return SliceReport(counts, reason="a part of the loss is that of the whole batch")
     pairs = zip(whole.gradients, replay.narrowed, strict=True)
     wanted = [narrowed(gradient, dim, replay.span) for gradient, dim in pairs]
-    return _fit(wanted, part.gradients, _flat(whole.gradients).norm(), counts, half)
+    report = _fit(wanted, part.gradients, _flat(whole.gradients).norm(), counts, half)
+    return replace(report, pooled=first_changed(whole.modules, part.modules, cut, bound, pooled=True))
 
 
 def _flat(tensors: Iterable[Tensor]) -> Tensor:
@@ -92,38 +115,59 @@ def _fit(
     return SliceReport(counts, weight, float((a - weight * b).norm() / size), is_half=half)
 
 
-def disagreement(whole: Recording, draws: Sequence[bool], part: Rehearsal, sp_size: int, half: bool) -> str | None:
+def disagreement(
+    recorder: Recorder, part: Rehearsal, mesh: SequenceMesh, half: bool, is_joined: bool
+) -> Change | str | None:
     """What differs between a step on the whole sequence and one whose model is split inside.
 
-    Behind the join everything is that of the whole sequence, and each of P ranks computes all of the loss: a slice gets
-    the gradients of all of them.
+    Behind a join everything is that of the whole sequence, and each of P ranks computes all of the loss: a slice gets
+    the gradients of all of them. Without one, `part_of_loss` judges gradients.
 
     Args:
-        whole: The run on the whole excerpt.
-        draws: For each call of attention whether it draws random numbers.
+        recorder: The run on the whole excerpt.
         part: The run that is split.
-        sp_size: P.
+        mesh: Sizes and groups.
         half: Whether the model computes in half precision.
+        is_joined: Whether the sequence is joined again.
     """
-    bound = HALF if half else INPUTS
+    whole, bound = recorder.recording, HALF if half else INPUTS
     if len(part.returned) != len(whole.outputs):
         return f"{len(part.returned)} attention calls, and {len(whole.outputs)} on the whole"
+    region = next((region for region in part.regions if region is not None), None)
+    if region is not None:
+        tokens = TOKENS_IN_HALF if half else INPUTS
+        moved = first_changed(whole.modules, part.recording.modules, Slice.of(region, mesh.sp_rank), tokens)
+        if moved is not None:
+            return moved
     if len(part.recording.gradients) != len(whole.gradients):
         return "a loss without a gradient"
-    for number, span in enumerate(part.spans):
-        pairs = [*zip("qkv", whole.inputs[number], part.recording.inputs[number], strict=True)]
-        if not draws[number]:
+    for number, region in enumerate(part.regions):
+        cut = None if region is None else region.layout.spans[mesh.sp_rank]
+        pairs = [*zip(_INPUTS.values(), whole.inputs[number], part.recording.inputs[number], strict=True)]
+        if not recorder.draws[number]:
             pairs.append(("output", whole.outputs[number], part.returned[number]))
-        if whole.gradients:
-            found = part.recording.gradients[number] / (1 if span is None else sp_size)
-            pairs.append(("gradient", whole.gradients[number], found))
+        # Outside of regions, the gradient of one rank may be that of its slice alone.
+        if whole.gradients and is_joined and cut is not None:
+            pairs.append(("gradient", whole.gradients[number], part.recording.gradients[number] / mesh.sp_size))
         for name, a, b in pairs:
-            a = narrowed(a, cut_dim(a, b), span) if span is not None else a
-            if a.shape != b.shape or not _distance(a, b) <= bound:
-                return f"{name} of attention call {number}"
-    losses = whole.loss, part.recording.loss
+            a = narrowed(a, cut_dim(a, b), cut) if cut is not None else a
+            distance = _distance(a, b) if a.shape == b.shape else float("inf")
+            if not distance <= bound:
+                return Change(f"the {name} of {attention_call(number, recorder.callers)}", distance)
+    losses = (whole.loss, part.recording.loss) if is_joined else (None, None)
     is_same = losses[0] is None or losses[1] is None or _distance(losses[0], losses[1]) <= bound
     return None if is_same else "the loss"
+
+
+def part_of_loss(whole: Recording, part: Rehearsal, counts: Mapping[str, float], half: bool) -> SliceReport:
+    """What the loss of a slice says where a plan splits the model and joins nothing."""
+    found = zip(whole.gradients, part.recording.gradients, part.spans, strict=False)
+    # Of what is whole, a rank's gradient is that of its slice alone.
+    cut = [(a, b, span) for a, b, span in found if span is not None]
+    if not cut:
+        return SliceReport(counts, reason="a loss that does not depend on what attention returns")
+    wanted = [narrowed(a, cut_dim(a, b), span) for a, b, span in cut]
+    return _fit(wanted, [b for _, b, _ in cut], _flat(a for a, _, _ in cut).norm(), counts, half)
 
 
 def names_of_rows(whole: Recording, parts: Sequence[tuple[Recording, LocalBatch]], half: bool) -> frozenset[str]:
@@ -152,16 +196,14 @@ def _distance(a: Tensor, b: Tensor) -> float:
     return float((a.double() - b.double()).norm() / a.double().norm().clamp_min(1e-30)) if a.numel() else 0.0
 
 
-def _first_moved(whole: Recording, part: Recording, span: slice, bound: float) -> tuple[int, str, float] | None:
-    for number, (one, other) in enumerate(zip(whole.inputs, part.inputs, strict=True)):
+def _first_moved(whole: Recorder, part: Recording, span: slice, bound: float) -> Change | None:
+    for number, (one, other) in enumerate(zip(whole.recording.inputs, part.inputs, strict=True)):
         for name, a, b in zip("qkv", one, other, strict=True):
             # (B, H, S, D) -> (B, H, S_r, D); keys of a memory are whole in both runs.
             a = narrowed(a, a.dim() - 2, span) if a.shape[-2] != b.shape[-2] else a
-            if a.shape != b.shape:
-                return number, name, float("inf")
-            distance = _distance(a, b)
+            distance = _distance(a, b) if a.shape == b.shape else float("inf")
             if not distance <= bound:
-                return number, name, distance
+                return Change(f"the {_INPUTS[name]} of {attention_call(number, whole.callers)}", distance)
     return None
 
 
@@ -180,18 +222,20 @@ class Verdict:
         is_coarse: Whether rounding is too large to tell tensors apart by their counts.
         plans: Plans that may divide the model, the same on all ranks.
         is_recorded: Whether the step ran on the whole excerpt.
+        pooled: See `SliceReport`.
     """
 
     is_additive: bool = False
     names: frozenset[str] = frozenset()
     weights: tuple[float, ...] = ()
     misfit: float = 0.0
-    moved: tuple[int, str, float] | None = None
+    moved: Change | None = None
     reason: str | None = None
     fails: bool = False
     is_coarse: bool = False
     plans: tuple[SequencePlan, ...] = ()
     is_recorded: bool = True
+    pooled: Change | None = None
 
     @property
     def is_known(self) -> bool:
@@ -242,7 +286,8 @@ def judge(found: Sequence[tuple[SliceReport, tuple[SequencePlan, ...]]], sp_size
     half = any(report.is_half for report in reports)
     additive = misfit <= (HALF if half else GRADIENTS)
     explained = frozenset(names) if additive else frozenset()
-    return Verdict(additive, explained, worst, misfit, is_coarse=half, plans=plans)
+    pooled = next((report.pooled for report in reports if report.pooled is not None), None)
+    return Verdict(additive, explained, worst, misfit, is_coarse=half, plans=plans, pooled=pooled)
 
 
 def _explains(group: Sequence[SliceReport], name: str) -> bool:

@@ -52,7 +52,7 @@ def supply_inputs(context: SequenceContext, model: PreTrainedModel, numbering: N
         if takes_cache and given.get("use_cache") is None:
             added["use_cache"] = False
         labels = given.get("labels")
-        if isinstance(labels, Tensor) and not context.place.is_probed:
+        if isinstance(labels, Tensor):
             added |= shifted_labels(batch, labels, given, shifts, takes_any, name)
         return (args, {**kwargs, **added}) if added else None
 

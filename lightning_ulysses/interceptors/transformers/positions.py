@@ -51,8 +51,6 @@ class Numbering:
         self.is_used = False
         # A few of them: the outer model supplies positions, and its embeddings ask for them soon after.
         self._supplied: deque[Tensor] = deque(maxlen=4)
-        # (token ids, positions) of the runs of a trial on all of its tokens.
-        self._probed: deque[tuple[Tensor, Tensor]] = deque(maxlen=4)
 
     def supplied(self, positions: Tensor) -> Tensor:
         """``positions`` as a new tensor object, to distinguish it from positions that a user passes."""
@@ -80,6 +78,8 @@ class Numbering:
             if given is not None and not any(given is own for own in self._supplied):
                 return None
             batch = self._context.described
+            assert batch is not None
+            numbers: Tensor | None
             if isinstance(tokens, Tensor):
                 numbers = self._numbers(tokens, batch, create, padding)
             else:
@@ -92,21 +92,13 @@ class Numbering:
             return bound.args, bound.kwargs
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            live = self._context.place.is_probed or self._context.described is not None
-            return number(args, kwargs) if live else None
+            return number(args, kwargs) if self._context.described is not None else None
 
         return hook
 
-    def _numbers(self, tokens: Tensor, batch: LocalBatch | None, create: Create, padding: int) -> Tensor | None:
-        """Token ids (B, S_r) -> positions (B, S_r). None leaves them to the model."""
+    def _numbers(self, tokens: Tensor, batch: LocalBatch, create: Create, padding: int) -> Tensor:
+        """Token ids (B, S_r) -> positions (B, S_r)."""
         rank = self._context.mesh.sp_rank
-        if self._context.place.is_probed:
-            if batch is None:
-                return self._probe(tokens, create, padding)
-            # The trial on a part of the tokens: the positions that they had among all tokens.
-            span = batch.layout.spans[rank]
-            return next((n[:, span] for t, n in self._probed if torch.equal(t[:, span], tokens)), None)
-        assert batch is not None
         layout, group = batch.layout, self._context.mesh.sp_group
         check_share(tokens.shape[1], layout, rank, "input_ids")
         whole = tokens.clone() if group is None else join_sequence(tokens, layout.shares, 1, group)
@@ -120,14 +112,3 @@ class Numbering:
             for row, runs in enumerate(documents)
         ]
         return torch.cat(rows)[:, layout.spans[rank]]
-
-    def _probe(self, tokens: Tensor, create: Create, padding: int) -> Tensor:
-        """Positions during a trial. They stay the same if the trial changes one token.
-
-        The changed token may be padding, and then all later tokens would get other positions.
-        """
-        for before, numbers in self._probed:
-            if before.shape == tokens.shape and int((before != tokens).any(dim=0).sum()) <= 1:
-                return numbers
-        self._probed.append((tokens, create(tokens, padding)))
-        return self._probed[-1][1]
