@@ -34,7 +34,9 @@ def arrive(name: str) -> None:
 
 
 def all_arrive(name: str, seconds: float) -> bool:
-    """Whether all ranks come within a time, this one included. All that ask get the same answer.
+    """Whether all ranks come within a time, this one included.
+
+    All that ask get the same answer, as long as a collective follows: the store ends with rank 0.
 
     Args:
         name: Of the meeting; the same on all ranks, and another one for each meeting.

@@ -27,6 +27,8 @@ def meet(rank: int) -> dict[str, object]:
     arrive(first)
     found["names"] = (first, second)
     found["arrived"] = all_arrive(second, 20.0)
+    # Rank 0 keeps the store.
+    dist.barrier()
     return found
 
 
