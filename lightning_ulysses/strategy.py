@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from lightning.fabric.strategies import _StrategyRegistry
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
-from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers, _MockOptimizer
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies.ddp import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
@@ -26,8 +25,8 @@ from lightning_ulysses.checkpoints.hooks import CheckpointedStrategy
 from lightning_ulysses.checks.hooks import HookWatch
 from lightning_ulysses.checks.monitors import check_monitored
 from lightning_ulysses.checks.notices import Notices
-from lightning_ulysses.checks.optimizer import check_elementwise, clipping_error, no_optimizer
-from lightning_ulysses.checks.trainer import check_trainer, no_output
+from lightning_ulysses.checks.optimizer import check_elementwise, clipping_error, only_one
+from lightning_ulysses.checks.trainer import check_accelerator, check_trainer, no_output
 from lightning_ulysses.config import (
     REGISTERED,
     UlyssesConfig,
@@ -39,7 +38,6 @@ from lightning_ulysses.config import (
 )
 from lightning_ulysses.context import LocalBatch
 from lightning_ulysses.divided import joined
-from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.exchange.mesh import SequenceMesh, resolve_sizes
 from lightning_ulysses.geometry.split_plan import read_plan
 from lightning_ulysses.loss.weights import StepWeights
@@ -179,18 +177,11 @@ class UlyssesDeepSpeedStrategy(
 
     def _now(self) -> Clock:
         module, trainer = self._module_and_trainer
-        return replace(
-            read_clock(module, trainer),
-            epoch=upstream_lightning.finished_epochs(trainer),
-            is_last=upstream_lightning.is_last_batch(trainer),
-        )
+        return replace(read_clock(module, trainer), **upstream_lightning.progress(trainer))
 
     @override
     def setup_environment(self) -> None:
-        if not isinstance(self.accelerator, (CUDAAccelerator, CPUAccelerator)):
-            raise UlyssesError(
-                f"accelerator {type(self.accelerator).__name__}", "CUDA or CPU", "set Trainer(accelerator='cpu')"
-            )
+        check_accelerator(self.accelerator)
         if isinstance(self.accelerator, CPUAccelerator) and self.parallel_devices:
             # DeepSpeed and Lightning both tell processes apart by the device's index.
             self.parallel_devices = [torch.device("cpu", index) for index in range(len(self.parallel_devices))]
@@ -263,15 +254,11 @@ class UlyssesDeepSpeedStrategy(
 
     @override
     def _init_optimizers(self) -> tuple[Any, Any]:
-        module, _ = self._module_and_trainer
-        optimizers, schedulers = _init_optimizers_and_lr_schedulers(module)
-        if len(optimizers) != 1 or len(schedulers) > 1 or isinstance(optimizers[0], _MockOptimizer):
-            count = 0 if isinstance(optimizers[0], _MockOptimizer) else len(optimizers)
-            raise no_optimizer(f"{count} optimizers and {len(schedulers)} schedulers", type(module).__name__)
+        optimizer, scheduler = only_one(*upstream_lightning.optimizers_of(self._module_and_trainer[0]))
         if self.ulysses.check_model:
             stays = upstream_deepspeed.steps_on_device(self.config)
-            check_elementwise(optimizers[0], self.root_device if stays else torch.device("cpu"))
-        return optimizers[0], schedulers[0] if schedulers else None
+            check_elementwise(optimizer, self.root_device if stays else torch.device("cpu"))
+        return optimizer, scheduler
 
     def _clip_gradients(
         self, optimizer: Any, clip_val: float | None = 0.0, gradient_clip_algorithm: Any = None

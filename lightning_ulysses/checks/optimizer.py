@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -86,13 +87,19 @@ def _parts(numbers: Tensor) -> list[Tensor]:
     return [numbers[:12].view(3, 4), numbers[12:]]
 
 
-def no_optimizer(found: Any, module: str) -> UlyssesError:
-    """For a module without an optimizer, or with several."""
-    return UlyssesError(
-        f"{found} from {module}.configure_optimizers",
-        "one optimizer, and at most one scheduler: ZeRO shards the state of a single one",
-        "return one optimizer; parameters with settings of their own go into groups of it",
-    )
+def only_one(optimizers: Sequence[Any], schedulers: Sequence[Any]) -> tuple[Any, Any]:
+    """The only optimizer of a module, and its scheduler or None.
+
+    Raises:
+        UlyssesError: If the module has no optimizer, or several.
+    """
+    if len(optimizers) != 1 or len(schedulers) > 1:
+        raise UlyssesError(
+            f"{len(optimizers)} optimizers and {len(schedulers)} schedulers from configure_optimizers",
+            "one optimizer, and at most one scheduler: ZeRO shards the state of a single one",
+            "return one optimizer; parameters with settings of their own go into groups of it",
+        )
+    return optimizers[0], schedulers[0] if schedulers else None
 
 
 def clipping_error(algorithm: Any) -> UlyssesError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.callbacks import LearningRateFinder, ModelPruning, WeightAveraging
 from lightning.pytorch.plugins import DeepSpeedPrecision
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -13,6 +14,16 @@ from lightning_ulysses.errors import UlyssesError
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
+
+
+def check_accelerator(accelerator: object) -> None:
+    """Refuses devices other than GPUs of CUDA and CPUs.
+
+    Raises:
+        UlyssesError: With the class of the accelerator.
+    """
+    if not isinstance(accelerator, (CUDAAccelerator, CPUAccelerator)):
+        raise UlyssesError(f"accelerator {type(accelerator).__name__}", "CUDA or CPU", "set Trainer(accelerator='cpu')")
 
 
 def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers, _MockOptimizer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_ulysses.patching.handle import Handle
@@ -46,15 +47,14 @@ def forget_train_loader(trainer: pl.Trainer) -> None:
     trainer.fit_loop._combined_loader = None
 
 
-def is_last_batch(trainer: pl.Trainer) -> bool:
-    """Whether the training batch that was fetched last is the last one of its epoch (``loops/progress.py``)."""
-    return bool(trainer.fit_loop.epoch_loop.batch_progress.is_last_batch)
+def progress(trainer: pl.Trainer) -> dict[str, Any]:
+    """What the loops alone know of a run's `Clock` (``loops/progress.py``).
 
-
-def finished_epochs(trainer: pl.Trainer) -> int:
-    """Training epochs finished. Unlike ``current_epoch``, right also when a resumed run sets up its data."""
+    Returns:
+        ``epoch``, which is right also when a resumed run sets up its data, unlike ``current_epoch``; and ``is_last``.
+    """
     current: Any = trainer.fit_loop.epoch_progress.current
-    return int(current.processed)
+    return {"epoch": int(current.processed), "is_last": bool(trainer.fit_loop.epoch_loop.batch_progress.is_last_batch)}
 
 
 # Counters of batches; a checkpoint taken after a batch does not have it in "completed" yet.
@@ -140,6 +140,12 @@ def hooks_change_batches(trainer: pl.Trainer) -> bool:
     hooks = ("transfer_batch_to_device", "on_after_batch_transfer")
     owners = (trainer.lightning_module, getattr(trainer, "datamodule", None))
     return any(owner is not None and is_overridden(hook, owner) for hook in hooks for owner in owners)
+
+
+def optimizers_of(module: pl.LightningModule) -> tuple[list[Any], list[Any]]:
+    """What ``configure_optimizers`` returns, as lists; no optimizer if it returns None (``core/optimizer.py``)."""
+    optimizers, schedulers = _init_optimizers_and_lr_schedulers(module)
+    return [each for each in optimizers if not isinstance(each, _MockOptimizer)], schedulers
 
 
 def set_device_mesh(module: pl.LightningModule, mesh: torch.distributed.device_mesh.DeviceMesh | None) -> None:
