@@ -64,6 +64,17 @@ def test_batches_of_one_row(pool: ProcessPool, name: str, split: str) -> None:
         assert compare(result, reference).largest <= BOUND, compare(result, reference)
 
 
+WHOLE = ("dpo", "spans", "padded_classes", "shifted", "kto", "nanogpt", "reward", "vision", "contrastive", "weighted")
+
+
+@pytest.mark.parametrize("name", sampled(WHOLE, 2))
+def test_two_groups_of_one_process(pool: ProcessPool, name: str) -> None:
+    """Nothing is cut. How losses of groups add up is found on rows: as targets do, or all alike."""
+    run, reference = SplitRun(2, 1, RECIPES[name].strategy), wanted(name)
+    for result, _ in pool.run(fit, name, run, world_size=2):
+        assert compare(result, reference).largest <= BOUND, compare(result, reference)
+
+
 GROUPS = [("padded", 1), ("shifted", 3), ("dpo", 3), ("nanogpt", 1), ("weighted", 3), ("vision", 3)]
 
 

@@ -19,6 +19,7 @@ from lightning_ulysses.checks.trial.messages import (
     refusal,
     unfit,
     unsplittable,
+    warn_equal,
     warn_logged,
     warn_unchecked,
     why_blocks,
@@ -87,9 +88,12 @@ class SplitChoice:
         settings = self._settings
         self._module, self._forget = module, forget or _nothing
         wanted = settings.check_model or settings.split == "blocks"
-        self._is_open = self._context.mesh.sp_size > 1 and wanted
+        is_split = self._context.mesh.sp_size > 1
+        self._is_open = wanted and (is_split or settings.plan is None)
         # A plan of the user's own says where to split: it is tried, and no other.
-        if self._is_open and settings.split != "batch" and settings.plan is None:
+        if settings.plan is None and not is_split:
+            self._pipeline.fall_back(whole_rules(settings.rules), always=False)
+        elif self._is_open and settings.split != "batch" and settings.plan is None:
             self._pipeline.fall_back(whole_rules(settings.rules), always=settings.split == "blocks")
         return self._handle
 
@@ -121,6 +125,9 @@ class SplitChoice:
         trial = self._trials.pop(clock.kind, None)
         if trial is None:
             return False
+        if self._context.mesh.sp_size == 1:
+            self._weigh_rows(clock, trial, step)
+            return False
         if self._settings.plan is not None:
             self._rehearse(clock, trial, step, self._settings.plan)
             return False
@@ -149,6 +156,19 @@ class SplitChoice:
             warn_logged(trial.log_rules.unknown, type(self._module).__name__, clock.kind)
         self._judge(clock, trial, verdict, is_exact)
         return False
+
+    def _weigh_rows(self, clock: Clock, trial: StepTrial, step: Step) -> None:
+        """Finds out how losses of micro-batches and groups add up where nothing is cut."""
+        self._plans[clock.kind] = None
+        rules = self._settings.rules
+        self._pipeline.use(clock.kind, whole_rules(rules) if trial.is_whole else rules)
+        if not clock.is_training or not self._weights.by_targets or self._weights.settled is not None:
+            return
+        names = trial.targets_by_rows(step)
+        self._forget()
+        if names is not None:
+            # Rows of one length have equal weights by their tokens, and so has a mean over rows.
+            self._weights.settle_rows(frozenset() if names == {"tokens"} else names)
 
     def _judge(self, clock: Clock, trial: StepTrial, verdict: Verdict, is_exact: bool) -> None:
         """What follows for a step whose batch is cut.
@@ -211,8 +231,11 @@ class SplitChoice:
         self._pipeline.use(clock.kind, whole_rules(self._settings.rules))
         names: frozenset[str] = frozenset()
         if clock.is_training and self._weights.by_targets:
-            names = trial.targets_by_rows(step)
+            found = trial.targets_by_rows(step)
             self._forget()
+            if found is None and self._context.mesh.rank == 0:
+                warn_equal(type(self._module).__name__)
+            names = found or names
             if names == {"tokens"} and not verdict.is_additive:
                 # All tokens give rows equal weights, as a mean over rows does, and slices do not show a mean over them.
                 names = frozenset()

@@ -148,6 +148,16 @@ def warn_unchecked(reason: str, module: str, step: str) -> None:
     )
 
 
+def warn_equal(module: str) -> None:
+    """Says once that micro-batches and groups count alike, whatever the loss is a mean over."""
+    warnings.warn(
+        f"NOT CHECKED: which targets the loss of {module} is a mean over, since the step could not be tried on some "
+        "rows or documents of its batch. Micro-batches and data-parallel groups have equal weights, as in plain "
+        "Lightning. With one group and accumulate_grad_batches=1 that makes no difference.",
+        stacklevel=2,
+    )
+
+
 def warn_logged(names: Sequence[str], module: str, kind: str) -> None:
     """Says once which values that a step logs are those of a slice."""
     warnings.warn(

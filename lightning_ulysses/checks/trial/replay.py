@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lightning_ulysses.attention.call import AttentionCall
@@ -15,6 +16,9 @@ from lightning_ulysses.checks.trial.blocks import BlockFinder
 from lightning_ulysses.checks.trial.outputs import ModuleOutputs
 from lightning_ulysses.context import LocalBatch, SequenceContext
 from lightning_ulysses.interceptors.draw_table import Drawn
+
+# Outputs of submodules whose gradients are compared where attention is not taken over.
+_EARLY = 8
 
 
 @dataclass
@@ -58,6 +62,22 @@ class Recording:
             found = torch.autograd.grad(loss, self.outputs, allow_unused=True)
             pairs = zip(found, self.outputs, strict=True)
             self.gradients = [torch.zeros_like(out) if grad is None else grad for grad, out in pairs]
+
+
+@contextmanager
+def early_outputs(root: nn.Module, found: list[Tensor]) -> Iterator[None]:
+    """Adds to ``found`` the first tensors that submodules return and a loss may depend on."""
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.requires_grad and output.dim() > 1 and len(found) < _EARLY:
+            found.append(output)
+
+    handles = [module.register_forward_hook(keep) for module in root.modules() if module is not root]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_ulysses import regions
 from lightning_ulysses.attention.route import AttentionTally
@@ -20,7 +20,7 @@ from lightning_ulysses.batch.whole import WholeBatch, read_batch
 from lightning_ulysses.checks.step import check_joined
 from lightning_ulysses.checks.trial.blocks import BlockFinder
 from lightning_ulysses.checks.trial.outputs import Change
-from lightning_ulysses.checks.trial.replay import Recorder, Recording, Rehearsal, Replay
+from lightning_ulysses.checks.trial.replay import Recorder, Recording, Rehearsal, Replay, early_outputs
 from lightning_ulysses.checks.trial.sandbox import StepEnds, computes_precisely, repeatable, sandbox, state_kept
 from lightning_ulysses.checks.trial.verdict import (
     HALF,
@@ -134,13 +134,17 @@ class StepTrial:
                 read(short, rules, 1, False), part, lambda: read(short, self._whole_rules, mesh.sp_size, True)
             )
 
-        sizes = {size for parameter in self._module.parameters() for size in parameter.shape}
+        # A length that something else has could not be told from it.
+        tensors = [*self._module.parameters(), *(leaf for leaf in tree_leaves(batch.template) if _is_tensor(leaf))]
+        sizes = {size for tensor in tensors for size in tensor.shape}
         best = most_filled(excerpts(batch, rules, mesh.sp_size, sizes), rules, mesh.sp_size)
         is_small = batch.rows * batch.layout.seq_len <= _SMALL
 
         def by_rows() -> list[Inputs]:
             shorts = [*excerpts(batch, rules, mesh.sp_size, sizes), *([batch.template] if is_small else [])]
-            return [read(rows, self._whole_rules, 1, False) for rows in most_uneven(shorts, self._whole_rules)]
+            # What is split inside gets whole batches.
+            read_by = self._whole_rules if mesh.sp_size > 1 else rules
+            return [read(rows, read_by, 1, False) for rows in most_uneven(shorts, read_by)]
 
         # Evaluation runs in inference mode, whose tensors no gradient can be taken of.
         with torch.inference_mode(False), state_kept(self._module):
@@ -269,21 +273,32 @@ class StepTrial:
         self.fault = getattr(found[0], "where", str(found[0])) if found else ""
         return found[0] if found else None, list(reports)
 
-    def targets_by_rows(self, step: Step) -> frozenset[str]:
+    def targets_by_rows(self, step: Step) -> frozenset[str] | None:
         """Tensors whose counts of targets weight the losses of some rows in the loss of all; a collective.
 
-        Slices show nothing of a loss that needs the whole sequence.
+        Slices show nothing of a loss that needs the whole sequence, and one process has none. The module is in
+        evaluation mode: dropout would draw other numbers for a row alone.
+
+        Returns:
+            Names of tensors; none of a loss that rows do not add up to; None if that could not be tried.
         """
-        names: frozenset[str] = frozenset()
+        names: frozenset[str] | None = None
         failed: Exception | None = None
         try:
             with self._tried(), state_kept(self._module):
-                read = self._by_rows()
-                whole, *parts = [(self._alone(step, *inputs).recording, inputs[1]) for inputs in read]
-                names = names_of_rows(whole[0], parts, not computes_precisely(self._module))
+                self._module.eval()
+                runs = []
+                for inputs in self._by_rows():
+                    runs.append((self._alone(step, *inputs).recording, inputs[1]))
+                    # A step that fails on some rows alone takes them together.
+                    names = frozenset()
+                if runs:
+                    names = names_of_rows(runs[0][0], runs[1:], not computes_precisely(self._module))
         except Exception as failure:
-            failed, names = failure, frozenset()
-        return frozenset.intersection(*self._from_all(names, failed))
+            failed = failure
+        found: list[frozenset[str] | None] = self._from_all(names, failed)
+        known = [each for each in found if each is not None]
+        return frozenset.intersection(*known) if len(known) == len(found) else None
 
     @property
     def _draws(self) -> DrawTable:
@@ -336,7 +351,10 @@ class StepTrial:
 
     def _alone(self, step: Step, inputs: Any, local: LocalBatch, blocks: BlockFinder | None = None) -> Recorder:
         recorder = Recorder(self._context, blocks)
-        with self._context.alone(), self._draws.recording(recorder.drawn):
+        # One process takes over hardly any attention, whose gradients could be compared.
+        is_split = self._context.mesh.sp_size > 1
+        hooks = nullcontext() if is_split else early_outputs(self._module, recorder.recording.outputs)
+        with hooks, self._context.alone(), self._draws.recording(recorder.drawn):
             self._try(step, inputs, local, recorder, recorder.recording)
         return recorder
 
@@ -372,5 +390,9 @@ class StepTrial:
             recording.differentiate(found)
 
 
+def _is_tensor(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor)
+
+
 def _copied(batch: Any) -> Any:
-    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, batch)
+    return tree_map(lambda leaf: leaf.clone() if _is_tensor(leaf) else leaf, batch)

@@ -181,14 +181,15 @@ def names_of_rows(whole: Recording, parts: Sequence[tuple[Recording, LocalBatch]
     size, reports = _flat(whole.gradients).norm(), []
     begins = [0] * len(whole.gradients)
     for part, local in parts:
-        wanted = []
+        wanted, own = [], []
         for number, (a, b) in enumerate(zip(whole.gradients, part.gradients, strict=True)):
             # (B, ...) -> (B_r, ...), or (..., S, ...) -> (..., S_r, ...) of documents of one row.
             dim = cut_dim(a, b)
-            count = 0 if dim is None else b.shape[dim]
-            wanted.append(narrowed(a, dim, slice(begins[number], begins[number] + count)))
-            begins[number] += count
-        reports.append(_fit(wanted, part.gradients, size, local.counts, half))
+            if dim is not None:
+                wanted.append(narrowed(a, dim, slice(begins[number], begins[number] + b.shape[dim])))
+                own.append(b)
+                begins[number] += b.shape[dim]
+        reports.append(_fit(wanted, own, size, local.counts, half))
     return judge([(report, ()) for report in reports], len(reports)).names
 
 
