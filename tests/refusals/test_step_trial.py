@@ -424,3 +424,23 @@ def test_what_high_positions_change_is_seen_before_the_first_step(pool: ProcessP
     wanted = fit_single(Warmer, [[batch]], count=lambda batch: 100.0)
     for result in fit_split(pool, Warmer, [batch], SplitRun(world_size=2, sp_size=2)):
         assert compare(result, wanted).largest <= BOUND
+
+
+class Supervised(LlamaModule):
+    """Predicts from an inner layer as well, which it takes by its place among the hidden states."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        output = self.model(input_ids=batch["input_ids"], output_hidden_states=True)
+        assert len(output.hidden_states) == len(self.model.model.layers) + 1
+        inner = self.model.lm_head(output.hidden_states[1])
+        targets = batch["shift_labels"].flatten()
+        return sum(F.cross_entropy(logits.flatten(0, 1), targets) for logits in (output.logits, inner))
+
+
+def test_hooks_of_a_first_forward_are_there_once(pool: ProcessPool) -> None:
+    """transformers registers those that collect hidden states when it first collects some."""
+    tokens = token_batch(1, 34, 2)["input_ids"]
+    batch = {"input_ids": tokens[:, :-1], "shift_labels": tokens[:, 1:]}
+    wanted = fit_single(Supervised, [[batch]], count=lambda batch: 66.0)
+    for result in fit_split(pool, Supervised, [batch], SplitRun()):
+        assert compare(result, wanted).largest <= BOUND

@@ -15,6 +15,11 @@ from torch import Tensor, nn
 _INTERNAL = frozenset(vars(nn.Module()))
 
 
+# transformers registers hooks in the first forward, and an attribute that says so.
+_HELD = (
+    *("_modules", "_buffers", "_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs"),
+    *("_forward_hooks_always_called", "_forward_pre_hooks_with_kwargs"),
+)
 # A step does not rewrite more than that, but a module may hold a whole dataset.
 _LARGEST, _DEEPEST = 10_000, 4
 # Not other subclasses: those of DeepSpeed gather parameters when they are read.
@@ -56,6 +61,8 @@ def _refill(value: Any, content: Any) -> None:
     value.clear()
     if isinstance(value, (list, deque)):
         value.extend(content)
+    elif isinstance(value, OrderedDict):
+        OrderedDict.update(value, content)
     else:
         dict.update(value, content) if isinstance(value, dict) else value.update(content)
 
@@ -67,7 +74,7 @@ def attributes_kept(root: nn.Module) -> Iterator[None]:
         (
             module,
             {name: value for name, value in vars(module).items() if name not in _INTERNAL},
-            [(held, dict(held)) for held in (module._modules, module._buffers)],
+            [(held, dict(held)) for held in (getattr(module, name) for name in _HELD)],
         )
         for module in root.modules()
     ]
@@ -83,7 +90,7 @@ def attributes_kept(root: nn.Module) -> Iterator[None]:
             for name in [name for name in now if name not in saved and name not in _INTERNAL]:
                 del now[name]
             now.update(saved)
-            # Submodules and buffers that the forward replaced.
+            # Submodules and buffers that the forward replaced, and hooks that it registered.
             for now_held, content in held:
                 if _is_changed(now_held, content):
                     _refill(now_held, content)

@@ -81,8 +81,6 @@ def compare(recorder: Recorder, replay: Replay, local: LocalBatch, half: bool) -
     counts, cut = local.counts, Slice(replay.span, local.layout.seq_len, local.rows)
     if len(part.outputs) != len(whole.outputs):
         return SliceReport(counts, reason=f"{len(part.outputs)} attention calls, and {len(whole.outputs)} on the whole")
-    if local.notes.of(LossEvidence).has_whole_part:
-        return SliceReport(counts, reason="a part of the loss is that of the whole batch")
     bound = TOKENS_IN_HALF if half else INPUTS
     moved = first_changed(whole.modules, part.modules, cut, bound)
     moved = moved or _first_moved(recorder, part, replay.span, HALF if half else INPUTS)
@@ -90,6 +88,8 @@ def compare(recorder: Recorder, replay: Replay, local: LocalBatch, half: bool) -
         moved = result_change(whole.returned, part.returned, cut, bound)
     if moved is not None:
         return SliceReport(counts, moved=moved)
+    if local.notes.of(LossEvidence).has_whole_part:
+        return SliceReport(counts, reason="")
     if not whole.gradients or not part.gradients:
         return SliceReport(counts, reason="a loss that does not depend on what attention returns")
     pairs = zip(whole.gradients, replay.narrowed, strict=True)
