@@ -96,6 +96,7 @@ class TrainLoader(SeededLoader):
         returns: bool = False,
         count: Callable[[Any], Mapping[str, float]],
         dp_size: int,
+        dp_rank: int = 0,
         most: int | None = None,
         shared: Callable[[int], int] = int,
     ) -> None:
@@ -114,7 +115,7 @@ class TrainLoader(SeededLoader):
         self._stepped = 0
         # Batches of the epoch used before the current iteration began, and before the next one will begin.
         self._began = self._began_next = 0
-        self._trail = Trail(loader)
+        self._trail = Trail(loader, dp_rank)
 
     def __len__(self) -> int:
         return len(self._loader) if self._most is None else min(len(self._loader), self._most)

@@ -152,6 +152,7 @@ class BatchPipeline:
             # Counts the batch as `read` will get it. `StepWeights.begin` refuses one whose targets change later.
             count=lambda batch: self._read(prepare(batch), clock.kind).counts_of_group(),
             dp_size=self._mesh.dp_size,
+            dp_rank=self._mesh.dp_rank,
             most=most,
             shared=self._same_length.of_window if asks else int,
         )

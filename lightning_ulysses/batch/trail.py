@@ -67,10 +67,12 @@ class Trail:
 
     Args:
         loader: The dataloader.
+        dp_rank: Whose batches these are. Checkpoints hold those of one data-parallel rank, which alone compares them.
     """
 
-    def __init__(self, loader: Any) -> None:
+    def __init__(self, loader: Any, dp_rank: int) -> None:
         self._loader = loader
+        self._dp_rank = dp_rank
         self._digests: dict[int, int] = {}
         self._wanted: tuple[int, int] | None = None
 
@@ -87,7 +89,8 @@ class Trail:
 
     def state_dict(self, used: int) -> dict[str, Any]:
         """What `load_state_dict` compares, after a number of batches of the epoch."""
-        return {"settings": settings_of(self._loader), "digest": self._digests.get(used - 1)}
+        digest = self._digests.get(used - 1)
+        return {"settings": settings_of(self._loader), "digest": digest, "dp_rank": self._dp_rank}
 
     def load_state_dict(self, state: Mapping[str, Any], dp_size: int) -> None:
         """Compares the settings of the dataloader, and has `check` compare its batches.
@@ -113,7 +116,7 @@ class Trail:
                 "the same dataset and dataloader until the end of the epoch, so that no sample is lost or used twice",
                 "resume with the former data, or from a checkpoint taken at the end of an epoch",
             )
-        if is_same_share and state.get("digest") is not None:
+        if is_same_share and state.get("dp_rank") == self._dp_rank and state.get("digest") is not None:
             self._wanted = state["batches"], state["digest"]
 
     def check(self, used: int, again: Callable[[], Iterator[Any]]) -> None:

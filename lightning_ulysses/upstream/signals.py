@@ -32,13 +32,17 @@ class SignalWatch:
     Args:
         trainer: The Trainer, whose handlers are not registered yet.
         device: The device of the collectives.
+        host_group: Returns a group of all ranks for tensors on the host, or None.
 
     Attributes:
         in_step: Whether all ranks have equally many batches in the evaluation that runs.
     """
 
-    def __init__(self, trainer: pl.Trainer, device: torch.device) -> None:
+    def __init__(
+        self, trainer: pl.Trainer, device: torch.device, host_group: Callable[[], dist.ProcessGroup | None]
+    ) -> None:
         self._trainer = trainer
+        self._host_group = host_group
         self._device = device
         self._connector: Any = trainer._signal_connector
         self._requeue: Callable[..., None] = self._connector._slurm_sigusr_handler_fn
@@ -102,8 +106,11 @@ class SignalWatch:
         return self._trainer.state.fn == TrainerFn.FITTING
 
     def _exchange(self) -> tuple[bool, bool]:
-        noted = torch.tensor([self._wants_end, self._wants_requeue], dtype=torch.int32, device=self._device)
-        dist.all_reduce(noted, dist.ReduceOp.MAX)
+        group = self._host_group()
+        # On the host, so that nothing waits for a device.
+        device = self._device if group is None else torch.device("cpu")
+        noted = torch.tensor([self._wants_end, self._wants_requeue], dtype=torch.int32, device=device)
+        dist.all_reduce(noted, dist.ReduceOp.MAX, group=group)
         wants_end, wants_requeue = noted.tolist()
         return bool(wants_end), bool(wants_requeue)
 

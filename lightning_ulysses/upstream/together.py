@@ -37,9 +37,13 @@ class EndsTogether(DeepSpeedStrategy):
         """Takes over Lightning's signal handlers, which it registers after this."""
         if trainer.world_size > 1:
             self._release_signals()
-            self._signals = SignalWatch(trainer, self.root_device)
+            self._signals = SignalWatch(trainer, self.root_device, self.host_group)
             self._signal_handle = self._signals.start()
         super().setup(trainer)
+
+    def host_group(self) -> Any:
+        """All ranks, for tensors on the host; None if there is no such group beside the one of the device."""
+        return getattr(getattr(self, "_mesh", None), "host_group", None)
 
     def evaluates_in_step(self) -> bool:
         """Whether all ranks have equally many batches in the evaluation that begins; a collective."""

@@ -163,7 +163,7 @@ CASES: dict[str, tuple[Any, list[Any], SplitRun, tuple[str, ...]]] = {
         ByHand,
         PAIRS,
         run(),
-        ("outside of the attention calls", "'blocks.0.out' (Linear)", "scaled_dot_product_attention", "sp_size=1"),
+        ("without a single attention call intercepted", "scaled_dot_product_attention", "sp_size=1"),
     ),
     "by hand, not checked": (
         ByHand,
@@ -206,7 +206,18 @@ CASES: dict[str, tuple[Any, list[Any], SplitRun, tuple[str, ...]]] = {
         run(accumulate_grad_batches=2),
         ("when the dataloader yielded it", "'labels': 66.0", "on_before_batch_transfer"),
     ),
-    "another forward": (OtherForward, TOKENS, run(), ("over 8 tokens", "of the batch's 33", "unsharded()")),
+    "another forward": (
+        OtherForward,
+        TOKENS,
+        run(),
+        ("the queries of attention call 0", "'model.model.layers.0", "sp_size=1"),
+    ),
+    "another forward, not checked": (
+        OtherForward,
+        TOKENS,
+        run(strategy={"check_model": False}),
+        ("over 8 tokens", "of the batch's 33", "unsharded()"),
+    ),
     "targets": (llama(), TOKENS, run(strategy={"targets": "label"}), ("targets='label'", "'shift_labels'")),
 }
 
@@ -218,7 +229,7 @@ def refused(rank: int, make: Any, batches: list[Any], settings: SplitRun) -> Uly
 
 
 def assert_refused(errors: list[UlyssesError], parts: tuple[str, ...]) -> None:
-    assert all(type(error) is UlyssesError for error in errors)
+    assert all(isinstance(error, UlyssesError) for error in errors)
     # Other ranks may name another share of the sequence.
     assert [part for part in parts if part not in str(errors[0])] == [], errors[0]
 

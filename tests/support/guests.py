@@ -286,6 +286,6 @@ GUESTS = [
         "x-transformers, `attn_flash=False`, `pos=sequence_positions(x)`",
         x_transformer(flash=False),
         exact=False,
-        why="outside of the attention calls that are intercepted, first in 'model.attn_layers.layers.0.1.attend",
+        why="without a single attention call intercepted",
     ),
 ]

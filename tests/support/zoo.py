@@ -154,7 +154,7 @@ ENTRIES = [
         "Mamba",
         sizes={"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
         exact=False,
-        why="first in 'model.backbone.layers.0.mixer.x_proj'",
+        why="takes no position_ids",
     ),
     Entry(
         "Jamba",

@@ -379,7 +379,8 @@ class StepTrial:
                 output = step(inputs)
         except StepEnds as end:
             output = end.loss
-        recording.returned = output
+        # Without its graph, on whose nodes DeepSpeed's hooks hold the engine.
+        recording.returned = tree_map(lambda leaf: leaf.detach() if _is_tensor(leaf) else leaf, output)
         loss = output.get("loss") if isinstance(output, dict) else output
         # Steps of evaluation often only log their loss.
         losses = [loss, *(value for name, value in self._logged.items() if "loss" in name)]

@@ -202,7 +202,7 @@ def test_the_last_token_of_a_document_has_no_target(kind: str) -> None:
 @pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor])
 def test_an_excerpt_cuts_documents_of_any_type(kind: Any) -> None:
     batch = {"input_ids": ids(1), "cu_seqlens": kind([0, 4, 6, 11])}
-    cut = excerpt(batch, BatchRules(), 3, 5)
+    cut = excerpt(batch, BatchRules(), (3, 5))
     assert read_batch(cut, BatchRules(), 1).layout.documents == (((0, 1), (1, 3), (3, 5)),)
 
 
