@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_ulysses import memory
 from lightning_ulysses.batch.clock import Clock
 from lightning_ulysses.batch.loader import SeededLoader
 from lightning_ulysses.batch.pipeline import BatchPipeline, fill_mask
@@ -114,6 +115,8 @@ class SequenceParallel:
         self._probe = ModelProbe(self.context, module, self._device, forget, self.settings.check_model)
         self._handle.add(self._choice.install(module, forget).remove)
         self._choice.say = say or self._choice.say
+        if self.settings.memory.is_on:
+            self._handle.add(memory.install(self.context, module, self.settings.memory, forget).remove)
 
     def close(self) -> None:
         """Puts everything back that was patched; closing twice does nothing."""

@@ -27,12 +27,14 @@ from lightning_ulysses.checks.monitors import check_monitored
 from lightning_ulysses.checks.optimizer import check_elementwise, clipping_error, no_optimizer
 from lightning_ulysses.checks.trainer import check_trainer, no_output
 from lightning_ulysses.config import (
+    MemoryConfig,
     UlyssesConfig,
     batch_rules,
     check_config,
     check_deepspeed_config,
     check_replicas,
     check_stage,
+    read_memory,
 )
 from lightning_ulysses.context import LocalBatch
 from lightning_ulysses.divided import joined
@@ -41,6 +43,7 @@ from lightning_ulysses.exchange.mesh import SequenceMesh, resolve_sizes
 from lightning_ulysses.export import keep_replaced, restore_replaced
 from lightning_ulysses.geometry.split_plan import read_plan
 from lightning_ulysses.loss.weights import StepWeights
+from lightning_ulysses.memory import realized, units
 from lightning_ulysses.patching.handle import Handle
 from lightning_ulysses.sequence_parallel import SequenceParallel
 from lightning_ulysses.upstream import deepspeed as upstream_deepspeed
@@ -78,6 +81,8 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
         split: ``"batch"`` gives each rank its slice of the batch, ``"blocks"`` splits the model at its repeated blocks
             and leaves what comes before and after them whole. ``"auto"`` takes the first of the two that gives the step
             of one process, tried on a few tokens of the first batch of each kind of step.
+        memory: Parts of a step that run tile by tile along the tokens, such as ``{"tiled_loss": True}``; see
+            `MemoryConfig`. By default none.
         config: A DeepSpeed config or the path of one; replaces all arguments of DeepSpeedStrategy.
         **kwargs: Every other argument of Lightning's ``DeepSpeedStrategy``.
 
@@ -104,6 +109,7 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
         check_model: bool = True,
         plan: str | dict[str, Any] | None = None,
         split: Literal["auto", "batch", "blocks"] = "auto",
+        memory: MemoryConfig | dict[str, Any] | None = None,
         config: str | Path | dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -122,6 +128,7 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
             split=split,
             rules=batch_rules(sequence_dims, pad_to_multiple_of, ignore_index, read),
             plan=read,
+            memory=read_memory(memory),
         )
         super().__init__(stage=stage, config=config, **kwargs)
         assert isinstance(self.config, dict)
@@ -139,6 +146,7 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
         self._watch: HookWatch | None = None
         self._masters: MasterCopy | None = None
         self._monitors = Handle()
+        self._units = Handle()
 
     @property
     def mesh(self) -> SequenceMesh:
@@ -230,6 +238,8 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
         self._close()
         # Schedulers ask for the number of steps in there, and so for the length of a sampler that asks for the mesh.
         self._core = SequenceParallel(self.ulysses, self.mesh, self.root_device, self._base_seed)
+        if self.zero_stage_3 and self.ulysses.memory.is_on:
+            self._units.add(upstream_deepspeed.gather_as_one(units(module, self.ulysses.memory)).remove)
         super().setup(trainer)
         self._clip_val = float(trainer.gradient_clip_val or 0.0)
         # Lightning's does nothing: DeepSpeed clips by its config alone.
@@ -312,7 +322,7 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
         with self._watch.in_user_step(name):
             batch = self.core.try_step(clock, lambda batch: tried(batch, *args, **kwargs), batch)
             with self.core.step(clock, name):
-                return joined(getattr(super(), name)(batch, *args, **kwargs))
+                return joined(realized(getattr(super(), name)(batch, *args, **kwargs)))
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -393,6 +403,7 @@ class UlyssesDeepSpeedStrategy(upstream_lightning.AcceptsCompiled, DeepSpeedStra
         if self._watch is not None:
             self._watch.stop()
         self._monitors.remove()
+        self._units.remove()
         vars(self.precision_plugin).pop("clip_gradients", None)
         upstream_deepspeed.restore_linear()
         super().teardown()

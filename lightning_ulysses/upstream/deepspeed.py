@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -156,6 +156,19 @@ def touch_through(touch: Callable[[Callable[[Any], Any], Any], Any]) -> Handle:
         return original(functools.partial(touch, function), value, **kwargs)
 
     handle.patch(module, "apply_to_tensors_only", apply)
+    return handle
+
+
+def gather_as_one(modules: Iterable[Any]) -> Handle:
+    """Has ZeRO-3 gather all parameters below each module for its call, in place of one submodule after the other.
+
+    Takes effect where an engine is made afterwards (``utils/z3_leaf_module.py``).
+    """
+    handle = Handle()
+    for module in modules:
+        if not getattr(module, "_z3_leaf", False):
+            module._z3_leaf = True
+            handle.add(functools.partial(delattr, module, "_z3_leaf"))
     return handle
 
 
