@@ -131,13 +131,15 @@ class Head:
         if key not in self._logits:
             found: list[tuple[int, torch.dtype]] = []
 
-            def attempt(x: Tensor) -> None:
+            def attempt(x: Tensor) -> Tensor:
                 check_ready("tiled_loss", self.name, self._module)
                 with self._context.plain():
                     try_rows("tiled_loss", self.name, self._module, self._plain, x)
                 with torch.no_grad():
                     logits = self._plain(x.detach()[..., :1, :])
                 found.append((logits.shape[-1], logits.dtype))
+                # ZeRO-3 expects a tensor.
+                return x.new_zeros(1)
 
             self.run(attempt, hidden)
             if self._forget is not None:

@@ -162,13 +162,23 @@ def touch_through(touch: Callable[[Callable[[Any], Any], Any], Any]) -> Handle:
 def gather_as_one(modules: Iterable[Any]) -> Handle:
     """Has ZeRO-3 gather all parameters below each module for its call, in place of one submodule after the other.
 
-    Takes effect where an engine is made afterwards (``utils/z3_leaf_module.py``).
+    Takes effect where an engine is made afterwards (``utils/z3_leaf_module.py``). The engine reduces the gradients of
+    such a module when that of its input is there, and before there are any if the input needs none
+    (``zero/stage3.py``, ``reduce_leaf_module_grads``). So the input always needs one.
     """
+
+    def needs_gradient(module: Any, args: tuple[Any, ...]) -> Any:
+        first = args[0] if args else None
+        if not torch.is_grad_enabled() or not _is_float(first) or first.requires_grad:
+            return None
+        return first.detach().requires_grad_(), *args[1:]
+
     handle = Handle()
     for module in modules:
         if not getattr(module, "_z3_leaf", False):
             module._z3_leaf = True
             handle.add(functools.partial(delattr, module, "_z3_leaf"))
+            handle.add(module.register_forward_pre_hook(needs_gradient, prepend=True).remove)
     return handle
 
 

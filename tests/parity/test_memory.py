@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from exact import check
-from models import HandWritten, LlamaModule, pair_batch, token_batch
+from exact import BOUND, check, fit_broken
+from models import HandWritten, LlamaModule, count_targets, pair_batch, token_batch
 from torch import Tensor
 
 from lightning_ulysses.memory.deferred_logits import DeferredLogits
-from lightning_ulysses.testing import SplitRun
+from lightning_ulysses.testing import SplitRun, compare, fit_single, split_loader, split_trainer
 from lightning_ulysses.testing.processes import ProcessPool
 
 ALL = {"tiled_loss": True, "tiled_mlp": True, "tiled_norm": True, "tile_tokens": 3}
@@ -99,3 +99,53 @@ CASES: dict[str, tuple[Any, list[Any], SplitRun, int]] = {
 def test_step(pool: ProcessPool, name: str) -> None:
     make, data, run, steps = CASES[name]
     check(pool, make, data, run, steps)
+
+
+def only_the_first(self: Any, gradients: Any) -> None:
+    """Loses what the tiles after the first one add."""
+    for index, gradient in enumerate(gradients):
+        if self._sums[index] is None:
+            self._sums[index] = gradient
+
+
+def test_a_lost_tile_is_seen(pool: ProcessPool) -> None:
+    """The negative control."""
+    data = batches(1)
+    wanted = fit_single(llama(), [data], count_targets)
+    run = SplitRun(strategy={"memory": ALL})
+    target = "lightning_ulysses.memory.tiles.GradientSums.add"
+    found = pool.run(fit_broken, llama(), data, run, target, only_the_first, world_size=2)
+    assert all(compare(each, wanted).step > 100 * BOUND for each in found)
+
+
+class Kept(LlamaModule):
+    """Counts the bytes that the forward of its last step keeps, each storage once, without parameters."""
+
+    kept = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        held: dict[int, Tensor] = {}
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda tensor: _hold(held, tensor), lambda tensor: tensor)
+        with hooks:
+            loss = super().training_step(batch, batch_idx)
+        own = {parameter.untyped_storage()._cdata for parameter in self.parameters()}
+        self.kept = sum(each.untyped_storage().nbytes() for key, each in held.items() if key not in own)
+        return loss
+
+
+def _hold(held: dict[int, Tensor], tensor: Tensor) -> Tensor:
+    held[tensor.untyped_storage()._cdata] = tensor
+    return tensor
+
+
+def kept_bytes(rank: int, memory: dict[str, Any] | None) -> int:
+    module, run = Kept(), SplitRun(strategy={"memory": memory})
+    split_trainer(run).fit(module, split_loader([token_batch(seed, 128, 1) for seed in range(2)], run, rank))
+    return module.kept
+
+
+def test_kept_bytes(pool: ProcessPool) -> None:
+    """On each of two ranks, in the second step."""
+    plain = pool.run(kept_bytes, None, world_size=2)
+    tiled = pool.run(kept_bytes, {**ALL, "tile_tokens": 8}, world_size=2)
+    assert all(after < 0.6 * before for before, after in zip(plain, tiled, strict=True)), (plain, tiled)
