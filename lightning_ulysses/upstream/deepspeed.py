@@ -168,10 +168,9 @@ def gather_as_one(modules: Iterable[Any]) -> Handle:
     """
 
     def needs_gradient(module: Any, args: tuple[Any, ...]) -> Any:
-        first = args[0] if args else None
-        if not torch.is_grad_enabled() or not _is_float(first) or first.requires_grad:
+        if not torch.is_grad_enabled() or not args or not _is_float(args[0]) or args[0].requires_grad:
             return None
-        return first.detach().requires_grad_(), *args[1:]
+        return args[0].detach().requires_grad_(), *args[1:]
 
     handle = Handle()
     for module in modules:
