@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +31,62 @@ REGISTERED: Mapping[str, Mapping[str, Any]] = {
 
 
 @dataclass(frozen=True)
+class MemoryConfig:
+    """Parts of a step that run tile by tile along the tokens; see ``docs/memory.md``.
+
+    Attributes:
+        tiled_loss: Whether cross entropies compute the logits of a head tile by tile; names of heads in place of True.
+        tiled_mlp: Whether MLPs run on tiles and keep their input only; names of submodules in place of True.
+        tiled_norm: The same for norms.
+        tile_tokens: Tokens of a tile.
+        tile_bytes: What a tile of a module may keep, or its logits in float32 may take. 256 MiB by default.
+    """
+
+    tiled_loss: bool | list[str] = False
+    tiled_mlp: bool | list[str] = False
+    tiled_norm: bool | list[str] = False
+    tile_tokens: int | None = None
+    tile_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("tiled_loss", "tiled_mlp", "tiled_norm"):
+            value = getattr(self, name)
+            is_names = isinstance(value, list) and bool(value) and all(isinstance(each, str) and each for each in value)
+            _require(isinstance(value, bool) or is_names, name, value, "True, False or a list of names of submodules")
+        for name in ("tile_tokens", "tile_bytes"):
+            value = getattr(self, name)
+            is_size = value is None or (type(value) is int and value >= 1)
+            _require(is_size, name, value, "a positive whole number or None")
+        if self.tile_tokens is not None and self.tile_bytes is not None:
+            raise UlyssesError(
+                f"tile_tokens={self.tile_tokens} and tile_bytes={self.tile_bytes}", "one of them", "drop tile_tokens"
+            )
+
+    @property
+    def is_on(self) -> bool:
+        """Whether any part is asked for."""
+        return bool(self.tiled_loss or self.tiled_mlp or self.tiled_norm)
+
+    def rows(self, row_bytes: int) -> int:
+        """Rows of a tile whose rows take ``row_bytes`` each."""
+        return self.tile_tokens or max((self.tile_bytes or 256 * 2**20) // row_bytes, 1)
+
+
+def read_memory(given: MemoryConfig | Mapping[str, Any] | None) -> MemoryConfig:
+    """The argument ``memory`` of `UlyssesDeepSpeedStrategy`.
+
+    Raises:
+        UlyssesError: If it is none, or has keys that do not exist.
+    """
+    if isinstance(given, MemoryConfig):
+        return given
+    known = [each.name for each in fields(MemoryConfig)]
+    is_right = given is None or (isinstance(given, Mapping) and all(key in known for key in given))
+    _require(is_right, "memory", given, f"None, a MemoryConfig, or a mapping with some of {known}")
+    return MemoryConfig(**(given or {}))
+
+
+@dataclass(frozen=True)
 class UlyssesConfig:
     """The settings that are not DeepSpeed's. `UlyssesDeepSpeedStrategy` documents them."""
 
@@ -42,6 +98,7 @@ class UlyssesConfig:
     targets: str | None = None
     rules: BatchRules = field(default_factory=BatchRules)
     plan: SequencePlan | None = None
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
 
     def __post_init__(self) -> None:
         self._check_types()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_ulysses import memory
 from lightning_ulysses.attention.kernel_report import KernelReport
 from lightning_ulysses.batch.clock import Clock
 from lightning_ulysses.batch.loader import SeededLoader
@@ -115,6 +116,8 @@ class SequenceParallel:
         self._choice.say = say or self._choice.say
         if say is not None:
             self.context.notes.of(KernelReport).say = say
+        if self.settings.memory.is_on:
+            self._handle.add(memory.install(self.context, module, self.settings.memory, forget).remove)
 
     def close(self) -> None:
         """Puts everything back that was patched; closing twice does nothing."""

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.fabric.strategies import _StrategyRegistry
-from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies.ddp import DDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -29,18 +28,20 @@ from lightning_ulysses.checks.optimizer import check_elementwise, clipping_error
 from lightning_ulysses.checks.trainer import check_accelerator, check_trainer, no_output
 from lightning_ulysses.config import (
     REGISTERED,
+    MemoryConfig,
     UlyssesConfig,
     batch_rules,
     check_config,
     check_deepspeed_config,
     check_replicas,
     check_stage,
+    read_memory,
 )
-from lightning_ulysses.context import LocalBatch
 from lightning_ulysses.divided import joined
 from lightning_ulysses.exchange.mesh import SequenceMesh, resolve_sizes
 from lightning_ulysses.geometry.split_plan import read_plan
 from lightning_ulysses.loss.weights import StepWeights
+from lightning_ulysses.memory import realized, units
 from lightning_ulysses.patching.handle import Handle
 from lightning_ulysses.sequence_parallel import SequenceParallel
 from lightning_ulysses.upstream import deepspeed as upstream_deepspeed
@@ -81,6 +82,8 @@ class UlyssesDeepSpeedStrategy(
         split: ``"batch"`` gives each rank its slice of the batch, ``"blocks"`` splits the model at its repeated blocks
             and leaves what comes before and after them whole. ``"auto"`` takes the first of the two that gives the step
             of one process, tried on a few tokens of the first batch of each kind of step.
+        memory: Parts of a step that run tile by tile along the tokens, such as ``{"tiled_loss": True}``; see
+            `MemoryConfig`. By default none.
         config: A DeepSpeed config or the path of one; replaces all arguments of DeepSpeedStrategy.
         **kwargs: Every other argument of Lightning's ``DeepSpeedStrategy``.
 
@@ -107,6 +110,7 @@ class UlyssesDeepSpeedStrategy(
         check_model: bool = True,
         plan: str | dict[str, Any] | None = None,
         split: Literal["auto", "batch", "blocks"] = "auto",
+        memory: MemoryConfig | dict[str, Any] | None = None,
         config: str | Path | dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -125,6 +129,7 @@ class UlyssesDeepSpeedStrategy(
             split=split,
             rules=batch_rules(sequence_dims, pad_to_multiple_of, ignore_index, read),
             plan=read,
+            memory=read_memory(memory),
         )
         super().__init__(stage=stage, config=config, **kwargs)
         assert isinstance(self.config, dict)
@@ -143,8 +148,8 @@ class UlyssesDeepSpeedStrategy(
         self._clip_val = 0.0
         self._watch: HookWatch | None = None
         self._masters: MasterCopy | None = None
-        self._monitors = Handle()
         self._notices: Notices | None = None
+        self._patches = Handle()
 
     @property
     def mesh(self) -> SequenceMesh:
@@ -159,11 +164,6 @@ class UlyssesDeepSpeedStrategy(
         if self._core is None:
             raise RuntimeError("Sequence parallelism is set up only while a Trainer runs.")
         return self._core
-
-    @property
-    def local(self) -> LocalBatch:
-        """The batch of the current step, cut for this rank."""
-        return self.core.local
 
     @property
     def weights(self) -> StepWeights:
@@ -217,6 +217,8 @@ class UlyssesDeepSpeedStrategy(
         self._close()
         # Schedulers ask for the number of steps in there, and so for the length of a sampler that asks for the mesh.
         self._core = SequenceParallel(self.ulysses, self.mesh, self.root_device, self._base_seed)
+        if self.zero_stage_3 and self.ulysses.memory.is_on:
+            self._patches.add(upstream_deepspeed.gather_as_one(units(module, self.ulysses.memory)).remove)
         super().setup(trainer)
         stage = upstream_deepspeed.zero_stage(self.config)
         self._notices = Notices(self.mesh, stage, self.weights, self.root_device, rank_zero_info)
@@ -227,17 +229,15 @@ class UlyssesDeepSpeedStrategy(
         forget = partial(upstream_deepspeed.forget_trace, self.deepspeed_engine)
         self.core.install(module, gathers_parameters=self.zero_stage_3, forget=forget, say=rank_zero_info)
         self._masters = MasterCopy(self.deepspeed_engine.optimizer)
-        self._watch = HookWatch(module, self._flat_parameters, self.root_device, self.zero_stage_3)
+        flat = partial(upstream_deepspeed.flat_parameters, self.deepspeed_engine.optimizer)
+        self._watch = HookWatch(module, flat, self.root_device, self.zero_stage_3)
         if trainer.training:
             upstream_deepspeed.drop_unstepped(self.deepspeed_engine.optimizer)
             upstream_deepspeed.inside(self.deepspeed_engine, "backward", self._in_backward)
             upstream_deepspeed.inside(self.deepspeed_engine, "step", self._in_step)
             self._watch.start()
             check = partial(check_monitored, self.root_device)
-            self._monitors = upstream_lightning.before_monitoring(trainer, check)
-
-    def _flat_parameters(self) -> list[Tensor]:
-        return [tensor for group in self.deepspeed_engine.optimizer.param_groups for tensor in group["params"]]
+            self._patches.add(upstream_lightning.before_monitoring(trainer, check).remove)
 
     @contextmanager
     def _in_backward(self) -> Generator[None, None, None]:
@@ -277,12 +277,8 @@ class UlyssesDeepSpeedStrategy(
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         hooked = partial(super().batch_to_device, device=device, dataloader_idx=dataloader_idx)
-        if not upstream_lightning.hooks_change_batches(self._module_and_trainer[1]):
-            return self.core.receive(batch, self._now(), hooked)
-        # The user's hooks mean whole sequences.
-        move = partial(move_data_to_device, device=device or self.root_device)
-        host = torch.device("cpu")
-        return self.core.receive(batch, self._now(), move, lambda batch: move_data_to_device(hooked(batch), host))
+        moves = upstream_lightning.transfers(self._module_and_trainer[1], hooked, device or self.root_device)
+        return self.core.receive(batch, self._now(), *moves)
 
     def _step(self, name: str, batch: Any, *args: Any, is_boundary: bool = True, **kwargs: Any) -> Any:
         module, clock = self._module_and_trainer[0], replace(self._now(), is_boundary=is_boundary)
@@ -296,7 +292,7 @@ class UlyssesDeepSpeedStrategy(
             if clock.is_training and self._notices is not None:
                 self._notices.started(self.core.split_of(clock.kind))
             with self.core.step(clock, name):
-                return joined(getattr(super(), name)(batch, *args, **kwargs))
+                return joined(realized(getattr(super(), name)(batch, *args, **kwargs)))
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -381,7 +377,7 @@ class UlyssesDeepSpeedStrategy(
         self._close()
         if self._watch is not None:
             self._watch.stop()
-        self._monitors.remove()
+        self._patches.remove()
         vars(self.precision_plugin).pop("clip_gradients", None)
         upstream_deepspeed.restore_linear()
         upstream_deepspeed.let_go(self.model)

@@ -6,7 +6,7 @@ import functools
 import gc
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -101,6 +101,11 @@ def forget_trace(engine: Any) -> None:
     coordinator._clear_trace_structures()
 
 
+def flat_parameters(optimizer: Any) -> list[torch.Tensor]:
+    """What the optimizer inside steps: flat pieces of all weights."""
+    return [tensor for group in optimizer.param_groups for tensor in group["params"]]
+
+
 def drop_unstepped(optimizer: Any) -> None:
     """Has ``zero_grad`` drop the gradients of micro-batches that no step followed, as that of torch does.
 
@@ -184,6 +189,28 @@ def touch_through(touch: Callable[[Callable[[Any], Any], Any], Any]) -> Handle:
         return original(functools.partial(touch, function), value, **kwargs)
 
     handle.patch(module, "apply_to_tensors_only", apply)
+    return handle
+
+
+def gather_as_one(modules: Iterable[Any]) -> Handle:
+    """Has ZeRO-3 gather all parameters below each module for its call, in place of one submodule after the other.
+
+    Takes effect where an engine is made afterwards (``utils/z3_leaf_module.py``). The engine reduces the gradients of
+    such a module when that of its input is there, and before there are any if the input needs none
+    (``zero/stage3.py``, ``reduce_leaf_module_grads``). So the input always needs one.
+    """
+
+    def needs_gradient(module: Any, args: tuple[Any, ...]) -> Any:
+        if not torch.is_grad_enabled() or not args or not _is_float(args[0]) or args[0].requires_grad:
+            return None
+        return args[0].detach().requires_grad_(), *args[1:]
+
+    handle = Handle()
+    for module in modules:
+        if not getattr(module, "_z3_leaf", False):
+            module._z3_leaf = True
+            handle.add(functools.partial(delattr, module, "_z3_leaf"))
+            handle.add(module.register_forward_pre_hook(needs_gradient, prepend=True).remove)
     return handle
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers, _MockOptimizer
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -140,6 +142,23 @@ def hooks_change_batches(trainer: pl.Trainer) -> bool:
     hooks = ("transfer_batch_to_device", "on_after_batch_transfer")
     owners = (trainer.lightning_module, getattr(trainer, "datamodule", None))
     return any(owner is not None and is_overridden(hook, owner) for hook in hooks for owner in owners)
+
+
+def transfers(
+    trainer: pl.Trainer, hooked: Callable[[Any], Any], device: torch.device
+) -> tuple[Callable[[Any], Any], Callable[[Any], Any] | None]:
+    """How a slice of a batch is moved to the device, and what the user's hooks make of the whole batch before.
+
+    Args:
+        trainer: The Trainer.
+        hooked: Moves a batch to the device and runs the user's hooks on it.
+        device: The device.
+    """
+    if not hooks_change_batches(trainer):
+        return hooked, None
+    host = torch.device("cpu")
+    # The hooks mean whole sequences.
+    return partial(move_data_to_device, device=device), lambda batch: move_data_to_device(hooked(batch), host)
 
 
 def optimizers_of(module: pl.LightningModule) -> tuple[list[Any], list[Any]]:

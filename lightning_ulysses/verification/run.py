@@ -213,7 +213,7 @@ class _Keeper(pl.Callback):
     ) -> None:
         strategy = trainer.strategy
         if isinstance(strategy, UlyssesDeepSpeedStrategy):
-            region = strategy.local.notes.of(RegionSizes).layout
+            region = strategy.core.local.notes.of(RegionSizes).layout
             if region is not None and not self.record.shares:
                 self.record.shares = region.shares
             self.record.losses.append(float(strategy.weights.global_loss()))

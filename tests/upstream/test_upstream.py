@@ -10,6 +10,7 @@ from unittest import mock
 import lightning as L
 import pytest
 from models import HandWritten
+from torch import nn
 
 from lightning_ulysses.testing import QUIET
 from lightning_ulysses.upstream import deepspeed as upstream_deepspeed
@@ -190,3 +191,10 @@ def test_transformers_keeps_its_tables_and_masks() -> None:
         "sliding_window_overlay": {"sliding_window": 5},
         "packed_sequence_mask_function": {"packed_sequence_mask": None},
     }
+
+
+def test_a_module_is_called_by_its_own_call_impl() -> None:
+    """`memory.head` defers logits before any hook of the head, by an attribute of the module."""
+    module = nn.Linear(2, 2)
+    vars(module)["_call_impl"] = lambda *args: args
+    assert module(1, 2) == (1, 2)
