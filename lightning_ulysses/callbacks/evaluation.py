@@ -73,7 +73,7 @@ class EvaluationMonitor(pl.Callback):
         return self.names.get(name, name)
 
     def _add(self, trainer: pl.Trainer, outputs: Any, dataloader_idx: int) -> None:
-        loss, live = _loss_of(outputs), strategy_of(trainer).local
+        loss, live = _loss_of(outputs), strategy_of(trainer).core.local
         if loss is not None:
             self._evaluated[dataloader_idx].add(loss, live)
 

@@ -191,7 +191,7 @@ class TokenCountMonitor(EvaluationMonitor):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        live, weights, ledger = strategy_of(trainer).local, weights_of(trainer), self._ledger
+        live, weights, ledger = strategy_of(trainer).core.local, weights_of(trainer), self._ledger
         assert ledger is not None
         # The first step may have shown that its loss is no mean over targets.
         ledger.by_targets = weights.by_targets
