@@ -81,6 +81,10 @@ class StepWeights:
         self._resolver = TargetResolver(config.targets, self._agree)
         # Tensors that gave the first batch the same weights, of which one is settled.
         self._tied: frozenset[str] = frozenset()
+        # Of these one is settled if no cross entropy shows which.
+        self._fitting: frozenset[str] = frozenset()
+        # Targets of the current micro-batch.
+        self._counts: Mapping[str, float] = {}
         self._window: LossWindow | None = None
         # The counts that the dataloader took ahead for this window.
         self._plan: AccumulationWindow | None = None
@@ -174,7 +178,7 @@ class StepWeights:
         Raises:
             UlyssesError: If the targets have changed since the batch was counted.
         """
-        self._backwards = 0
+        self._backwards, self._counts = 0, counts
         if not self._by_targets:
             return
         if f"{self._resolver.settled}{KEPT}" in counts:
@@ -202,8 +206,12 @@ class StepWeights:
                 "function, or set accumulate_grad_batches=1",
             )
 
-    def settle_targets(self, names: frozenset[str]) -> None:
+    def settle_targets(self, names: frozenset[str], *, of_rows: bool = False) -> None:
         """Takes note of the tensors that a trial of the step found to hold the targets.
+
+        Args:
+            names: The tensors. The cross entropies that the step computes tell several of them apart.
+            of_rows: Whether they weight the losses of rows, whatever the step computes.
 
         Raises:
             UlyssesError: If the user named another one.
@@ -213,7 +221,7 @@ class StepWeights:
         settled = self._resolver.settled
         if settled is not None:
             self._check_named(settled, names)
-        self._resolver.proven = names
+        self._resolver.proven, self._fitting = names, names if of_rows else frozenset()
         if len(names) == 1:
             self._resolver.settled = next(iter(names))
 
@@ -305,7 +313,15 @@ class StepWeights:
                 if settled not in counts:
                     self._resolver.check(counts)
             return settled
-        name = self._resolver.resolve(live, totals)
+        try:
+            name = self._resolver.resolve(live, totals)
+        except UlyssesError:
+            if not self._fitting:
+                raise
+            # Whatever the step computes, one of these weights its loss.
+            self.settle_rows(self._fitting)
+            self._check_tied(self._counts)
+            return self._target(loss, live, totals)
         # Every rank takes part, so a refusal is raised on all of them.
         verdict = self._agree(torch.tensor(votes(loss_form(loss, name, live)), dtype=torch.int64))
         warning = judge(verdict.tolist(), name, totals[name])

@@ -166,7 +166,11 @@ class SplitChoice:
             return
         names = trial.targets_by_rows(step)
         self._forget()
-        if names is not None:
+        if names is None:
+            return
+        if len(names) > 1 and not trial.is_whole:
+            self._weights.settle_targets(names, of_rows=True)
+        else:
             # Rows of one length have equal weights by their tokens, and so has a mean over rows.
             self._weights.settle_rows(frozenset() if names == {"tokens"} else names)
 
