@@ -145,7 +145,8 @@ def most_uneven(batches: Iterable[Any], rules: BatchRules) -> list[Any]:
     for batch in _with_pairs(batches, rules):
         parts = _parts(batch, rules)
         first, others = [read_batch(part, rules, 1).counts_of_group() for part in parts] or [{}, {}]
-        ratios = {round(n / total, 4) for key, n in first.items() if (total := n + others.get(key, 0.0)) and n < total}
+        # A part without a target has no loss to compare.
+        ratios = {round(n / (n + others[key]), 4) for key, n in first.items() if n and others.get(key)}
         if len(ratios) > most:
             best, most = [batch, *parts], len(ratios)
     return best

@@ -9,7 +9,7 @@ import pytest
 import torch
 from exact import BOUND
 from lightning.pytorch import Callback, LightningModule, Trainer
-from models import VOCAB
+from models import VOCAB, LlamaModule, count_targets, token_batch
 from nightly import sampled
 from recipes import RECIPES
 from torch import Tensor
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map
 
 from lightning_ulysses import UlyssesDeepSpeedStrategy
 from lightning_ulysses.geometry.shares import even_shares
-from lightning_ulysses.testing import SplitRun, StepResult, compare, fit_single, split_loader, split_trainer
+from lightning_ulysses.testing import SplitRun, StepResult, compare, fit_single, fit_split, split_loader, split_trainer
 from lightning_ulysses.testing.processes import ProcessPool
 from lightning_ulysses.testing.runs import StepRecorder
 
@@ -72,6 +72,32 @@ def test_two_groups_of_one_process(pool: ProcessPool, name: str) -> None:
     """Nothing is cut. How losses of groups add up is found on rows: as targets do, or all alike."""
     run, reference = SplitRun(2, 1, RECIPES[name].strategy), wanted(name)
     for result, _ in pool.run(fit, name, run, world_size=2):
+        assert compare(result, reference).largest <= BOUND, compare(result, reference)
+
+
+def with_rows(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {**batch, "source": torch.arange(len(batch["input_ids"]))}
+
+
+class Sourced(LlamaModule):
+    """Gets the numbers of rows as well, which the model does not take."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return super().training_step({key: value for key, value in batch.items() if key != "source"}, batch_idx)
+
+
+CHANCES = {
+    "no target in one group": [token_batch(1, 12, 3, "uneven"), token_batch(2, 12, 3, "none")],
+    "as many rows as tokens": [token_batch(1, 12, 3), token_batch(2, 6, 6)],
+    "as many later": [token_batch(seed, *shape) for seed, shape in enumerate([(12, 3), (13, 3), (6, 6), (7, 7)])],
+}
+
+
+@pytest.mark.parametrize("case", CHANCES)
+def test_groups_of_one_process_with_other_batches(pool: ProcessPool, case: str) -> None:
+    found = CHANCES[case]
+    reference = fit_single(LlamaModule, [found[i : i + 2] for i in range(0, len(found), 2)], count_targets, dp_size=2)
+    for result in fit_split(pool, Sourced, [with_rows(batch) for batch in found], SplitRun(2, 1)):
         assert compare(result, reference).largest <= BOUND, compare(result, reference)
 
 

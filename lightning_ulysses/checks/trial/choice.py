@@ -159,16 +159,15 @@ class SplitChoice:
 
     def _weigh_rows(self, clock: Clock, trial: StepTrial, step: Step) -> None:
         """Finds out how losses of micro-batches and groups add up where nothing is cut."""
+        # Which rules read a batch is not decided: a later one may be read by the others, and nothing is cut.
         self._plans[clock.kind] = None
-        rules = self._settings.rules
-        self._pipeline.use(clock.kind, whole_rules(rules) if trial.is_whole else rules)
         if not clock.is_training or not self._weights.by_targets or self._weights.settled is not None:
             return
         names = trial.targets_by_rows(step)
         self._forget()
         if names is None:
             return
-        if len(names) > 1 and not trial.is_whole:
+        if len(names) > 1:
             self._weights.settle_targets(names, of_rows=True)
         else:
             # Rows of one length have equal weights by their tokens, and so has a mean over rows.

@@ -297,8 +297,9 @@ class StepTrial:
         except Exception as failure:
             failed = failure
         found: list[frozenset[str] | None] = self._from_all(names, failed)
+        # A rank may have a batch that shows nothing.
         known = [each for each in found if each is not None]
-        return frozenset.intersection(*known) if len(known) == len(found) else None
+        return frozenset.intersection(*known) if known else None
 
     @property
     def _draws(self) -> DrawTable:

@@ -170,13 +170,16 @@ def part_of_loss(whole: Recording, part: Rehearsal, counts: Mapping[str, float],
     return _fit(wanted, [b for _, b, _ in cut], _flat(a for a, _, _ in cut).norm(), counts, half)
 
 
-def names_of_rows(whole: Recording, parts: Sequence[tuple[Recording, LocalBatch]], half: bool) -> frozenset[str]:
+def names_of_rows(whole: Recording, parts: Sequence[tuple[Recording, LocalBatch]], half: bool) -> frozenset[str] | None:
     """Tensors whose counts of targets are the weights with which losses of some rows add up to that of all.
 
     Args:
         whole: The run on all rows, or on all documents of one row.
         parts: Runs on some of them each, in order, with their counts.
         half: Whether the model computes in half precision.
+
+    Returns:
+        Their names; None if the loss of some rows has no gradient, as the mean over no target.
     """
     size, reports = _flat(whole.gradients).norm(), []
     begins = [0] * len(whole.gradients)
@@ -190,7 +193,8 @@ def names_of_rows(whole: Recording, parts: Sequence[tuple[Recording, LocalBatch]
                 own.append(b)
                 begins[number] += b.shape[dim]
         reports.append(_fit(wanted, own, size, local.counts, half))
-    return judge([(report, ()) for report in reports], len(reports)).names
+    verdict = judge([(report, ()) for report in reports], len(reports))
+    return verdict.names if verdict.reason is None else None
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
