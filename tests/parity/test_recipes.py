@@ -101,6 +101,14 @@ def test_groups_of_one_process_with_other_batches(pool: ProcessPool, case: str) 
         assert compare(result, reference).largest <= BOUND, compare(result, reference)
 
 
+def test_a_group_whose_first_batch_has_no_target(pool: ProcessPool) -> None:
+    """Its step cannot be tried; all groups go on alike, also where only one of them could take more of its batch."""
+    found = CHANCES["no target in one group"]
+    reference = fit_single(LlamaModule, [found], count_targets, dp_size=2)
+    for result in fit_split(pool, LlamaModule, found, SplitRun(4, 2)):
+        assert compare(result, reference).largest <= BOUND, compare(result, reference)
+
+
 GROUPS = [("padded", 1), ("shifted", 3), ("dpo", 3), ("nanogpt", 1), ("weighted", 3), ("vision", 3)]
 
 

@@ -164,9 +164,11 @@ class StepTrial:
         assert self._first is not None
         self._sample = self._first
         verdict = self._run(step, self._sample)
-        if not verdict.is_recorded and self._all is not None:
-            with torch.inference_mode(False), state_kept(self._module):
-                self._sample = self._all()
+        # The batches of other groups may be longer, or short as they are: all ranks try again, or none.
+        if not verdict.is_recorded and any(self._from_all(self._all is not None, None)):
+            if self._all is not None:
+                with torch.inference_mode(False), state_kept(self._module):
+                    self._sample = self._all()
             verdict = self._run(step, self._sample)
         self.plans = verdict.plans
         if verdict.is_recorded and verdict.moved is None and not verdict.fails:
