@@ -191,7 +191,9 @@ def find_whole(batch: Any, entries: dict[str, Any], rules: BatchRules, sp_size: 
     if named:
         dims = {key: dim % tensors[key].dim() for key, dim in named.items()}
     elif isinstance(batch, Mapping):
-        dims = {key: 1 for key, value in tensors.items() if key in SEQUENCE_KEYS and value.dim() == 2}
+        # Also positions (S,) that all rows share, which tell the documents apart.
+        usual = {key: (1, 2) if key == "position_ids" else (2,) for key in SEQUENCE_KEYS}
+        dims = {key: _usual_dim(key, value) for key, value in tensors.items() if value.dim() in usual.get(key, ())}
     else:
         alike = {tuple(value.shape) for value in tensors.values() if value.dim() == 2}
         # A pair (x, y), or one tensor.

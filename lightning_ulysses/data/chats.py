@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -138,7 +139,7 @@ def encode_chat(tokenizer: Any, row: Any, number: int | str) -> Encoded:
     """
     check_template(tokenizer, number)
     writer = ChatWriter(tokenizer, read_messages(row, number), number)
-    if "{% generation %}" in str(tokenizer.chat_template).replace("{%-", "{%").replace("-%}", "%}"):
+    if _has_marks(tokenizer.chat_template):
         return _marked(writer)
     ids = writer.ids(writer.messages)
     labels = [IGNORED] * len(ids)
@@ -151,6 +152,13 @@ def encode_chat(tokenizer: Any, row: Any, number: int | str) -> Encoded:
             raise writer.no_prefix()
         labels[len(asked) : len(answered)] = ids[len(asked) : len(answered)]
     return {"input_ids": ids, "labels": labels}
+
+
+def _has_marks(template: Any) -> bool:
+    """Whether a chat template marks what the assistant says. Of several, the default one writes the rows."""
+    text = template.get("default") if isinstance(template, Mapping) else template
+    # Without what is commented out.
+    return re.search(r"{%[-+]?\s*generation\s*[-+]?%}", re.sub(r"{#.*?#}", "", str(text), flags=re.DOTALL)) is not None
 
 
 def _marked(writer: ChatWriter) -> Encoded:

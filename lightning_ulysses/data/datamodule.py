@@ -148,18 +148,21 @@ class SequenceDataModule(pl.LightningDataModule):
     @property
     def cache(self) -> TokenCache:
         """The cache of tokenized rows."""
-        # Kept, since describing a tokenizer takes a while.
+        # Kept for all data of a stage, since describing a tokenizer takes a while.
         if self._cache is None:
             self._cache = TokenCache(self._folder, self.tokenizer, **self._settings)
         return self._cache
 
     @override
     def prepare_data(self) -> None:
+        # The tokenizer may have got other tokens since.
+        self._cache = None
         for name, corpus in self.corpora.items():
             rank_zero_info(f"{name} data: {self.cache.build(corpus)}")
 
     @override
     def setup(self, stage: str) -> None:
+        self._cache = None
         cache = self.cache
         self.documents = {name: cache.load(corpus) for name, corpus in self.corpora.items()}
         if self.fraction is not None:

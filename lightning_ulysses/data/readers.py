@@ -81,7 +81,12 @@ def read_texts(files: Sequence[str], column: str) -> Rows:
     def read() -> Iterator[Row]:
         for number, file in enumerate(files):
             with _open(file, "rt", encoding="utf-8", errors="replace") as text:
-                yield Row(f"{number} ({file})", {column: text.read()})
+                content = text.read()
+            # Text has no such character, unless it is of two or four bytes a letter.
+            is_text = "\0" not in content
+            yield Row(
+                f"{number} ({file})", {column: content} if is_text else None, "" if is_text else "no text in UTF-8"
+            )
 
     return Rows(read, len(files), [column])
 

@@ -28,7 +28,7 @@ from lightning_ulysses.data.tokens import BadRows, EncodedRows, RowEncoder, kind
 from lightning_ulysses.errors import UlyssesError
 
 # Part of every cache key. Raise it when a change of the code gives other tokens for the same rows.
-_FORMAT = 2
+_FORMAT = 3
 _UNFINISHED = ".unfinished-"
 # Seconds after which a folder that is not locked was left by a dead process, with a lock and without.
 _YOUNG, _FORGOTTEN = 60, 86_400

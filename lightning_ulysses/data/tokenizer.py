@@ -94,6 +94,10 @@ class TextEncoder:
         function: Callable[..., Any] | None = getattr(backend, "encode_batch_fast", None)
         if function is None or not all(hasattr(backend, name) for name in ("no_truncation", "no_padding")):
             return None
+        # A class of the user's own may change a text before it is encoded, or its ids.
+        calls = [getattr(type(self.tokenizer), name, None) for name in ("__call__", "_encode_plus")]
+        if any(not str(getattr(call, "__module__", "")).startswith("transformers.") for call in calls):
+            return None
         for special in (True, False):
             # `one` first: transformers takes truncation and padding off when it is called.
             expected = [self.one(text, special) for text in PROBES]

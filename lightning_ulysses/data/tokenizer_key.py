@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import hashlib
 import inspect
 import json
+import sys
+import types
 import uuid
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lightning_ulysses.data.tokenizer import PROBES, TextEncoder
 
-_LIBRARIES = ("transformers", "tokenizers", "builtins", "functools", "abc", "typing", "collections")
+# Modules whose code is not the user's own.
+_LIBRARIES = sys.stdlib_module_names - {"__main__"} | {"transformers", "tokenizers", "numpy", "torch"}
 # Attributes of transformers' classes that say where a tokenizer came from, or change as it is used.
 _NO_SETTINGS = frozenset(
     {"name_or_path", "init_inputs", "init_kwargs", "deprecation_warnings", "vocab_file", "_tokenizer", "_auto_class"}
@@ -33,8 +39,7 @@ def describe_tokenizer(tokenizer: Any) -> list[str]:
         _rules(tokenizer),
         special,
         repr(probes),
-        _code(tokenizer),
-        *_settings(tokenizer, encoder),
+        *_own(tokenizer, encoder),
     ]
 
 
@@ -55,42 +60,97 @@ def _rules(tokenizer: Any) -> str:
     return repr(sorted(map(str, vocabulary().items()))) if callable(vocabulary) else ""
 
 
-def _code(thing: Any, depth: int = 3) -> str:
-    """A digest of the modules that a user's own tokenizer is written in, and of the values that its functions hold."""
-    digest = hashlib.blake2b(digest_size=16)
+def _own_parts(thing: Any, place: str, seen: set[int], depth: int = 3) -> Iterator[tuple[str, str]]:
+    """Where and what: digests of the code of a user's own tokenizer, and of the values that this code uses."""
     if isinstance(thing, functools.partial):
-        return _code(thing.func, depth) + _hash([thing.args, thing.keywords])
-    function = inspect.unwrap(thing) if inspect.isroutine(thing) else None
+        yield f"{place}()", _hash([thing.args, thing.keywords])
+        yield from _own_parts(thing.func, place, seen, depth)
+        return
+    if id(thing) in seen:
+        return
+    seen.add(id(thing))
+    if not inspect.isroutine(thing):
+        for part in type(thing).__mro__:
+            if not _is_library(part):
+                yield f"{place}:{part.__qualname__}", _source(part)
+                yield from _values(place, _members(part), seen, depth)
+        yield from _values(place, _attributes(thing), seen, depth)
+        return
+    owner = getattr(thing, "__self__", None)
+    if owner is not None and not inspect.ismodule(owner):
+        yield from _values(place, {"self": owner}, seen, depth)
+    function = inspect.unwrap(thing)
     function = getattr(function, "__func__", function)
-    for part in [function] if function is not None else list(type(thing).__mro__):
-        if str(getattr(part, "__module__", "")).partition(".")[0] in _LIBRARIES:
-            continue
-        digest.update(_source(part).encode())
-    if function is not None:
-        held = [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _is_filled(cell)]
-        for value in [*held, *(getattr(function, "__defaults__", None) or ()), getattr(thing, "__self__", None)]:
-            is_own = depth > 0 and inspect.isroutine(value)
-            digest.update((_code(value, depth - 1) if is_own else _describe(value)).encode())
-    return digest.hexdigest()
+    if not _is_library(function):
+        yield place, _source(function)
+        yield from _values(place, _used(function), seen, depth)
 
 
-def _is_filled(cell: Any) -> bool:
-    try:
-        return cell.cell_contents is not None
-    except ValueError:
-        return False
+def _values(place: str, values: dict[str, Any], seen: set[int], depth: int) -> Iterator[tuple[str, str]]:
+    for name, value in sorted(values.items()):
+        where = f"{place}.{name}"
+        is_own = bool(depth) and (inspect.isroutine(value) or not _is_library(type(value)))
+        if not (inspect.isroutine(value) or (is_own and _is_plain(value))):
+            yield where, _describe(value)
+        # Parts one by one: some may be caches.
+        if is_own:
+            yield from _own_parts(value, where, seen, depth - 1)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether an object is no more than its attributes."""
+    names = ("__reduce_ex__", "__reduce__", "__getstate__")
+    return all(getattr(type(value), name, None) is getattr(object, name, None) for name in names)
+
+
+def _is_library(part: Any) -> bool:
+    return str(getattr(part, "__module__", "")).partition(".")[0] in _LIBRARIES
+
+
+def _members(kind: type) -> dict[str, Any]:
+    """The methods of a class, and the values that all of its objects share."""
+    return {
+        name: value
+        for name, value in vars(kind).items()
+        if inspect.isfunction(value) or not (name.startswith(("__", "_abc_")) or inspect.isdatadescriptor(value))
+    }
+
+
+def _used(function: Any) -> dict[str, Any]:
+    """What a function finds in its closure, its defaults, its module, and in modules that are used there."""
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return {}
+    found = {f"default {number}": value for number, value in enumerate(function.__defaults__ or ())}
+    found |= function.__kwdefaults__ or {}
+    names = _names(code)
+    found |= {name: function.__globals__[name] for name in names & function.__globals__.keys()}
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
+        # A cell may be empty still.
+        with suppress(ValueError):
+            found[name] = cell.cell_contents
+    for name, module in [pair for pair in found.items() if inspect.ismodule(pair[1])]:
+        del found[name]
+        if module.__name__.partition(".")[0] not in _LIBRARIES:
+            members = {part: vars(module)[part] for part in names & vars(module).keys()}
+            found |= {f"{name}.{part}": value for part, value in members.items() if not inspect.ismodule(value)}
+    return found
+
+
+def _names(code: types.CodeType) -> set[str]:
+    inner = (_names(part) for part in code.co_consts if isinstance(part, types.CodeType))
+    return set(code.co_names).union(*inner)
 
 
 def _source(part: Any) -> str:
-    """The source of the module that a class or function is written in, or else its own."""
+    """A digest of the source of the module that a class or function is written in, or else of its own."""
     try:
         file = inspect.getsourcefile(part)
-        if file and Path(file).is_file():
-            return Path(file).read_text(errors="replace")
-        return inspect.getsource(part)
+        source = Path(file).read_text(errors="replace") if file and Path(file).is_file() else inspect.getsource(part)
     except (OSError, TypeError):
         code = getattr(part, "__code__", None)
-        return "" if code is None else f"{code.co_code!r}{code.co_names}"
+        source = "" if code is None else f"{code.co_code!r}{code.co_names}"
+    return hashlib.blake2b(source.encode(errors="replace"), digest_size=16).hexdigest()
 
 
 def _hash(value: Any) -> str:
@@ -104,22 +164,30 @@ def _hash(value: Any) -> str:
         return ""
 
 
-def _settings(tokenizer: Any, encoder: TextEncoder) -> list[str]:
-    """The attributes of a user's own tokenizer that a call does not change; others are caches or counters."""
-    if str(type(tokenizer).__module__).partition(".")[0] in _LIBRARIES or not hasattr(tokenizer, "__dict__"):
-        return []
+def _own(tokenizer: Any, encoder: TextEncoder) -> list[str]:
+    """Code and values of a user's own tokenizer. Those that a call changes are left out, as caches and counters."""
     # The probes came first, so that what is made at the first use is there.
-    before = _attributes(tokenizer)
+    before = dict(_own_parts(tokenizer, "", set()))
     # A text that was never seen, which a cache must take in.
     encoder.one(f"{uuid.uuid4().hex} {uuid.uuid4()}")
-    after = _attributes(tokenizer)
-    return [f"{key}={value}" for key, value in sorted(after.items()) if before.get(key) == value]
+    after = dict(_own_parts(tokenizer, "", set()))
+    return [f"{place}={digest}" for place, digest in sorted(after.items()) if before.get(place) == digest]
 
 
-def _attributes(tokenizer: Any) -> dict[str, str]:
-    return {key: _describe(value) for key, value in vars(tokenizer).items() if key not in _NO_SETTINGS}
+def _attributes(thing: Any) -> dict[str, Any]:
+    """An object's own values, those in slots included; none for an object of a library."""
+    if _is_library(type(thing)):
+        return {}
+    slots = copyreg._slotnames(type(thing))  # type: ignore[attr-defined]
+    found = {name: getattr(thing, name) for name in slots if hasattr(thing, name)} | getattr(thing, "__dict__", {})
+    return {name: value for name, value in found.items() if name not in _NO_SETTINGS}
 
 
 def _describe(value: Any) -> str:
     # A tokenizer inside another one: its pickle holds truncation, padding and warnings that were given.
-    return _rules(value) if hasattr(value, "backend_tokenizer") else _hash(value)
+    if hasattr(value, "backend_tokenizer"):
+        return _rules(value)
+    if inspect.isclass(value):
+        return _source(value)
+    # Sets have another order in every process.
+    return _hash(sorted(map(_hash, value)) if isinstance(value, (set, frozenset)) else value)

@@ -84,6 +84,12 @@ class RowEncoder:
         return TextEncoder(self.tokenizer)
 
     @property
+    def _columns(self) -> tuple[str, ...]:
+        """The columns without which a row is not of this kind."""
+        columns = {"tokens": ("input_ids",), "chat": ("messages",), "completion": ("prompt", "completion")}
+        return columns.get(self.kind, (self.text_column,))
+
+    @property
     def _end(self) -> int | None:
         return getattr(self.tokenizer, "eos_token_id", None)
 
@@ -97,6 +103,13 @@ class RowEncoder:
             BadRow: If the row is not of the kind that its columns indicate.
             UlyssesError: If the tokenizer cannot encode rows of this kind.
         """
+        missing = [column for column in self._columns if column not in row]
+        if missing:
+            raise BadRow(
+                f"row {number} with the columns {sorted(map(str, row))}",
+                f"{' and '.join(map(repr, self._columns))} as in the other rows",
+                "add it, even empty, or give rows of one kind",
+            )
         encoded: Encoded
         if self.kind == "tokens":
             encoded = _given(row, number)
@@ -159,7 +172,7 @@ class RowEncoder:
 
     def _all_texts(self, rows: Sequence[Row]) -> list[tuple[Tokens, Tokens | None]] | None:
         """Texts, all at once. None if one of them has to be looked at by itself."""
-        texts: list[Any] = [0 if row.values is None else row.values.get(self.text_column) for row in rows]
+        texts: list[Any] = [0 if row.values is None else row.values.get(self.text_column, 0) for row in rows]
         if not all(text is None or isinstance(text, str) for text in texts):
             return None
         try:
@@ -172,7 +185,11 @@ class RowEncoder:
     def _one(self, row: Row, bad: list[str]) -> tuple[Tokens, Tokens | None] | None:
         try:
             if row.values is None:
-                raise BadRow(f"row {row.where} that cannot be read ({row.error})", "a JSON object", "mend the file")
+                raise BadRow(
+                    f"row {row.where} that cannot be read ({row.error})",
+                    "text in UTF-8, or a JSON object",
+                    "mend the file",
+                )
             try:
                 encoded = self(row.values, row.where)
                 tokens = np.array(encoded["input_ids"], dtype=np.int32)

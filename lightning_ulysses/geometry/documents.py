@@ -16,9 +16,9 @@ from lightning_ulysses.geometry.layout import Runs, cu_seqlens_to_runs, runs_fro
 def _restarts(positions: Tensor, kept: Tensor) -> Tensor:
     """(B, S) bool: the tokens that start a new document.
 
-    A kept token does so if its position is lower than that of the previous kept token, or if both have the position at
-    which the row begins: a document of one token. Positions that jump ahead go on in the same document. Padding itself
-    may have any position and never starts a document.
+    A kept token does so if its position is lower than that of the previous kept token, or if both have the position 0
+    or that at which the row begins: a document of one token. Positions that jump ahead go on in the same document.
+    Padding itself may have any position and never starts a document.
 
     Example:
         Positions 0 1 2 0 1 mark documents of 3 and 2 tokens, and 0 1 2 9 10 none.
@@ -35,7 +35,8 @@ def _restarts(positions: Tensor, kept: Tensor) -> Tensor:
     step = positions - positions.gather(1, before.clamp_min(0))
     first = positions.gather(1, kept.int().argmax(dim=1, keepdim=True))
     # The first kept token of a row (before == -1) starts no new document: it belongs to the first one.
-    return kept & (before >= 0) & ((step < 0) | ((step == 0) & (positions == first)))
+    is_first = (positions == first) | (positions == 0)
+    return kept & (before >= 0) & ((step < 0) | ((step == 0) & is_first))
 
 
 def read_edges(name: str, value: Any) -> list[int]:

@@ -241,6 +241,15 @@ def test_counts_of_masks_are_their_sums() -> None:
     assert whole.counts_of_group()["loss_mask"] == pytest.approx(float(mask.double().sum()))
 
 
+def test_shared_positions_tell_documents_apart_where_a_plan_keeps_all() -> None:
+    tokens = torch.arange(6)[None]
+    batch = {"input_ids": tokens, "labels": tokens, "position_ids": torch.tensor([0, 1, 2, 0, 1, 2])}
+    whole = read_batch(batch, BatchRules(keeps_all=True), P)
+    assert whole.layout.documents == (((0, 3), (3, 6)),)
+    assert whole.tensors["shift_labels"].tolist() == [[1, 2, -100, 4, 5, -100]]
+    assert excerpt(batch, BatchRules(keeps_all=True), (2, 3))["position_ids"].tolist() == [2, 0, 1]
+
+
 def test_classes_of_samples_are_counted_where_a_plan_keeps_all() -> None:
     batch = {"images": torch.zeros(4, 3, 8, 8), "labels": torch.tensor([1, -100, 0, 2]), "weight": torch.ones(4)}
     whole = read_batch(batch, BatchRules(keeps_all=True), P)

@@ -8,6 +8,7 @@ import pytest
 from transformers import ByT5Tokenizer
 
 from lightning_ulysses import UlyssesError
+from lightning_ulysses.data.chats import _has_marks
 from lightning_ulysses.data.tokens import Kind, RowEncoder
 
 byt5 = ByT5Tokenizer()
@@ -68,6 +69,21 @@ def test_tool_calls_without_content(template: str, written: str) -> None:
     # Tables give every message every key, and a JSON line may leave the content out.
     calls = {key: value for key, value in CALLS.items() if key != "content"}
     assert encode(template, {"messages": [{**QUESTION, "tool_calls": None}, calls]}) == (whole, said)
+
+
+MARKED = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}{%-  generation +%}{{ m.content }}|"
+    "{% endgeneration %}{% else %}{{ m.content }}|{% endif %}{% endfor %}"
+)
+
+
+def test_marks_of_the_template() -> None:
+    assert _has_marks(MARKED) and _has_marks({"default": MARKED, "tool_use": PLAIN})
+    # Marks of a template that writes no row, or that are no code.
+    for template in (PLAIN, "{# no {% generation %}\n#}" + PLAIN, {"default": PLAIN, "tool_use": MARKED}):
+        assert not _has_marks(template)
+    commented = "{# no {% generation %} #}" + PLAIN
+    assert encode(commented, {"messages": [QUESTION, ANSWER]})[1] == "yes|"
 
 
 BAD: dict[str, tuple[str, Kind, dict[str, Any], tuple[str, ...]]] = {

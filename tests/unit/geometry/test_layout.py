@@ -98,6 +98,11 @@ def test_documents_from_positions(rows: list[list[int]], offset: int) -> None:
     assert [ids(found, seq_len) for found in runs] == [ids_of_lengths(lengths) for lengths in rows]
 
 
+def test_documents_of_one_token_behind_the_rest_of_another() -> None:
+    positions = torch.tensor([[3, 4, 0, 0, 1]])
+    assert document_runs({}, positions, 1, 5) == (((0, 2), (2, 3), (3, 5)),)
+
+
 def padded_positions(lengths: list[int], gaps: list[int], fill: str) -> tuple[list[int], list[bool], list[int]]:
     """Positions, what is no padding, and where documents begin: documents with a gap of padding before each and behind.
 
