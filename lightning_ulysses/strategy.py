@@ -220,6 +220,7 @@ class UlyssesDeepSpeedStrategy(
         if self.zero_stage_3 and self.ulysses.memory.is_on:
             self._patches.add(upstream_deepspeed.gather_as_one(units(module, self.ulysses.memory)).remove)
         super().setup(trainer)
+        upstream_deepspeed.keep_optimizer(self.deepspeed_engine)
         stage = upstream_deepspeed.zero_stage(self.config)
         self._notices = Notices(self.mesh, stage, self.weights, self.root_device, rank_zero_info)
         self._clip_val = float(trainer.gradient_clip_val or 0.0)

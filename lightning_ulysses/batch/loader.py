@@ -182,7 +182,8 @@ class TrainLoader(SeededLoader):
             return {"batches": 0, "dp_size": self._dp_size, "is_over": True, "has_length": has_length}
         used = self._stepped if self._returns else self._consumed
         state: dict[str, Any] = {"batches": used, "dp_size": self._dp_size, "is_over": False}
-        state |= self._trail.state_dict(used)
+        # Of this data-parallel rank. A checkpoint holds those of all.
+        state["shares"] = [self._trail.state_dict(used)]
         if resumable := self._resumable():
             sampler, items = resumable
             state["sampler"] = sampler.state_after((used - self._began) * items, items)

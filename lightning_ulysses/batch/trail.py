@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.exchange.agreement import digest, fingerprint
+from lightning_ulysses.exchange.agreement import digest, fingerprint, raise_on_all
 
 # Elements of a tensor that count.
 _MOST = 4096
@@ -28,6 +28,8 @@ def settings_of(loader: Any) -> dict[str, Any]:
         "batch_size": getattr(loader, "batch_size", None) or getattr(batches, "batch_size", None),
         "drop_last": bool(getattr(loader, "drop_last", False)),
         "sampler": type(sampler).__name__ if sampler is not None else None,
+        # Of a sampler that deals one order to all ranks.
+        "seed": getattr(sampler, "seed", None) if getattr(sampler, "shuffle", True) else None,
         # Datasets of Hugging Face name their content.
         "fingerprint": getattr(dataset, "_fingerprint", None),
     }
@@ -67,14 +69,14 @@ class Trail:
 
     Args:
         loader: The dataloader.
-        dp_rank: Whose batches these are. Checkpoints hold those of one data-parallel rank, which alone compares them.
+        dp_rank: Whose batches these are.
     """
 
     def __init__(self, loader: Any, dp_rank: int) -> None:
         self._loader = loader
         self._dp_rank = dp_rank
         self._digests: dict[int, int] = {}
-        self._wanted: tuple[int, int] | None = None
+        self._wanted: tuple[int, int | None] | None = None
 
     def begin(self) -> None:
         """Begins an epoch."""
@@ -88,60 +90,77 @@ class Trail:
             self._digests.pop(number - _KEPT, None)
 
     def state_dict(self, used: int) -> dict[str, Any]:
-        """What `load_state_dict` compares, after a number of batches of the epoch."""
-        digest = self._digests.get(used - 1)
-        return {"settings": settings_of(self._loader), "digest": digest, "dp_rank": self._dp_rank}
+        """What `load_state_dict` compares, after a number of batches of the epoch, for this data-parallel rank."""
+        return {"settings": settings_of(self._loader), "digest": self._digests.get(used - 1)}
 
     def load_state_dict(self, state: Mapping[str, Any], dp_size: int) -> None:
-        """Compares the settings of the dataloader, and has `check` compare its batches.
+        """Compares the settings of the dataloader, and has `check` compare its batches; a collective.
 
         Args:
-            state: From `state_dict`, with ``batches`` and ``dp_size``.
+            state: With ``batches``, ``dp_size``, and as ``shares`` the `state_dict` of each data-parallel rank.
             dp_size: Data-parallel ranks now.
 
         Raises:
-            UlyssesError: With the settings that differ.
+            UlyssesError: On every rank, with the settings that differ on some rank.
         """
-        saved, now = state.get("settings"), settings_of(self._loader)
-        if saved is None:
+        shares = state.get("shares")
+        if not shares:
             return
         is_same_share = state["dp_size"] == dp_size
+        share = shares[self._dp_rank if is_same_share else 0]
+        saved, now = share["settings"], settings_of(self._loader)
         if not is_same_share and _whole(saved, state["dp_size"]) == _whole(now, dp_size):
             # Divided over ranks by the user: each has a dataset of its own.
             saved = {**saved, "length": now["length"], "fingerprint": now["fingerprint"]}
         names = list(dict.fromkeys(name for name in (*saved, *now) if saved.get(name) != now.get(name)))
-        if names:
+        raise_on_all(_other_settings(saved, now, names) if names else None)
+        if is_same_share:
+            self._wanted = state["batches"], share["digest"]
+        elif str(now["sampler"]).endswith("RandomSampler"):
             raise UlyssesError(
-                f"a checkpoint in the middle of an epoch of {_named(saved, names)}, resumed with {_named(now, names)}",
-                "the same dataset and dataloader until the end of the epoch, so that no sample is lost or used twice",
-                "resume with the former data, or from a checkpoint taken at the end of an epoch",
+                f"a checkpoint in the middle of an epoch of {state['dp_size']} data-parallel ranks, each of which drew "
+                f"an order of its own with a {now['sampler']}, resumed with {dp_size}",
+                "one order that is dealt to all ranks, so that no sample is lost or used twice",
+                "leave use_distributed_sampler at True, resume with the former number of data-parallel ranks, or from "
+                "a checkpoint taken at the end of an epoch",
             )
-        if is_same_share and state.get("dp_rank") == self._dp_rank and state.get("digest") is not None:
-            self._wanted = state["batches"], state["digest"]
 
     def check(self, used: int, again: Callable[[], Iterator[Any]]) -> None:
-        """Compares the last batch that was loaded again with that of the run that saved.
+        """Compares the last batch that was loaded again with that of the run that saved; a collective.
 
         Args:
             used: Batches that were loaded again.
             again: Loads the epoch once more, to see whether that gives the same batches.
 
         Raises:
-            UlyssesError: If the data are others.
+            UlyssesError: On every rank, if the data of some rank are others.
         """
         wanted, self._wanted = self._wanted, None
-        if wanted is None or wanted[0] != used or self._digests.get(used - 1) == wanted[1]:
-            return
+        if wanted is not None and wanted[0] == used:
+            raise_on_all(self._problem(*wanted, again))
+
+    def _problem(self, used: int, wanted: int | None, again: Callable[[], Iterator[Any]]) -> UlyssesError | None:
+        if wanted is None or self._digests.get(used - 1) == wanted:
+            return None
         first = next(again(), None)
         if first is None or used == 0 or _digest(first) == self._digests.get(0):
-            raise UlyssesError(
+            return UlyssesError(
                 f"a checkpoint in the middle of an epoch, batch {used - 1} of which is now another one",
                 "the same data until the end of the epoch, so that no sample is lost or used twice",
                 "resume with the former data and order, or from a checkpoint taken at the end of an epoch",
             )
         warnings.warn(
-            "The dataset draws numbers that no seed decides: the batches of the resumed epoch are others.", stacklevel=2
+            "The dataset draws numbers that no seed decides: the batches of the resumed epoch are others.", stacklevel=3
         )
+        return None
+
+
+def _other_settings(saved: Mapping[str, Any], now: Mapping[str, Any], names: list[str]) -> UlyssesError:
+    return UlyssesError(
+        f"a checkpoint in the middle of an epoch of {_named(saved, names)}, resumed with {_named(now, names)}",
+        "the same dataset and dataloader until the end of the epoch, so that no sample is lost or used twice",
+        "resume with the former data, or from a checkpoint taken at the end of an epoch",
+    )
 
 
 def _whole(settings: Mapping[str, Any], dp_size: int) -> int:

@@ -18,8 +18,16 @@ UNIVERSAL = "universal"
 
 
 def is_converted(path: Path) -> bool:
-    """Whether a directory holds a complete conversion."""
-    return is_complete(path / UNIVERSAL)
+    """Whether a directory holds a complete conversion, of the very checkpoint that is there if there is one."""
+    target = path / UNIVERSAL
+    manifest = read(path)
+    return is_complete(target) and (manifest is None or _is_of(target, manifest))
+
+
+def _is_of(target: Path, manifest: Manifest) -> bool:
+    """Whether a conversion has the manifest of a checkpoint, apart from its files."""
+    found = read(target)
+    return found is not None and replace(found, files=manifest.files) == manifest
 
 
 def division_of(path: Path) -> Division:
@@ -37,7 +45,7 @@ def division_of(path: Path) -> Division:
 def convert(path: Path, output: Path) -> Path:
     """Writes the state of a checkpoint to ``output/universal``, in DeepSpeed's universal format.
 
-    A conversion that is there and complete is left as it is.
+    One of the same checkpoint that is there and complete is left as it is.
 
     Args:
         path: The checkpoint.
@@ -47,9 +55,10 @@ def convert(path: Path, output: Path) -> Path:
         UlyssesError: If the checkpoint is incomplete, or ``output`` cannot be written to.
     """
     target = output / UNIVERSAL
-    if is_complete(target):
+    # A checkpoint without a manifest has a time of its own as well.
+    manifest = read(path) or Manifest("", 0, 0, "", division_of(path), written=(path / "checkpoint").stat().st_mtime)
+    if is_complete(target) and _is_of(target, manifest):
         return target
-    manifest = read(path) or Manifest("", 0, 0, "", division_of(path))
     problem = lacking(path, manifest)
     if problem is not None:
         raise UlyssesError(f"the incomplete checkpoint {str(path)!r}: {problem}", "a complete one", "take another one")

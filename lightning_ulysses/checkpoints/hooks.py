@@ -16,9 +16,11 @@ from typing_extensions import override
 from lightning_ulysses.checkpoints.commit import discard
 from lightning_ulysses.checkpoints.load import find, load_to_evaluate, load_to_train
 from lightning_ulysses.checkpoints.manifest import Division, Manifest
+from lightning_ulysses.checkpoints.ranks import from_all, world
 from lightning_ulysses.checkpoints.save import saved_whole
 from lightning_ulysses.export import keep_replaced, restore_replaced
 from lightning_ulysses.upstream import deepspeed as upstream_deepspeed
+from lightning_ulysses.upstream import lightning as upstream_lightning
 from lightning_ulysses.upstream import shards
 
 
@@ -56,10 +58,17 @@ class CheckpointedStrategy(DeepSpeedStrategy):
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, *args: Any, **kwargs: Any) -> None:
         assert self.lightning_module is not None
         path = Path(self.broadcast(filepath))
+        self._join_shares(upstream_lightning.loader_state(checkpoint))
         with self.settled(), saved_whole(path, self._manifest(), self.local_rank == 0) as beside:
             if not self.zero_stage_3:
                 keep_replaced(checkpoint, self.lightning_module)
             super().save_checkpoint(checkpoint, beside, *args, **kwargs)
+
+    def _join_shares(self, state: dict[str, Any]) -> None:
+        """Has each rank keep what the train dataloaders of all data-parallel ranks have saved; a collective."""
+        # None at the end of an epoch.
+        shares = from_all(state.get("shares") or [], world())[:: self.ranks_of_sequence()]
+        state["shares"] = [share for each in shares for share in each] if all(shares) else []
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:

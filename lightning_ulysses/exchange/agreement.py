@@ -40,6 +40,21 @@ def same_on_all(mine: Tensor, group: dist.ProcessGroup | None, tolerance: float 
     return ~(distance > tolerance * everyone[0][:, -1].clamp_min(1e-12) if tolerance else distance > 0)
 
 
+def raise_on_all(error: UlyssesError | None) -> None:
+    """Raises the error of the first rank that has one, on every rank; a collective where there are several.
+
+    Args:
+        error: That of this rank.
+    """
+    errors = [error]
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        errors = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, error)
+    for each in errors:
+        if each is not None:
+            raise each
+
+
 def digest(*parts: object) -> int:
     """A hash of the ``repr`` of some values, the same in every process (unlike ``hash``)."""
     return int.from_bytes(hashlib.blake2s(repr(parts).encode(), digest_size=8).digest(), "little") & _MASK

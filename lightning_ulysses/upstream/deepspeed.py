@@ -106,6 +106,22 @@ def flat_parameters(optimizer: Any) -> list[torch.Tensor]:
     return [tensor for group in optimizer.param_groups for tensor in group["params"]]
 
 
+def keep_optimizer(engine: Any) -> None:
+    """Has an engine step the user's own Adagrad, whose groups schedulers change.
+
+    ZeRO makes another one in its place, with a single group of the defaults (``zero/stage_1_and_2.py`` and
+    ``zero/stage3.py``, ``initialize_optimizer_states``).
+    """
+    given, zero = engine.client_optimizer, engine.optimizer
+    if isinstance(given, torch.optim.Adagrad) and getattr(zero, "optimizer", given) is not given:
+        given.state = zero.optimizer.state
+        zero.optimizer = given
+        if hasattr(zero, "_create_param_mapping"):
+            # It has linked the parameters of the first group alone.
+            zero._link_all_hp_params()
+            zero._param_slice_mappings = zero._create_param_mapping()
+
+
 def drop_unstepped(optimizer: Any) -> None:
     """Has ``zero_grad`` drop the gradients of micro-batches that no step followed, as that of torch does.
 

@@ -63,6 +63,13 @@ def progress(trainer: pl.Trainer) -> dict[str, Any]:
 _COUNTS = ("ready", "started", "processed")
 
 
+def loader_state(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """What the train dataloader has saved in a checkpoint, see ``TrainLoader.state_dict``; empty if nothing."""
+    fit_loop = checkpoint.get("loops", {}).get("fit_loop", {})
+    state: dict[str, Any] = (fit_loop.get("state_dict", {}).get("combined_loader") or [{}])[0]
+    return state
+
+
 def settle_progress(checkpoint: dict[str, Any], dp_size: int, is_iteration_based: bool) -> None:
     """Has the loops go on at the place that the train dataloader has saved.
 
@@ -75,7 +82,7 @@ def settle_progress(checkpoint: dict[str, Any], dp_size: int, is_iteration_based
         is_iteration_based: Whether the run that resumes ends by ``max_steps``.
     """
     fit_loop = checkpoint.get("loops", {}).get("fit_loop", {})
-    state = (fit_loop.get("state_dict", {}).get("combined_loader") or [{}])[0]
+    state = loader_state(checkpoint)
     if "is_over" in state:
         progress, epoch = fit_loop["epoch_loop.batch_progress"], fit_loop["epoch_progress"]["current"]
         is_within = epoch["processed"] < epoch["started"]
@@ -126,8 +133,7 @@ def rescale_progress(checkpoint: dict[str, Any], dp_size: int) -> None:
     The dataloader's own state, ``TrainLoader.state_dict``, holds the number of ranks so far.
     """
     fit_loop = checkpoint.get("loops", {}).get("fit_loop", {})
-    states = fit_loop.get("state_dict", {}).get("combined_loader") or [{}]
-    former = states[0].get("dp_size", dp_size)
+    former = loader_state(checkpoint).get("dp_size", dp_size)
     if former != dp_size:
         current = fit_loop["epoch_loop.batch_progress"]["current"]
         # A checkpoint taken after a batch does not have it in "completed" yet. Lightning adds it when it resumes.

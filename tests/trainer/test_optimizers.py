@@ -48,6 +48,22 @@ def test_clipping_is_real(pool: ProcessPool, make: Any, stage: int) -> None:
         assert compare(result, wanted).step <= BOUND < compare(result, unclipped).step
 
 
+class Grouped(HandWritten):
+    """Steps Adagrad with a learning rate of the group, which is not that of the optimizer."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adagrad(
+            [{"params": [*self.parameters()], "lr": 0.01}], lr=0.5, initial_accumulator_value=0.1
+        )
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_adagrad_keeps_its_groups(pool: ProcessPool, stage: int) -> None:
+    wanted = fit_single(Grouped, [[batch] for batch in PAIRS], count_targets)
+    for result in fit_split(pool, Grouped, PAIRS, SplitRun(strategy={"stage": stage})):
+        assert compare(result, wanted).step <= BOUND
+
+
 class ClipsByValue(HandWritten):
     def configure_gradient_clipping(self, optimizer: Any, *args: Any, **kwargs: Any) -> None:
         self.clip_gradients(optimizer, gradient_clip_val=0.1, gradient_clip_algorithm="value")

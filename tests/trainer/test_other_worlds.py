@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from lightning_ulysses import UlyssesError
 from lightning_ulysses.checkpoints.convert import UNIVERSAL, is_converted
+from lightning_ulysses.checkpoints.manifest import read, write
 from lightning_ulysses.cli.main import main
 from lightning_ulysses.export import load_weights
 from lightning_ulysses.testing import SplitRun, split_trainer
@@ -93,6 +95,9 @@ def off(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
         ((2, 1), (4, 2), "SGD", {"momentum": 0.9}),
         ((1, 3), (2, 3), "NAdam", {}),
         ((1, 2), (2, 3), "SGD", {}),
+        ((2, 3), (1, 1), "Adagrad", {"lr_decay": 0.1}),
+        ((2, 2), (3, 1), "RMSprop", {"centered": True, "momentum": 0.5}),
+        ((1, 1), (2, 3), "AdamW", {"amsgrad": True}),
     ],
 )
 def test_another_world_and_stage(
@@ -129,6 +134,24 @@ def test_a_conversion_is_used_again_and_never_half_of_one(pool: ProcessPool, tmp
     shutil.rmtree(path)
     found = pool.run(fit, second, str(tmp_path), str(tmp_path / "other"), "AdamW", {}, world_size=2)[0][0]
     assert off(found, straight) <= 1e-6
+
+
+def test_a_conversion_of_another_checkpoint_is_replaced(pool: ProcessPool, tmp_path: Path) -> None:
+    """A name that is saved to again, such as ``last.ckpt``, converted into the same directory."""
+    path, other = tmp_path / "middle.ckpt", tmp_path / "other"
+    for kind in ("SGD", "AdamW"):
+        straight = saved(pool, SplitRun(1, 1), tmp_path, kind)
+        for output in (other, path):
+            assert main(["convert", str(path), "--output", str(output)]) == 0
+            assert is_converted(output)
+    for folder in (other, path):
+        found = pool.run(fit, SplitRun(2, 2), "", str(folder), "AdamW", {}, world_size=2)[0][0]
+        assert off(found, straight) <= 1e-6
+    # Other shards, copied beside a conversion that was there.
+    manifest = read(path)
+    assert manifest is not None
+    write(path, replace(manifest, step=7))
+    assert not is_converted(path)
 
 
 @pytest.mark.parametrize(("first", "second"), [("32-true", "bf16-mixed"), ("bf16-true", "32-true")])
