@@ -33,6 +33,11 @@ class Notes:
         return cast(T, self._kept[key])
 
 
+def version(tensor: Tensor) -> int:
+    """Counts the writes to a tensor and its views; 0 in inference mode, where nothing counts them."""
+    return 0 if tensor.is_inference() else int(tensor._version)
+
+
 class StorageTable(Generic[T]):
     """Facts about tensors, looked up by storage. All views of a tensor, also detached ones, share its fact.
 

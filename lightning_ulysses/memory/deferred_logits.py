@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from lightning_ulysses.divided.tensor import changes_first, name_of
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.memory.head import Head, Step
+from lightning_ulysses.memory.tiles import Conditions, Unwritten
 
 # What a tensor knows without its elements.
 _FACTS = {
@@ -34,6 +35,10 @@ _WITHOUT_GRADIENT = {"detach", "argmax"}
 View = Callable[[Tensor], Tensor]
 
 
+def _unwritten(hidden: Tensor) -> Unwritten:
+    return Unwritten([hidden], "their logits were computed", "go on with logits.clone(), or set tiled_loss=False")
+
+
 class Source:
     """Logits that several views may share.
 
@@ -42,21 +47,45 @@ class Source:
         hidden: (..., D)
         steps: What is done to each element after the head.
         dtype: Of the logits after the steps.
+        has_graph: Whether a gradient of them reaches the hidden states and the head.
+        conditions: Of the call of the head; those of this moment by default.
     """
 
-    def __init__(self, head: Head, hidden: Tensor, steps: tuple[Step, ...], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        head: Head,
+        hidden: Tensor,
+        steps: tuple[Step, ...],
+        dtype: torch.dtype,
+        has_graph: bool,
+        conditions: Conditions | None = None,
+    ) -> None:
         self.head = head
         self.hidden = hidden
         self.steps = steps
         self.dtype = dtype
+        self.has_graph = has_graph and torch.is_grad_enabled()
+        self.conditions = conditions or Conditions.now(head.module, hidden.device.type)
+        self.unwritten = _unwritten(hidden)
         self.members: list[weakref.ref[DeferredLogits]] = []
 
     def compute(self) -> Tensor:
         """All of them, (..., V)."""
-        logits = self.head.whole(self.hidden)
-        for step in self.steps:
-            logits = step(logits)
-        return logits
+        self.unwritten.check()
+        return self.recipe()(self.head.whole, self.hidden)
+
+    def recipe(self) -> Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]:
+        """Computes logits of hidden states by way of a function, the head. It does not hold those of this source."""
+        steps, conditions = self.steps, self.conditions
+
+        def compute(call: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+            with conditions.again():
+                logits = call(hidden)
+                for step in steps:
+                    logits = step(logits)
+            return logits
+
+        return compute
 
 
 class DeferredLogits(Tensor):
@@ -66,6 +95,7 @@ class DeferredLogits(Tensor):
         source: What they are computed of.
         hidden: The hidden states of these rows, (..., D).
         views: How these rows come out of all logits of the source.
+        unwritten: Sees whether the hidden states are written to.
         computed: The logits, once something needed them.
     """
 
@@ -74,16 +104,20 @@ class DeferredLogits(Tensor):
     source: Source
     hidden: Tensor
     views: tuple[View, ...]
+    unwritten: Unwritten
     computed: Tensor | None
 
     @staticmethod
-    def __new__(cls, source: Source, hidden: Tensor, shape: Any, views: tuple[View, ...] = ()) -> DeferredLogits:
-        """Logits of ``hidden``, of the shape ``shape``."""
-        needs_grad = torch.is_grad_enabled() and (hidden.requires_grad or bool(source.head.parameters()))
+    def __new__(
+        cls, source: Source, hidden: Tensor, shape: Any, views: tuple[View, ...] = (), needs_grad: bool | None = None
+    ) -> DeferredLogits:
+        """Logits of ``hidden``, of the shape ``shape``; a view of them may need no gradient."""
+        needs_grad = source.has_graph if needs_grad is None else needs_grad
         made: DeferredLogits = Tensor._make_wrapper_subclass(
             cls, shape, dtype=source.dtype, device=hidden.device, requires_grad=needs_grad
         )
         made.source, made.hidden, made.views, made.computed = source, hidden, views, None
+        made.unwritten = _unwritten(hidden)
         source.members.append(weakref.ref(made))
         if needs_grad:
             with torch._C.DisableTorchFunctionSubclass():
@@ -102,7 +136,10 @@ class DeferredLogits(Tensor):
         if self.computed is not None or self.views:
             return self
         hidden = function(self.hidden)
-        return DeferredLogits(Source(self.source.head, hidden, self.source.steps, self.dtype), hidden, self.shape)
+        source = Source(
+            self.source.head, hidden, self.source.steps, self.dtype, self.requires_grad, self.source.conditions
+        )
+        return DeferredLogits(source, hidden, self.shape)
 
     def whole(self, keeps_graph: bool = True) -> Tensor:
         """The logits themselves, computed once.
@@ -110,13 +147,19 @@ class DeferredLogits(Tensor):
         Args:
             keeps_graph: False for whoever needs no gradient, even where gradients are enabled.
         """
+        needs_graph = keeps_graph and self.requires_grad and torch.is_grad_enabled()
+        if self.computed is not None or needs_graph or not self.source.has_graph:
+            return self.shared()
+        with torch.no_grad():
+            return self._viewed(self.source.compute(), {})
+
+    def shared(self) -> Tensor:
+        """The logits themselves, in memory that all views of them share."""
         if self.computed is not None:
             return self.computed
-        needs_graph = self.requires_grad
-        if needs_graph and not (keeps_graph and torch.is_grad_enabled()):
-            with torch.no_grad():
-                return self._viewed(self.source.compute(), {})
-        logits, seen = self.source.compute(), dict[View, Tensor]()
+        seen = dict[View, Tensor]()
+        with torch.set_grad_enabled(self.source.has_graph):
+            logits = self.source.compute()
         for reference in self.source.members:
             member = reference()
             if member is not None:
@@ -178,10 +221,8 @@ def _on_whole(name: str, func: Any, args: Any, kwargs: Any) -> Any:
         if leaf.computed is None:
             leaf.source.head.note(name)
         # The backward of a reentrant checkpoint runs where gradients are disabled.
-        if (writes and leaf is first) or name == "backward":
-            with torch.enable_grad():
-                return leaf.whole()
-        return leaf.whole(keeps_graph)
+        shares = (writes and leaf is first) or name == "backward"
+        return leaf.shared() if shares else leaf.whole(keeps_graph)
 
     new_args, new_kwargs = tree_map(whole, (args, kwargs))
     answer = func(*new_args, **new_kwargs)
@@ -191,6 +232,7 @@ def _on_whole(name: str, func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _deferred(name: str, func: Any, first: DeferredLogits, rest: Any, kwargs: Any) -> Any:
+    first.unwritten.check()
     if name == "cross_entropy":
         return DeferredLogits.cross_entropy(func, first, *rest, **kwargs)
     if name in _SHAPES:
@@ -232,7 +274,13 @@ def _consumed(part: Any) -> int:
 
 
 def _view(first: DeferredLogits, hidden: Tensor, shape: Any, view: View) -> DeferredLogits:
-    return DeferredLogits(first.source, hidden, shape, (*first.views, view))
+    needs_grad = first.requires_grad and torch.is_grad_enabled()
+
+    def same(logits: Tensor) -> Tensor:
+        with torch.set_grad_enabled(needs_grad):
+            return view(logits)
+
+    return DeferredLogits(first.source, hidden, shape, (*first.views, same), needs_grad)
 
 
 def _stepped(func: Any, first: DeferredLogits, rest: Any, kwargs: Any) -> Any:
@@ -250,7 +298,8 @@ def _stepped(func: Any, first: DeferredLogits, rest: Any, kwargs: Any) -> Any:
     if result.device != first.device:
         return NotImplemented
     steps = (*first.source.steps, lambda logits: func(logits, *rest, **kwargs))
-    return DeferredLogits(Source(first.source.head, first.hidden, steps, result.dtype), first.hidden, first.shape)
+    source = Source(first.source.head, first.hidden, steps, result.dtype, first.requires_grad, first.source.conditions)
+    return DeferredLogits(source, first.hidden, first.shape)
 
 
 def signature_of(func: Any) -> inspect.Signature:

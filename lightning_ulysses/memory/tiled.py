@@ -13,7 +13,7 @@ from lightning_ulysses.config import MemoryConfig
 from lightning_ulysses.context import SequenceContext
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.memory.replaced import Replaced
-from lightning_ulysses.memory.tiles import Autocast, GradientSums, aliased, as_call, rows_of, spans
+from lightning_ulysses.memory.tiles import Conditions, GradientSums, aliased, as_call, rows_of, spans
 from lightning_ulysses.memory.trying import check_ready, try_rows
 from lightning_ulysses.patching.handle import Handle
 from lightning_ulysses.patching.outside_graphs import eager
@@ -29,11 +29,11 @@ class _Work:
         self.parameters: list[Tensor] = [each for each in module.parameters() if each.requires_grad]
         self.gradient: Tensor | None = None
         self._call = call
-        self._autocast = Autocast.now(x.device.type)
+        self._conditions = Conditions.now(module, x.device.type)
 
     def __call__(self, rows: Tensor) -> Tensor:
         # (n, D) -> (n, D_out)
-        with self._autocast.again():
+        with self._conditions.again():
             return self._call(as_call(rows, self.ndim)).flatten(0, -2)
 
 

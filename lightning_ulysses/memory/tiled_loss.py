@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from lightning_ulysses.memory.deferred_logits import DeferredLogits, Source, signature_of
 from lightning_ulysses.memory.head import Head
-from lightning_ulysses.memory.tiles import Autocast, GradientSums, aliased, as_call, spans
+from lightning_ulysses.memory.tiles import Conditions, GradientSums, Unwritten, aliased, as_call, spans
 
 
 class _Work:
@@ -27,9 +27,11 @@ class _Work:
         # Logits in float32 are the largest tensors of a tile.
         self.size = self.head.config.rows(4 * logits.shape[-1])
         self._func = func
-        self._steps = logits.source.steps
         self._options = options
-        self._autocast = Autocast.now(target.device.type)
+        read = [tensor for tensor in (target, options["weight"]) if tensor is not None]
+        self.unwritten = Unwritten(read, "the backward of a cross entropy", "give the cross entropy a copy of it")
+        self._logits = logits.source.recipe()
+        self._conditions = Conditions.now(self.head.module, target.device.type)
 
     def __call__(self, rows: Tensor) -> Tensor:
         """Inside of the head's call: (N, D) -> (N,)."""
@@ -43,10 +45,8 @@ class _Work:
 
     def losses(self, tile: Tensor, numbers: Tensor) -> Tensor:
         """The losses of a tile, (n, D) -> (n,)."""
-        with self._autocast.again():
-            logits = self.head.logits(as_call(tile, self.ndim)).flatten(0, -2)
-            for step in self._steps:
-                logits = step(logits)
+        logits = self._logits(self.head.logits, as_call(tile, self.ndim)).flatten(0, -2)
+        with self._conditions.again():
             return self._func(logits, self.target[numbers], **self._options, reduction="none")
 
 
@@ -71,6 +71,7 @@ class _Losses(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:
         work: _Work = ctx.work
         (rows,) = ctx.saved_tensors
+        work.unwritten.check()
         needs_rows = ctx.needs_input_grad[1]
         of_rows = torch.zeros_like(rows) if needs_rows else None
         sums = GradientSums(work.parameters)
@@ -111,7 +112,8 @@ def cross_entropy(func: Callable[..., Tensor], logits: DeferredLogits, *args: An
     if reduction not in ("none", "sum", "mean") or (weight is not None and weight.requires_grad):
         return NotImplemented
     work = _Work(func, logits, target, options)
-    losses: Tensor = work.head.run(work, logits.hidden)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and logits.requires_grad):
+        losses: Tensor = work.head.run(work, logits.hidden)
     if reduction == "none":
         return losses
     # In half precision neither the sum nor the count would be exact.
@@ -124,7 +126,8 @@ def cross_entropy(func: Callable[..., Tensor], logits: DeferredLogits, *args: An
 
 def defer(head: Head, hidden: Tensor, width: int, dtype: torch.dtype) -> DeferredLogits:
     """Stands for the logits (..., V) of hidden states (..., D)."""
-    return DeferredLogits(Source(head, hidden, (), dtype), hidden, (*hidden.shape[:-1], width))
+    source = Source(head, hidden, (), dtype, hidden.requires_grad or bool(head.parameters()))
+    return DeferredLogits(source, hidden, (*hidden.shape[:-1], width))
 
 
 def touch(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:

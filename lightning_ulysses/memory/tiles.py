@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.notes import version
+
 
 def spans(rows: int, size: int) -> list[tuple[int, int]]:
     """Begin and end of each tile of ``size`` rows; the last one may be shorter."""
@@ -26,29 +29,64 @@ def as_call(rows: Tensor, ndim: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Autocast:
-    """The mixed precision of a forward, which autograd does not restore for a backward.
+class Conditions:
+    """The mixed precision and the modes of a forward, which autograd does not restore for a backward.
 
     Attributes:
         device: Type of the device.
-        enabled: Whether it is on.
+        enabled: Whether mixed precision is on.
         dtype: Of what is cast.
+        modes: Whether each module below the one that runs trains.
     """
 
     device: str
     enabled: bool
     dtype: torch.dtype
+    modes: tuple[tuple[nn.Module, bool], ...]
 
     @classmethod
-    def now(cls, device: str) -> Autocast:
-        """The one at this moment."""
-        return cls(device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+    def now(cls, module: nn.Module, device: str) -> Conditions:
+        """Those at this moment."""
+        modes = tuple((inner, inner.training) for inner in module.modules())
+        return cls(device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device), modes)
 
     @contextmanager
     def again(self) -> Iterator[None]:
-        """Restores it. Nothing is cached: weights that are cast without gradients would be used with them later."""
-        with torch.autocast(self.device, self.dtype, self.enabled, cache_enabled=False):
-            yield
+        """Restores them. Nothing is cached: weights that are cast without gradients would be used with them later."""
+        changed = [(module, mode) for module, mode in self.modes if module.training != mode]
+        for module, mode in changed:
+            module.training = mode
+        try:
+            with torch.autocast(self.device, self.dtype, self.enabled, cache_enabled=False):
+                yield
+        finally:
+            for module, mode in changed:
+                module.training = not mode
+
+
+class Unwritten:
+    """Tensors that are read again later, and must hold then what they hold now.
+
+    Args:
+        tensors: Any.
+        what: What is computed of them, for messages.
+        fix: What to do instead of writing to them.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], what: str, fix: str) -> None:
+        self._known = [(tensor, version(tensor)) for tensor in tensors]
+        self._what = what
+        self._fix = fix
+
+    def check(self) -> None:
+        """Raises `UlyssesError` if one was written to."""
+        written = [tensor for tensor, known in self._known if version(tensor) != known]
+        if written:
+            raise UlyssesError(
+                f"a tensor {tuple(written[0].shape)} that was written to before {self._what}",
+                "the values that it had in the forward",
+                self._fix,
+            )
 
 
 @contextmanager

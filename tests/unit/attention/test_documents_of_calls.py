@@ -9,6 +9,10 @@ import pytest
 import torch
 
 from lightning_ulysses import UlyssesError, ulysses_attention
+from lightning_ulysses.attention.mask_table import document_runs
+from lightning_ulysses.context import LocalBatch, SequenceContext, activate
+from lightning_ulysses.exchange.mesh import ALONE
+from lightning_ulysses.geometry.layout import SequenceLayout
 
 
 def heads(seq_len: int = 9) -> torch.Tensor:
@@ -27,3 +31,20 @@ def test_documents_are_kept_apart(kind: Any) -> None:
 def test_no_edges(edges: Any) -> None:
     with pytest.raises(UlyssesError, match=r"cu_seqlens of .*Expected the cumulative lengths"):
         ulysses_attention(heads(), heads(), heads(), cu_seqlens=edges)
+
+
+def test_views_of_the_same_edges_are_told_apart() -> None:
+    context, edges = SequenceContext(ALONE), torch.tensor([0, 9, 4, 9])
+    activate(context)
+    try:
+        with context.step(LocalBatch(SequenceLayout(9, 1))):
+            assert document_runs(edges[:2], 9) == ((0, 9),)
+            assert document_runs(edges[::2], 9) == ((0, 4), (4, 9))
+            with torch.inference_mode():
+                edges = torch.tensor([0, 2])
+                assert document_runs(edges, 9) == ((0, 2), (2, 9))
+                # Nothing counts writes here.
+                edges[1] = 3
+                assert document_runs(edges, 9) == ((0, 3), (3, 9))
+    finally:
+        activate(None)

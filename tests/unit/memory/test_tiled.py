@@ -299,8 +299,8 @@ def test_names() -> None:
 
 def test_copies_are_of_their_own() -> None:
     """Averages of weights copy the module in the middle of a run."""
-    root = Holder("mlp", Gated())
-    x = torch.randn(1, 9, 8)
+    root = Holder("mlp", Gated()).double()
+    x = torch.randn(1, 9, 8, dtype=torch.float64)
     with tiled(root, tiled_mlp=True, tile_tokens=2):
         copied = copy.deepcopy(root)
         loaded = pickle.loads(pickle.dumps(root))
