@@ -83,6 +83,26 @@ class Gated(nn.Module):
         return h + self.gate * self.conv(h.transpose(1, 2)).transpose(1, 2)
 
 
+class ZeroConv(Conv):
+    """Returns zeros in the first step."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
+
+
+class ZeroGate(nn.Module):
+    """The same, without a submodule that mixes."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gate = nn.Parameter(torch.zeros(width))
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h + self.gate * h.roll(1, dims=1)
+
+
 class Arange(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -117,6 +137,29 @@ class Outside(HandWritten):
         return F.cross_entropy(self.head(h).flatten(0, 1), y.flatten())
 
 
+class ZeroHead(HandWritten):
+    """A loss of rows that does not depend on attention in the first step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        nn.init.zeros_(self.head.weight)
+
+    def _loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(self(x).transpose(1, 2), y, reduction="none").mean(1).square().mean()
+
+
+class Beside(HandWritten):
+    """Adds a loss of pooled tokens that attention has not seen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pooled = nn.Linear(self.embed.embedding_dim, 1)
+
+    def _loss(self, batch: Any) -> Tensor:
+        return super()._loss(batch) + self.pooled(self.embed(batch[0]).mean(1)).square().mean()
+
+
 def between(layer: Any) -> Any:
     return partial(Between, layer)
 
@@ -129,6 +172,10 @@ REFUSED: dict[str, tuple[Any, tuple[str, ...]]] = {
     "attention by hand": (between(ByHand), ("'between' (ByHand)", "scaled_dot_product_attention")),
     "chunks": (between(Chunks), ("'between' (Chunks)",)),
     "a branch at zero": (between(Gated), ("'between.conv' (Conv1d)",)),
+    "a convolution at zero": (between(ZeroConv), ("'between.conv' (Conv1d)",)),
+    "a gate at zero": (between(ZeroGate), ("'between' (ZeroGate)",)),
+    "a head at zero": (ZeroHead, ("no mean over tokens",)),
+    "a loss beside attention": (Beside, ("no mean over tokens",)),
     "arange": (between(Arange), ("'between.table' (Embedding)", "sequence_positions(x)")),
     "rotary arange": (
         between(Rotary),
@@ -149,7 +196,11 @@ FOUR = SplitRun(4, 4, {"stage": 3})
 
 
 @pytest.mark.parametrize(
-    ("case", "run"), [*((case, SplitRun()) for case in REFUSED), ("convolution", FOUR), ("arange in the step", FOUR)]
+    ("case", "run"),
+    [
+        *((case, SplitRun()) for case in REFUSED),
+        *((case, FOUR) for case in ("convolution", "a loss beside attention", "arange in the step")),
+    ],
 )
 def test_by_default_they_are_split_inside(pool: ProcessPool, case: str, run: SplitRun) -> None:
     """What mixes tokens lies outside of the blocks that are split, or is given the whole sequence."""
@@ -176,6 +227,29 @@ class Measuring(Between):
 def test_evaluation_alone_is_refused_too(pool: ProcessPool) -> None:
     for text in pool.run(validated, partial(Measuring, Conv), world_size=2):
         assert "validation_step" in text and "'between.conv' (Conv1d)" in text, text
+
+
+class WithoutAttention(Between):
+    """Trains with attention, and validates without any."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Identity)
+        self.side = Conv(self.embed.embedding_dim)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("loss", F.cross_entropy(self.head(self.side(self.embed(batch[0]))).flatten(0, 1), batch[1].flatten()))
+
+
+def validated_after_training(rank: int) -> str:
+    trainer, loader = split_trainer(CUT), split_loader(PAIRS, CUT, rank)
+    with pytest.raises(UlyssesError) as caught:
+        trainer.fit(WithoutAttention(), loader, loader)
+    return str(caught.value)
+
+
+def test_an_evaluation_without_attention_is_refused_too(pool: ProcessPool) -> None:
+    for text in pool.run(validated_after_training, world_size=2):
+        assert "validation_step" in text and "'side.conv' (Conv1d)" in text, text
 
 
 def test_the_same_without_the_check_trains_wrongly(pool: ProcessPool) -> None:

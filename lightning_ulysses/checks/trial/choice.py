@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lightning_ulysses import regions
+from lightning_ulysses.attention.route import AttentionTally
 from lightning_ulysses.batch.clock import Clock
 from lightning_ulysses.batch.pipeline import BatchPipeline
 from lightning_ulysses.batch.whole import WholeBatch
@@ -182,8 +183,9 @@ class SplitChoice:
         name, step = type(self._module).__name__, _step_of(clock)
         plan = trial.plans[0] if trial.plans and self._settings.split == "batch" else None
         if verdict.moved is not None:
-            # What the step returns may be one value for each slice, and a step without attention says so itself.
-            if trial.attends and not verdict.moved.is_result:
+            # What the step returns may be one value for each slice, and a run without attention says so itself.
+            attends = trial.attends or self._context.notes.of(AttentionTally).calls
+            if attends and not verdict.moved.is_result:
                 raise refusal(verdict, name, step, plan)
         elif verdict.reason is not None:
             self._warn(clock, verdict, name, step)

@@ -20,6 +20,8 @@ from lightning_ulysses.checks.trial.attributes import attributes_kept, generator
 from lightning_ulysses.patching.handle import Handle
 from lightning_ulysses.regions.recompute import replace_checkpoints
 
+# As models of transformers begin.
+_STD = 0.02
 # The methods that Lightning compiles if the whole module is compiled.
 _STEPS = ("forward", "training_step", "validation_step", "test_step", "predict_step")
 
@@ -80,6 +82,25 @@ def _tensors_kept(root: nn.Module) -> Iterator[None]:
                 # Not by its version, which a write through `.data` leaves as it is.
                 if tensor.shape == value.shape and not torch.equal(tensor, value):
                     tensor.data.copy_(value)
+
+
+@contextmanager
+def _zeros_filled(root: nn.Module, device: torch.device) -> Iterator[None]:
+    """Gives trained parameters that are zero other values, alike on all ranks.
+
+    A gate, a projection or a head that begins at zero hides what the branch before or behind it does with tokens.
+    """
+    # Not under ZeRO-3, which may fetch a parameter ahead inside, and hand its values to the step.
+    trained = (each for each in root.parameters() if each.requires_grad and not hasattr(each, "ds_id"))
+    zeros = [parameter.data for parameter in trained if not parameter.any()]
+    try:
+        with named_stream("parameters of zero", device=device):
+            for numbers in zeros:
+                numbers.normal_(std=_STD)
+        yield
+    finally:
+        for numbers in zeros:
+            numbers.zero_()
 
 
 @contextmanager
@@ -224,6 +245,7 @@ def sandbox(root: nn.Module, device: torch.device) -> Iterator[dict[str, Any]]:
     with ExitStack() as stack:
         stack.enter_context(_methods_replaced(root, manual_backward=_ends, log=log, log_dict=log_dict))
         stack.enter_context(_without_backward_hooks(root))
+        stack.enter_context(_zeros_filled(root, device))
         quiet = _quiet_functions(root)
         stack.callback(quiet.remove)
         _readonly_files(quiet)

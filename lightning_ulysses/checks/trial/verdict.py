@@ -7,7 +7,7 @@ answers with its slice of A. A mean over N targets, n_r of them in slice r, has 
 
 for every call of attention. The weights are measured and not believed: a tensor whose counts give them holds the
 targets. A loss for which no number w_r will do is no such mean. Losses alone would not show it: that of DPO begins with
-log 2 on every slice.
+log 2 on every slice. Gradients alone would not either: a part of the loss may depend on no attention.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class SliceReport:
         fails: Whether the step raises on the slice, and not on the whole.
         is_half: Whether the model computes in half precision.
         pooled: Where an output without tokens differs first.
+        losses: Those of the whole and of the slice.
     """
 
     counts: Mapping[str, float]
@@ -66,6 +67,7 @@ class SliceReport:
     fails: bool = False
     is_half: bool = False
     pooled: Change | None = None
+    losses: tuple[float, float] = (0.0, 0.0)
 
 
 def compare(recorder: Recorder, replay: Replay, local: LocalBatch, half: bool) -> SliceReport:
@@ -95,7 +97,13 @@ def compare(recorder: Recorder, replay: Replay, local: LocalBatch, half: bool) -
     pairs = zip(whole.gradients, replay.narrowed, strict=True)
     wanted = [narrowed(gradient, dim, replay.span) for gradient, dim in pairs]
     report = _fit(wanted, part.gradients, _flat(whole.gradients).norm(), counts, half)
-    return replace(report, pooled=first_changed(whole.modules, part.modules, cut, bound, pooled=True))
+    losses = _number(whole.loss), _number(part.loss)
+    pooled = first_changed(whole.modules, part.modules, cut, bound, pooled=True)
+    return replace(report, pooled=pooled, losses=losses)
+
+
+def _number(loss: Tensor | None) -> float:
+    return 0.0 if loss is None else float(loss)
 
 
 def _flat(tensors: Iterable[Tensor]) -> Tensor:
@@ -284,15 +292,23 @@ def judge(found: Sequence[tuple[SliceReport, tuple[SequencePlan, ...]]], sp_size
     misfit = max(report.misfit for report in reports)
     names: set[str] = set.intersection(*(set(report.counts) for report in reports))
     worst: tuple[float, ...] = ()
+    gap = 0.0
     for first in range(0, len(reports), sp_size):
         group = reports[first : first + sp_size]
         worst = worst or tuple(report.weight for report in group)
         names = {name for name in names if _explains(group, name)}
+        gap = max(gap, _gap(group))
     half = any(report.is_half for report in reports)
-    additive = misfit <= (HALF if half else GRADIENTS)
+    additive = misfit <= (HALF if half else GRADIENTS) and gap <= (HALF if half else LOGS)
     explained = frozenset(names) if additive else frozenset()
     pooled = next((report.pooled for report in reports if report.pooled is not None), None)
-    return Verdict(additive, explained, worst, misfit, is_coarse=half, plans=plans, pooled=pooled)
+    return Verdict(additive, explained, worst, max(misfit, gap), is_coarse=half, plans=plans, pooled=pooled)
+
+
+def _gap(group: Sequence[SliceReport]) -> float:
+    """How far the weighted losses of slices are from that of the whole, relative to it."""
+    whole = group[0].losses[0]
+    return abs(whole - sum(report.weight * report.losses[1] for report in group)) / max(abs(whole), 1e-30)
 
 
 def _explains(group: Sequence[SliceReport], name: str) -> bool:

@@ -119,3 +119,16 @@ def test_files_are_not_written(tmp_path: Path, write: str) -> None:
         step()
     assert file.read_text() == "kept"
     file.write_text("again")
+
+
+def test_what_is_zero_is_not_inside() -> None:
+    module = nn.ModuleList([nn.Linear(3, 2), nn.Linear(3, 2).requires_grad_(False)])
+    for parameter in (module[0].weight, module[1].weight):
+        # Of other strides than those of a new tensor.
+        parameter.data = torch.zeros(3, 2).t()
+    before = [parameter.clone() for parameter in module.parameters()]
+    with sandbox(module, torch.device("cpu")):
+        inside = [bool(parameter.any()) for parameter in module.parameters()]
+        assert torch.equal(module[0].bias, before[1])
+    assert inside == [True, True, False, True]
+    assert all(torch.equal(one, other) for one, other in zip(module.parameters(), before, strict=True))
