@@ -25,7 +25,6 @@ from lightning_ulysses.exchange.agreement import RunningDigest
 from lightning_ulysses.exchange.mesh import SequenceMesh
 from lightning_ulysses.exchange.turns import BackwardTurns
 from lightning_ulysses.interceptors.install_all import install_interceptors
-from lightning_ulysses.loss.evidence import LossWatch
 from lightning_ulysses.loss.weights import StepWeights
 from lightning_ulysses.patching.handle import Handle
 
@@ -64,15 +63,17 @@ class SequenceParallel:
         ...         parallel.stepped()
     """
 
-    def __init__(self, settings: UlyssesConfig, mesh: SequenceMesh, device: torch.device, seed: int) -> None:
+    def __init__(
+        self, settings: UlyssesConfig, mesh: SequenceMesh, device: torch.device, seed: int, *, refuses: bool = True
+    ) -> None:
         self.settings = settings
         self.mesh = mesh
         self.context = SequenceContext(mesh, settings.plan)
-        self.weights = StepWeights(settings, mesh, device)
+        self.weights = StepWeights(settings, mesh, device, guesses=not refuses)
         self._device = device
         self._pipeline = BatchPipeline(settings.rules, mesh, device, seed)
         self._handle = Handle()
-        self._choice = SplitChoice(settings, self.context, self._pipeline, self.weights, device)
+        self._choice = SplitChoice(settings, self.context, self._pipeline, self.weights, device, refuses)
         self._module: nn.Module = nn.Identity()
         self._clock = Clock()
         # The batch of the following step, as it came.
@@ -240,7 +241,6 @@ class SequenceParallel:
             UlyssesError: If the model cannot be split, or none of its attention was intercepted.
         """
         self.context.use(self._choice.plan(clock.kind))
-        self.context.notes.of(LossWatch).is_open = self.weights.needs_evidence
         if clock.is_training:
             self.weights.enter_epoch(clock.epoch)
             self.weights.begin(self._counts, self._pipeline.take())

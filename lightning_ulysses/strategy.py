@@ -95,6 +95,8 @@ class UlyssesDeepSpeedStrategy(
     """
 
     strategy_name = "ulysses_deepspeed"
+    # `verify` compares what would be refused.
+    _refuses = True
 
     def __init__(
         self,
@@ -216,7 +218,7 @@ class UlyssesDeepSpeedStrategy(
         check_trainer(trainer, module)
         self._close()
         # Schedulers ask for the number of steps in there, and so for the length of a sampler that asks for the mesh.
-        self._core = SequenceParallel(self.ulysses, self.mesh, self.root_device, self._base_seed)
+        self._core = SequenceParallel(self.ulysses, self.mesh, self.root_device, self._base_seed, refuses=self._refuses)
         if self.zero_stage_3 and self.ulysses.memory.is_on:
             self._patches.add(upstream_deepspeed.gather_as_one(units(module, self.ulysses.memory)).remove)
         super().setup(trainer)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from lightning_ulysses.batch.whole import WholeBatch, read_batch
+from lightning_ulysses.batch.recognition import entries_of
+from lightning_ulysses.batch.whole import WholeBatch, read_batch, rebuild
 from lightning_ulysses.geometry.batch_keys import EDGE_KEYS, KEPT, MASK_KEYS, BatchRules
 from lightning_ulysses.geometry.shares import even_shares, starts
 
@@ -143,7 +144,7 @@ def most_uneven(batches: Iterable[Any], rules: BatchRules) -> list[Any]:
     """
     best, most = [], 0
     for batch in _with_pairs(batches, rules):
-        parts = _parts(batch, rules)
+        parts = halves(batch, rules)
         first, others = [read_batch(part, rules, 1).counts_of_group() for part in parts] or [{}, {}]
         # A part without a target has no loss to compare.
         ratios = {round(n / (n + others[key]), 4) for key, n in first.items() if n and others.get(key)}
@@ -152,16 +153,56 @@ def most_uneven(batches: Iterable[Any], rules: BatchRules) -> list[Any]:
     return best
 
 
-def _parts(batch: Any, rules: BatchRules) -> list[Any]:
+def halves(batch: Any, rules: BatchRules) -> list[Any]:
+    """Some rows of a batch and the others, or some documents of its single row and the others; none of one document."""
     whole = read_batch(batch, rules, 1)
     if whole.rows > 1:
         half = whole.rows // 2
         return [_rows(batch, whole.rows, 0, half), _rows(batch, whole.rows, half, whole.rows)]
-    documents = whole.layout.documents[0] if whole.layout.documents else ()
-    if len(documents) < 2:
+    edge = middle(whole)
+    if edge is None:
         return []
-    edge = documents[len(documents) // 2][0]
     return [excerpt(batch, rules, (0, edge)), excerpt(batch, rules, (edge, whole.layout.seq_len - edge))]
+
+
+def middle(whole: WholeBatch) -> int | None:
+    """Where a document in the middle of a single row begins; None if there is no second document."""
+    documents = whole.layout.documents[0] if whole.layout.documents else ()
+    return documents[len(documents) // 2][0] if len(documents) > 1 else None
+
+
+def with_fewer_targets(batch: Any, rules: BatchRules, name: str, tokens: int) -> Any:
+    """A batch in which the first half of the rows has two targets left in the first tokens.
+
+    Args:
+        batch: A whole batch.
+        rules: How to read it.
+        name: The tensor with the targets, as `WholeBatch.counts` calls it.
+        tokens: How many of each of these rows are changed.
+
+    Returns:
+        The batch; None if the tensor has no targets to spare, or its targets cannot be ignored.
+    """
+    entries, key = entries_of(batch), name.removesuffix(KEPT)
+    key = key if key in entries else key.removeprefix("shift_")
+    given = entries.get(key)
+    is_mask = key in MASK_KEYS or name.endswith(KEPT)
+    if not isinstance(given, Tensor) or given.dim() != 2 or (not is_mask and not _is_signed(given)):
+        return None
+    if read_batch(batch, rules, 1).dims.get(key, 1) != 1:
+        return None
+    fewer = given.clone()
+    # (B, S) -> (B / 2, tokens)
+    part = fewer[: -(-len(given) // 2), :tokens]
+    valid = part > 0 if is_mask else part != rules.ignore_index
+    # The last two of each row stay: a shifted label counts for the token before.
+    spare = valid & (valid.flip(1).cumsum(1).flip(1) > 2)
+    part[spare] = 0 if is_mask else rules.ignore_index
+    return rebuild(batch, {key: fewer}) if bool(spare.any()) else None
+
+
+def _is_signed(tensor: Tensor) -> bool:
+    return tensor.dtype in (torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def _rows(batch: Any, rows: int, begin: int, end: int) -> Any:

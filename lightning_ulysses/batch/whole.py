@@ -106,7 +106,7 @@ class WholeBatch:
         if pin:
             # Last, since a clone or a copy would leave pinned memory again.
             shards = {key: pinned(tensor) for key, tensor in shards.items()}
-        return _rebuild(self.template, {k: v for k, v in shards.items() if k not in self.hidden}), shards, seen
+        return rebuild(self.template, {k: v for k, v in shards.items() if k not in self.hidden}), shards, seen
 
 
 def pinned(tensor: Tensor) -> Tensor:
@@ -114,7 +114,8 @@ def pinned(tensor: Tensor) -> Tensor:
     return tensor if tensor.device.type != "cpu" or tensor.is_pinned() else tensor.pin_memory()
 
 
-def _rebuild(template: Any, new: dict[str, Tensor]) -> Any:
+def rebuild(template: Any, new: dict[str, Tensor]) -> Any:
+    """A batch of the type of ``template``, with other tensors."""
     if isinstance(template, Tensor):
         return new["batch"]
     if isinstance(template, dict) and type(template) is dict:

@@ -20,7 +20,6 @@ from lightning_ulysses.interceptors import (
     xformers,
 )
 from lightning_ulysses.interceptors.peft import check_adapters
-from lightning_ulysses.loss import targets
 from lightning_ulysses.patching.handle import Handle
 from lightning_ulysses.upstream.deepspeed import keep_checkpoint_inputs, touch_through
 
@@ -59,7 +58,6 @@ def _install(handle: Handle, context: SequenceContext, module: nn.Module, zero_s
         # Its functions ask no tensor that stands for a sequence.
         handle.add(touch_through(touched).remove)
         handle.patch(torch.nn.functional, "linear", aware("linear", torch.nn.functional.linear))
-    handle.add(targets.install(context).remove)
     handle.add(highest_position.install(context, module).remove)
     handle.add(torch_draws.install(context, module).remove)
     handle.add(torch_sdpa.install(context, module).remove)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,20 +11,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_ulysses.context import LocalBatch
-from lightning_ulysses.geometry.batch_keys import KEPT
-from lightning_ulysses.geometry.layout import SequenceLayout
-from lightning_ulysses.loss.targets import choose_names, counts_agree, score_names
+from lightning_ulysses.loss.targets import KnownTargets, ambiguous, counts_agree, likely
 from lightning_ulysses.loss.token_mean import TokenMean
-
-# Batches whose cross entropies are compared with the targets. Each comparison waits for the device.
-_LOOKED_AT = 3
 
 
 @dataclass
 class _Word:
-    """A rank's message about one dataloader: a score for each tensor that all its batches had."""
+    """A rank's message about one dataloader: the tensors that all its batches had, if there was any."""
 
-    scores: dict[str, int] | None
+    names: frozenset[str] | None
+    known: str | None
     all_equal: bool
 
 
@@ -35,48 +31,38 @@ class EvaluationLoss:
     each tensor that may hold the targets.
 
     Args:
-        name: The tensor with the targets, if training has settled it.
+        tried: Returns the tensors that hold the targets, the likeliest first, as far as training or a trial has shown.
         by_targets: Whether batches are weighted by their number of targets. Otherwise all have the same weight.
         device: The device of the losses.
         times: How often a rank's loss counts, where batches are not weighted by targets.
     """
 
-    def __init__(self, name: str | None, by_targets: bool, device: torch.device, times: int = 1) -> None:
-        self._name = name
+    def __init__(self, tried: Callable[[], list[str]], by_targets: bool, device: torch.device, times: int = 1) -> None:
+        self._tried = tried
         self._by_targets = by_targets
         self._times = 1 if by_targets else times
         self._device = device
         self._means: dict[str, TokenMean] | None = None
-        self._scores: dict[str, int] = {}
+        self._known: str | None = None
         self._all_equal = True
-        self._first: LocalBatch | None = None
-        self._batches = 0
 
     def add(self, loss: Tensor, live: LocalBatch) -> None:
         """Adds the loss of one batch: the mean over the targets of this rank."""
         # Without weighting by targets, each batch counts as one target under an empty name.
         counts = live.counts if self._by_targets else {"": 1.0}
-        if self._name is not None and self._name in counts:
-            counts = {self._name: counts[self._name]}
         if self._means is None:
             self._means = {name: TokenMean().to(self._device) for name in counts}
-            self._first = live
         # A tensor that one batch lacks cannot hold the targets of all.
         self._means = {name: mean for name, mean in self._means.items() if name in counts}
         for name, mean in self._means.items():
             mean.update(loss * self._times, counts[name])
-        if self._name is None and self._by_targets and self._batches < _LOOKED_AT:
-            for name, score in score_names(live, [name for name in counts if not name.endswith(KEPT)]).items():
-                # A name must explain every batch, so its worst score counts.
-                self._scores[name] = min(score, self._scores.get(name, score))
-            self._all_equal &= counts_agree(live, live.counts)
-        self._batches += 1
+        self._known = live.notes.of(KnownTargets).name
+        self._all_equal &= counts_agree(live, likely(live.counts))
 
     def word(self) -> _Word:
         """This rank's message to the other ranks."""
-        if self._means is None:
-            return _Word(None, True)
-        return _Word({name: self._scores.get(name, 0) for name in self._means}, self._all_equal)
+        names = None if self._means is None else frozenset(self._means)
+        return _Word(names, self._known, self._all_equal)
 
     def compute(self, words: Sequence[_Word]) -> Tensor | None:
         """The mean over all ranks; a collective.
@@ -90,18 +76,21 @@ class EvaluationLoss:
         Raises:
             UlyssesError: If it cannot be told which tensor holds the targets.
         """
-        known = [word.scores for word in words if word.scores is not None]
-        if not known:
+        given = [word for word in words if word.names is not None]
+        if not given:
             return None
-        names = set.intersection(*(set(scores) for scores in known))
-        scores = {name: min(each[name] for each in known) for name in names if not name.endswith(KEPT)}
-        wanted = self._name if self._by_targets else ""
-        if wanted is None or wanted not in names:
-            # `live` is only used for an error message. A rank without a batch passes an empty one.
-            live = self._first or LocalBatch(SequenceLayout(1, 1))
-            wanted = choose_names(scores, all(word.all_equal for word in words), live)[0][0]
+        names = frozenset.intersection(*(word.names for word in given if word.names is not None))
+        wanted = self._wanted(names, given) if self._by_targets else ""
         # `compute` is a collective of torchmetrics: a rank without a batch takes part with an empty mean.
         return (self._means or {}).get(wanted, TokenMean().to(self._device)).compute()
+
+    def _wanted(self, names: frozenset[str], words: Sequence[_Word]) -> str:
+        known = next((word.known for word in words), None)
+        tried = [name for name in (*self._tried(), known) if name in names]
+        candidates = tried or likely(names)
+        if not candidates or not (tried or all(word.all_equal for word in words)):
+            raise ambiguous(sorted(names))
+        return str(candidates[0])
 
 
 def compute_all(losses: Sequence[EvaluationLoss]) -> list[Tensor | None]:

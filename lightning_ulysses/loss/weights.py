@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,11 +19,7 @@ from lightning_ulysses.exchange.mesh import SequenceMesh
 from lightning_ulysses.geometry.batch_keys import KEPT
 from lightning_ulysses.loss.accumulation import AccumulationWindow
 from lightning_ulysses.loss.evaluation import EvaluationLoss
-from lightning_ulysses.loss.form import judge, loss_form, votes
-from lightning_ulysses.loss.targets import TargetResolver
-
-# Of tensors with equal counts, those that most likely hold the targets.
-_FIRST = ("shift_labels", "labels", "shift_loss_mask", "loss_mask")
+from lightning_ulysses.loss.targets import TargetResolver, likeliest_first
 
 
 @dataclass
@@ -65,6 +60,7 @@ class StepWeights:
         config: The strategy's settings.
         mesh: Sizes and groups.
         device: The device for collectives.
+        guesses: See `TargetResolver`.
 
     Attributes:
         steps: Number of optimizer steps taken.
@@ -72,19 +68,19 @@ class StepWeights:
             ``loss_weighting="none"``.
     """
 
-    def __init__(self, config: UlyssesConfig, mesh: SequenceMesh, device: torch.device) -> None:
+    def __init__(
+        self, config: UlyssesConfig, mesh: SequenceMesh, device: torch.device, *, guesses: bool = False
+    ) -> None:
         self._mesh = mesh
         self._device = device
         self._by_targets = config.loss_weighting == "tokens"
         # How often a rank's loss counts where all have the same weight: P times if slices add up to the whole.
         self._times = 1
-        self._resolver = TargetResolver(config.targets, self._agree)
+        self._resolver = TargetResolver(config.targets, self._agree, guesses=guesses)
         # Tensors that gave the first batch the same weights, of which one is settled.
         self._tied: frozenset[str] = frozenset()
-        # Of these one is settled if no cross entropy shows which.
-        self._fitting: frozenset[str] = frozenset()
-        # Targets of the current micro-batch.
-        self._counts: Mapping[str, float] = {}
+        # Those of steps of evaluation.
+        self._evaluated: frozenset[str] = frozenset()
         self._window: LossWindow | None = None
         # The counts that the dataloader took ahead for this window.
         self._plan: AccumulationWindow | None = None
@@ -97,7 +93,6 @@ class StepWeights:
         self._backwards = 0
         self._unstepped = 0
         self._epoch = 0
-        self._warned = False
 
     @property
     def settled(self) -> str | None:
@@ -119,27 +114,29 @@ class StepWeights:
             self._check_named(self._resolver.settled, frozenset())
         self._by_targets, self._times = False, self._mesh.sp_size
 
-    def settle_rows(self, names: frozenset[str]) -> None:
-        """Takes note of the tensors whose targets weight the losses of rows. All of them give this batch its weights.
+    def settle_targets(self, names: frozenset[str]) -> None:
+        """Takes note of the tensors that a trial of the step found to hold the targets.
 
-        Without any, all ranks and micro-batches have equal weights, as in one process.
+        All of them give the batch that was tried the same weights. Without any, all ranks and micro-batches have equal
+        weights, as in one process.
 
         Raises:
             UlyssesError: If the user named another tensor.
         """
+        if not self._by_targets:
+            return
         settled = self._resolver.settled
         if settled is not None:
             self._check_named(settled, names)
-        self._by_targets = bool(names)
-        if names and settled is None:
-            self._tied = names
-            # Labels are more likely targets than all tokens.
-            self._resolver.settled = next((name for name in _FIRST if name in names), max(names))
+            # A mask that the user named counts the tokens that it keeps.
+            names &= {settled, f"{settled}{KEPT}"}
+        self._by_targets, self._tied = bool(names), names
+        if names:
+            self._resolver.settled = likeliest_first(names)[0]
 
-    @property
-    def needs_evidence(self) -> bool:
-        """Whether the tensor with the targets is not settled yet."""
-        return self._by_targets and self._resolver.settled is None
+    def settle_evaluation(self, names: frozenset[str]) -> None:
+        """Takes note of the tensors that a trial found to hold the targets of steps of evaluation."""
+        self._evaluated = names
 
     def _agree(self, scores: Tensor) -> Tensor:
         shared = scores.to(self._device)
@@ -178,7 +175,7 @@ class StepWeights:
         Raises:
             UlyssesError: If the targets have changed since the batch was counted.
         """
-        self._backwards, self._counts = 0, counts
+        self._backwards = 0
         if not self._by_targets:
             return
         if f"{self._resolver.settled}{KEPT}" in counts:
@@ -195,7 +192,6 @@ class StepWeights:
                 self._resolver.check(self._window.totals)
         else:
             self._window.index += 1
-        self._check_tied(counts)
         planned = self._plan.counts if self._plan is not None else ()
         if planned and dict(planned[self._window.index]) != dict(counts):
             raise UlyssesError(
@@ -206,30 +202,8 @@ class StepWeights:
                 "function, or set accumulate_grad_batches=1",
             )
 
-    def settle_targets(self, names: frozenset[str], *, of_rows: bool = False) -> None:
-        """Takes note of the tensors that a trial of the step found to hold the targets.
-
-        Args:
-            names: The tensors. The cross entropies that the step computes tell several of them apart.
-            of_rows: Whether they weight the losses of rows, whatever the step computes.
-
-        Raises:
-            UlyssesError: If the user named another one.
-        """
-        if not self._by_targets:
-            return
-        settled = self._resolver.settled
-        if settled is not None:
-            self._check_named(settled, names)
-        self._resolver.proven, self._fitting = names, names if of_rows else frozenset()
-        if len(names) == 1:
-            self._resolver.settled = next(iter(names))
-
-    def _check_tied(self, counts: Mapping[str, float]) -> None:
-        """Raises `UlyssesError` on every rank if tensors that fitted alike weight some micro-batch differently."""
-        if len(self._tied) < 2 or self._window is None:
-            return
-        totals = self._window.totals
+    def _check_tied(self, counts: Mapping[str, float], totals: Mapping[str, float]) -> None:
+        """Raises `UlyssesError` on every rank if tensors that fitted alike weight some slice differently."""
         weights = {round(counts.get(name, 0.0) / totals[name], 9) for name in self._tied if totals.get(name)}
         if int(self._agree(torch.tensor([len(weights) <= 1], dtype=torch.int64))):
             return
@@ -295,7 +269,7 @@ class StepWeights:
             self._window.add(part.detach().float() / self._mesh.world_size)
             return part
         assert self._window is not None
-        name = self.target_name = self._target(loss, live, self._window.totals)
+        name = self.target_name = self._target(live, self._window.totals)
         weight = token_weight(live.counts[name], self._window.totals[name], self._mesh.world_size)
         # In a step without any target the weight is 0, but 0 * NaN would still be NaN.
         if not self._window.totals[name]:
@@ -305,31 +279,16 @@ class StepWeights:
         self._window.add(weighted.detach() / self._mesh.world_size)
         return weighted
 
-    def _target(self, loss: Tensor, live: LocalBatch, totals: Mapping[str, float]) -> str:
-        """The tensor with the targets. Until it is settled, the form of the loss is checked as well."""
+    def _target(self, live: LocalBatch, totals: Mapping[str, float]) -> str:
         settled = self._resolver.settled
-        if settled is not None:
-            for counts in (live.counts, totals):
-                if settled not in counts:
-                    self._resolver.check(counts)
-            return settled
-        try:
-            name = self._resolver.resolve(live, totals)
-        except UlyssesError:
-            if not self._fitting:
-                raise
-            # Whatever the step computes, one of these weights its loss.
-            self.settle_rows(self._fitting)
-            self._check_tied(self._counts)
-            return self._target(loss, live, totals)
-        # Every rank takes part, so a refusal is raised on all of them.
-        verdict = self._agree(torch.tensor(votes(loss_form(loss, name, live)), dtype=torch.int64))
-        warning = judge(verdict.tolist(), name, totals[name])
-        if warning is not None and not self._warned:
-            self._warned = True
-            if self._mesh.rank == 0:
-                warnings.warn(warning, stacklevel=2)
-        return name
+        if settled is None:
+            return self._resolver.resolve(live, totals)
+        for counts in (live.counts, totals):
+            if settled not in counts:
+                self._resolver.check(counts)
+        if len(self._tied) > 1:
+            self._check_tied(live.counts, totals)
+        return settled
 
     def stepped(self) -> None:
         """Ends the window. Called after the optimizer step."""
@@ -367,5 +326,8 @@ class StepWeights:
 
     def evaluation(self) -> EvaluationLoss:
         """A new accumulator for the loss of one evaluation dataloader."""
-        settled = self._resolver.settled if self._by_targets else None
-        return EvaluationLoss(settled, self._by_targets, self._device, self._times)
+        return EvaluationLoss(self._names, self._by_targets, self._device, self._times)
+
+    def _names(self) -> list[str]:
+        settled = self._resolver.settled
+        return [settled] if settled is not None else likeliest_first(self._evaluated)

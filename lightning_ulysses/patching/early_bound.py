@@ -40,10 +40,10 @@ def _replaced(value: Any, functions: Mapping[int, Callable[..., Any]]) -> Any:
 
 def _owners(root: nn.Module) -> list[Any]:
     """Every imported module except torch's and ours, every submodule of ``root``, and the classes of these."""
-    # list(): the dict may change while it is read.
+    # A copy: another thread may import meanwhile.
     owners: list[Any] = [
         module
-        for name, module in list(sys.modules.items())
+        for name, module in sys.modules.copy().items()
         if name.partition(".")[0] not in _LEAVE_ALONE and isinstance(getattr(module, "__dict__", None), dict)
     ]
     submodules = list(root.modules())

@@ -16,8 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.strategy import UlyssesDeepSpeedStrategy
-from lightning_ulysses.verification.run import Job, finish, fit, prepare, single_inputs, whole_gradients
+from lightning_ulysses.verification.run import Compared, Job, finish, fit, prepare, single_inputs, whole_gradients
 
 _OF = "-step"
 
@@ -70,7 +69,7 @@ def step_split(rank: int, job: Job) -> None:
     record = StepRecord()
 
     def run() -> None:
-        strategy = UlyssesDeepSpeedStrategy(sp_size=job.sp_size, check_model=False, **job.strategy)
+        strategy = Compared(sp_size=job.sp_size, check_model=False, **job.strategy)
         module = prepare(job, False, [], steps=True)
         fit(job, module, strategy, job.sp_size, job.batches[:1], _StepKeeper(record, None))
 

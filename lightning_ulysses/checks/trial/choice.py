@@ -45,6 +45,7 @@ class SplitChoice:
         pipeline: Reads batches.
         weights: Weights losses.
         device: Where the module is.
+        refuses: Whether a step that is not exact is refused; else it is tried to weight its loss, and runs on.
 
     Attributes:
         found: What the trial found in the running step, raised where nothing can say more of it.
@@ -59,6 +60,7 @@ class SplitChoice:
         pipeline: BatchPipeline,
         weights: StepWeights,
         device: torch.device,
+        refuses: bool = True,
     ) -> None:
         self._settings = settings
         self._context = context
@@ -74,6 +76,7 @@ class SplitChoice:
         self._is_open = False
         self.found: UlyssesError | None = None
         self.advice: str | None = None
+        self._refuses = refuses
         self.say: Callable[[str], None] = logging.getLogger("lightning_ulysses").info
 
     def install(self, module: nn.Module, forget: Callable[[], None] | None) -> Handle:
@@ -88,7 +91,7 @@ class SplitChoice:
         """
         settings = self._settings
         self._module, self._forget = module, forget or _nothing
-        wanted = settings.check_model or settings.split == "blocks"
+        wanted = settings.check_model or settings.split == "blocks" or not self._refuses
         is_split = self._context.mesh.sp_size > 1
         self._is_open = wanted and (is_split or settings.plan is None)
         # A plan of the user's own says where to split: it is tried, and no other.
@@ -135,6 +138,9 @@ class SplitChoice:
         with self._context.cutting():
             verdict = trial.run(step)
         self._forget()
+        if not verdict.has_targets and verdict.moved is None and self._settings.split != "blocks":
+            # Nothing in this batch weighs anything: the next one is tried.
+            return False
         by_targets = self._weights.by_targets
         is_mean = bool(verdict.names) if by_targets else verdict.averages
         is_exact = verdict.is_known and (is_mean or verdict.adds_up)
@@ -162,17 +168,15 @@ class SplitChoice:
         """Finds out how losses of micro-batches and groups add up where nothing is cut."""
         # Which rules read a batch is not decided: a later one may be read by the others, and nothing is cut.
         self._plans[clock.kind] = None
-        if not clock.is_training or not self._weights.by_targets or self._weights.settled is not None:
+        if not self._weights.by_targets or self._weights.settled is not None:
             return
         names = trial.targets_by_rows(step)
         self._forget()
-        if names is None:
-            return
-        if len(names) > 1:
-            self._weights.settle_targets(names, of_rows=True)
-        else:
+        if names is not None and clock.is_training:
             # Rows of one length have equal weights by their tokens, and so has a mean over rows.
-            self._weights.settle_rows(frozenset() if names == {"tokens"} else names)
+            self._weights.settle_targets(frozenset() if names == {"tokens"} else names)
+        elif names:
+            self._weights.settle_evaluation(names)
 
     def _judge(self, clock: Clock, trial: StepTrial, verdict: Verdict, is_exact: bool) -> None:
         """What follows for a step whose batch is cut.
@@ -185,13 +189,15 @@ class SplitChoice:
         if verdict.moved is not None:
             # What the step returns may be one value for each slice, and a run without attention says so itself.
             attends = trial.attends or self._context.notes.of(AttentionTally).calls
-            if attends and not verdict.moved.is_result:
+            if attends and not verdict.moved.is_result and self._refuses:
                 raise refusal(verdict, name, step, plan)
         elif verdict.reason is not None:
             self._warn(clock, verdict, name, step)
-            self.advice = advice(plan)
+            self.advice = advice(plan) if self._refuses else None
         elif clock.is_training:
             self._settle(verdict, is_exact, refusal(verdict, name, step, plan))
+        else:
+            self._weights.settle_evaluation(verdict.names)
 
     def _warn(self, clock: Clock, verdict: Verdict, name: str, step: str) -> None:
         # Evaluation needs no loss.
@@ -202,10 +208,10 @@ class SplitChoice:
     def _settle(self, verdict: Verdict, is_exact: bool, refused: UlyssesError) -> None:
         """Takes note of how losses of slices add up to that of the batch, or of why they do not."""
         if not is_exact:
-            self.found = refused
-        elif verdict.adds_up and not verdict.is_coarse:
+            self.found = refused if self._refuses else None
+        elif verdict.adds_up:
             self._weights.add_up()
-        elif not verdict.is_coarse:
+        else:
             self._weights.settle_targets(verdict.names)
 
     def _rehearse(self, clock: Clock, trial: StepTrial, step: Step, plan: SequencePlan) -> None:
@@ -218,13 +224,17 @@ class SplitChoice:
         verdict = trial.rehearse(step, plan)
         self._forget()
         name, kind = type(self._module).__name__, _step_of(clock)
-        if verdict.fails:
+        if verdict.fails and self._refuses:
             raise unfit(verdict, name, kind)
         if verdict.reason is not None:
             self._warn(clock, verdict, name, kind)
-        elif clock.is_training and not plan.join:
+        elif plan.join:
+            self._weigh_joined(clock, trial, step, is_token_mean=False)
+        elif clock.is_training:
             is_mean = bool(verdict.names) if self._weights.by_targets else verdict.averages
             self._settle(verdict, is_mean or verdict.adds_up, refusal(verdict, name, kind, None))
+        else:
+            self._weights.settle_evaluation(verdict.names)
 
     def _split_inside(self, clock: Clock, plan: SequencePlan, trial: StepTrial, step: Step, verdict: Verdict) -> None:
         same = next((known for known in self._plans.values() if known == plan), None)
@@ -234,19 +244,39 @@ class SplitChoice:
             torch.compiler.reset()
         self._plans[clock.kind] = same or plan
         self._pipeline.use(clock.kind, whole_rules(self._settings.rules))
-        names: frozenset[str] = frozenset()
-        if clock.is_training and self._weights.by_targets:
-            found = trial.targets_by_rows(step)
-            self._forget()
-            if found is None and self._context.mesh.rank == 0:
-                warn_equal(type(self._module).__name__)
-            names = found or names
-            if names == {"tokens"} and not verdict.is_additive:
-                # All tokens give rows equal weights, as a mean over rows does, and slices do not show a mean over them.
-                names = frozenset()
-            self._weights.settle_rows(names)
+        names = self._weigh_joined(clock, trial, step, verdict.is_additive)
         if self._context.mesh.rank == 0:
             self.say(chosen(clock.kind, plan, why_blocks(verdict, trial.is_whole), names))
+
+    def _weigh_joined(self, clock: Clock, trial: StepTrial, step: Step, is_token_mean: bool) -> frozenset[str]:
+        """Finds out how losses of whole sequences add up over micro-batches and groups.
+
+        Args:
+            clock: Where the run stands.
+            trial: Of this kind of step.
+            step: Calls the user's step on inputs.
+            is_token_mean: Whether slices have shown a mean over tokens.
+
+        Returns:
+            The tensors whose targets are the weights.
+        """
+        if not self._weights.by_targets:
+            return frozenset()
+        found = trial.targets_by_rows(step)
+        self._forget()
+        if found is None and (self._weights.settled is not None or not clock.is_training):
+            return frozenset()
+        if found is None and self._context.mesh.rank == 0:
+            warn_equal(type(self._module).__name__)
+        names = found or frozenset()
+        if names == {"tokens"} and not is_token_mean:
+            # All tokens give rows equal weights, as a mean over rows does, and slices do not show a mean over them.
+            names = frozenset()
+        if clock.is_training:
+            self._weights.settle_targets(names)
+        else:
+            self._weights.settle_evaluation(names)
+        return names
 
 
 def _step_of(clock: Clock) -> str:

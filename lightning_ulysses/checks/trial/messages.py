@@ -39,7 +39,8 @@ def refusal(verdict: Verdict, module: str, step: str, plan: SequencePlan | None)
     return NoTokenMean(
         f"a loss of {module}.{step} that is no mean over tokens of the batch, {what}",
         "a mean over targets, each of which lies in one slice, marked in labels by ignore_index or by a loss_mask",
-        f"{joined}; or, for a mean over some tokens, put a mask over them into the batch as 'loss_mask'",
+        f"{joined}; where the step shifts labels, use batch['shift_labels'] instead, and for a mean over some tokens "
+        "put a mask over them into the batch as 'loss_mask'",
     )
 
 

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from lightning_ulysses import regions
 from lightning_ulysses.attention.route import AttentionTally
-from lightning_ulysses.batch.excerpt import excerpts, most_filled, most_uneven
-from lightning_ulysses.batch.pipeline import fill_mask, local_batch
-from lightning_ulysses.batch.whole import WholeBatch, read_batch
+from lightning_ulysses.batch.whole import WholeBatch
 from lightning_ulysses.checks.step import check_joined
 from lightning_ulysses.checks.trial.blocks import BlockFinder
+from lightning_ulysses.checks.trial.narrowing import Attempt, agreed, narrow
 from lightning_ulysses.checks.trial.outputs import Change
 from lightning_ulysses.checks.trial.replay import Recorder, Recording, Rehearsal, Replay, early_outputs
+from lightning_ulysses.checks.trial.samples import Inputs, Sample, Samples, is_tensor
 from lightning_ulysses.checks.trial.sandbox import StepEnds, computes_precisely, repeatable, sandbox, state_kept
 from lightning_ulysses.checks.trial.verdict import (
     HALF,
@@ -43,28 +44,10 @@ from lightning_ulysses.regions.notes import RegionTally
 from lightning_ulysses.upstream.meeting import all_arrive, arrive, next_meeting
 
 Step = Callable[[Any], Any]
-Inputs = tuple[Any, LocalBatch]
 
+_NOT_FINITE = "a loss that is not finite"
 # Seconds for which a rank whose step failed waits for the others.
 _PATIENCE = 60.0
-
-# Tokens of a batch that one process may run whole.
-_SMALL = 16384
-
-
-@dataclass(frozen=True)
-class _Sample:
-    """Some tokens of a batch.
-
-    Attributes:
-        whole: All of them, for one process.
-        part: This rank's slice; None of a batch that cannot be cut.
-        planned: Makes all of them anew, for a model that is split inside.
-    """
-
-    whole: Inputs
-    part: Inputs | None
-    planned: Callable[[], Inputs]
 
 
 class StepTrial:
@@ -92,10 +75,9 @@ class StepTrial:
         # Padding is nothing that the step in one process has.
         self._rules = replace(rules, pad_to_multiple_of=None)
         self._whole_rules = whole_rules
-        self._first: _Sample | None = None
-        self._all: Callable[[], _Sample] | None = None
-        self._by_rows: Callable[[], list[Inputs]] = list
-        self._sample: _Sample | None = None
+        self._samples: Samples | None = None
+        self._first: Sample | None = None
+        self._sample: Sample | None = None
         self._recorder: Recorder | None = None
         self._logged: dict[str, Any] = {}
         #: Plans that may divide the model, the one that divides most of it first.
@@ -117,43 +99,16 @@ class StepTrial:
 
     def prepare(self, batch: WholeBatch, move: Callable[[Any], Any]) -> None:
         """Takes an excerpt of a batch, and moves it to the device in all forms in which the step will be tried."""
-        mesh = self._context.mesh
-        rules = self._whole_rules if batch.keeps_all else self._rules
-
-        def read(batch: Any, rules: BatchRules, size: int, stand_in: bool) -> Inputs:
-            # A step may write to its batch: each run has tensors of its own, as has the real step.
-            read = read_batch(_copied(batch), rules, size)
-            return local_batch(read, mesh.sp_rank % size, move, self._device, stand_in=stand_in)
-
-        def sample(short: Any) -> _Sample:
-            part = None if batch.keeps_all else read(short, rules, mesh.sp_size, True)
-            if part is not None:
-                for name in part[1].counts:
-                    fill_mask(part[1], name)
-            return _Sample(
-                read(short, rules, 1, False), part, lambda: read(short, self._whole_rules, mesh.sp_size, True)
-            )
-
-        # A length that something else has could not be told from it.
-        tensors = [*self._module.parameters(), *(leaf for leaf in tree_leaves(batch.template) if _is_tensor(leaf))]
-        sizes = {size for tensor in tensors for size in tensor.shape}
-        best = most_filled(excerpts(batch, rules, mesh.sp_size, sizes), rules, mesh.sp_size)
-        is_small = batch.rows * batch.layout.seq_len <= _SMALL
-
-        def by_rows() -> list[Inputs]:
-            shorts = [*excerpts(batch, rules, mesh.sp_size, sizes), *([batch.template] if is_small else [])]
-            # What is split inside gets whole batches.
-            read_by = self._whole_rules if mesh.sp_size > 1 else rules
-            return [read(rows, read_by, 1, False) for rows in most_uneven(shorts, read_by)]
-
         # Evaluation runs in inference mode, whose tensors no gradient can be taken of.
+        with self._making():
+            parts = self._rules, self._whole_rules, self._context.mesh, self._device
+            self._samples = Samples(batch, *parts, move, self._module)
+            self._first = self._samples.first()
+
+    @contextmanager
+    def _making(self) -> Iterator[None]:
         with torch.inference_mode(False), state_kept(self._module):
-            self._first = sample(best)
-        # Most steps need neither of these.
-        self._by_rows = by_rows
-        if is_small and best is not batch.template:
-            # For a step that needs all of its batch: its classes may be places in the sequence.
-            self._all = lambda: sample(batch.template)
+            yield
 
     def run(self, step: Step) -> Verdict:
         """Runs the step on the excerpt, whole and on this rank's slice; a collective.
@@ -161,26 +116,39 @@ class StepTrial:
         Args:
             step: Calls the user's step on inputs.
         """
-        assert self._first is not None
+        assert self._first is not None and self._samples is not None
         self._sample = self._first
         verdict = self._run(step, self._sample)
         # The batches of other groups may be longer, or short as they are: all ranks try again, or none.
-        if not verdict.is_recorded and any(self._from_all(self._all is not None, None)):
-            if self._all is not None:
-                with torch.inference_mode(False), state_kept(self._module):
-                    self._sample = self._all()
+        if not verdict.is_recorded and any(self._from_all(self._samples.has_more, None)):
+            if self._samples.has_more:
+                with self._making():
+                    self._sample = self._samples.all()
             verdict = self._run(step, self._sample)
         self.plans = verdict.plans
         if verdict.is_recorded and verdict.moved is None and not verdict.fails:
             # Keys of another length were the same on the slice: they are no pooled tokens.
             self._take_memory()
+            verdict = replace(verdict, names=narrow(verdict.names, partial(self._with_fewer, step)))
         return verdict
+
+    def _with_fewer(self, step: Step, name: str) -> Attempt:
+        assert self._samples is not None
+        kept, attempt = (self._recorder, self.log_rules), Attempt()
+        with self._making():
+            sample = self._samples.fewer(name)
+        if all(self._from_all(sample is not None, None)):
+            assert sample is not None
+            verdict = self._run(step, sample)
+            attempt = Attempt(verdict.names if verdict.is_known else None, fails=not verdict.is_recorded)
+        self._recorder, self.log_rules = kept
+        return attempt
 
     def _take_memory(self) -> None:
         assert self._recorder is not None
         self._context.notes.of(AttentionTally).attends_memory |= self._recorder.sees_memory
 
-    def _run(self, step: Step, sample: _Sample) -> Verdict:
+    def _run(self, step: Step, sample: Sample) -> Verdict:
         counts = {} if sample.part is None else sample.part[1].counts
         plans: tuple[SequencePlan, ...] = ()
         report = SliceReport(counts, reason="")
@@ -189,20 +157,25 @@ class StepTrial:
         try:
             with self._tried():
                 plans = self._record(step, sample)
-                if sample.part is not None:
+                if not self._is_finite:
+                    report = SliceReport(counts, reason=_NOT_FINITE, is_recorded=False)
+                elif sample.part is not None:
                     report, logged = self._compare(step, sample.part)
-        except UlyssesError as failure:
-            failed = failure
-            report = SliceReport(counts, reason="", fails=self._recorder is not None)
         except Exception as failure:
-            failed = failure
-            report = SliceReport(counts, reason=repr(failure), fails=self._recorder is not None)
-        mine = (report, plans, self._recorder is not None, logged)
-        reports, everyones_plans, recorded, everyones_logs = zip(*self._from_all(mine, failed), strict=True)
+            failed, fails = failure, self._recorder is not None
+            # The step itself will say what a refusal says.
+            reason = "" if isinstance(failure, UlyssesError) else repr(failure)
+            report = SliceReport(counts, reason=reason, fails=fails, is_recorded=fails)
+        reports, everyones_plans, everyones_logs = zip(*self._from_all((report, plans, logged), failed), strict=True)
         verdict = judge([*zip(reports, everyones_plans, strict=True)], self._context.mesh.sp_size)
         bound = HALF if any(report.is_half for report in reports) else LOGS
         self.log_rules = find_rules(everyones_logs, self._context.mesh.sp_size, bound, verdict.names)
-        return replace(verdict, is_recorded=all(recorded))
+        return verdict
+
+    @property
+    def _is_finite(self) -> bool:
+        loss = None if self._recorder is None else self._recorder.recording.loss
+        return loss is None or bool(torch.isfinite(loss).all())
 
     def fits(self, step: Step, plan: SequencePlan) -> bool:
         """Whether a step whose model is split as ``plan`` says is that of one process; a collective."""
@@ -225,6 +198,8 @@ class StepTrial:
         try:
             with self._tried(), self._context.cutting():
                 self._record(step, self._sample)
+                if not self._is_finite:
+                    raise ValueError(_NOT_FINITE)
         except Exception as failure:
             failed, error = failure, repr(failure)
         errors = [each for each in self._from_all(error, failed) if each is not None]
@@ -284,24 +259,27 @@ class StepTrial:
         Returns:
             Names of tensors; none of a loss that rows do not add up to; None if that could not be tried.
         """
-        names: frozenset[str] | None = None
+        found = self._by_rows(step, None)
+        return found.names if not found.names else narrow(found.names, partial(self._by_rows, step))
+
+    def _by_rows(self, step: Step, name: str | None) -> Attempt:
+        assert self._samples is not None
+        attempt = Attempt()
         failed: Exception | None = None
         try:
             with self._tried(), state_kept(self._module):
                 self._module.eval()
                 runs = []
-                for inputs in self._by_rows():
+                for inputs in self._samples.by_rows(name):
                     runs.append((self._alone(step, *inputs).recording, inputs[1]))
                     # A step that fails on some rows alone takes them together.
-                    names = frozenset()
+                    attempt = Attempt(frozenset())
                 if runs:
-                    names = names_of_rows(runs[0][0], runs[1:], not computes_precisely(self._module))
+                    attempt = Attempt(names_of_rows(runs[0][0], runs[1:], not computes_precisely(self._module)))
         except Exception as failure:
             failed = failure
-        found: list[frozenset[str] | None] = self._from_all(names, failed)
-        # A rank may have a batch that shows nothing.
-        known = [each for each in found if each is not None]
-        return frozenset.intersection(*known) if known else None
+            attempt = Attempt(attempt.names, fails=attempt.names is None)
+        return agreed(self._from_all(attempt, failed))
 
     @property
     def _draws(self) -> DrawTable:
@@ -340,15 +318,12 @@ class StepTrial:
         finally:
             handle.remove()
 
-    def _record(self, step: Step, sample: _Sample) -> tuple[SequencePlan, ...]:
+    def _record(self, step: Step, sample: Sample) -> tuple[SequencePlan, ...]:
         blocks = BlockFinder(self._module)
         try:
             recorder = self._alone(step, *sample.whole, blocks)
         finally:
             blocks.close()
-        loss = recorder.recording.loss
-        if loss is not None and not bool(torch.isfinite(loss).all()):
-            raise ValueError("a loss that is not finite")
         self._recorder = recorder
         return tuple(blocks.plans())
 
@@ -383,7 +358,7 @@ class StepTrial:
         except StepEnds as end:
             output = end.loss
         # Without its graph, on whose nodes DeepSpeed's hooks hold the engine.
-        recording.returned = tree_map(lambda leaf: leaf.detach() if _is_tensor(leaf) else leaf, output)
+        recording.returned = tree_map(lambda leaf: leaf.detach() if is_tensor(leaf) else leaf, output)
         loss = output.get("loss") if isinstance(output, dict) else output
         # Steps of evaluation often only log their loss.
         losses = [loss, *(value for name, value in self._logged.items() if "loss" in name)]
@@ -392,11 +367,3 @@ class StepTrial:
         found = next((each for each in losses if isinstance(each, Tensor) and each.numel() == 1), None)
         if found is not None:
             recording.differentiate(found)
-
-
-def _is_tensor(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor)
-
-
-def _copied(batch: Any) -> Any:
-    return tree_map(lambda leaf: leaf.clone() if _is_tensor(leaf) else leaf, batch)

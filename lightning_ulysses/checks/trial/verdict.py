@@ -23,7 +23,6 @@ from lightning_ulysses.checks.trial.replay import Recorder, Recording, Rehearsal
 from lightning_ulysses.context import LocalBatch
 from lightning_ulysses.exchange.mesh import SequenceMesh
 from lightning_ulysses.geometry.split_plan import SequencePlan
-from lightning_ulysses.loss.evidence import LossEvidence
 
 # Relative L2 differences that rounding in float32 does not reach, and a wrong loss surpasses.
 INPUTS, GRADIENTS, WEIGHTS = 1e-3, 3e-5, 1e-4
@@ -31,8 +30,8 @@ INPUTS, GRADIENTS, WEIGHTS = 1e-3, 3e-5, 1e-4
 LOGS = 1e-4
 # Where the model computes in half precision.
 HALF = 0.1
-# The same for single tokens.
-TOKENS_IN_HALF = 0.2
+# The same for single tokens, and for the weights of slices beside the nearest ones.
+TOKENS_IN_HALF, COUNTS_IN_HALF = 0.2, 1e-2
 
 _INPUTS = {"q": "queries", "k": "keys", "v": "values"}
 
@@ -57,6 +56,7 @@ class SliceReport:
         is_half: Whether the model computes in half precision.
         pooled: Where an output without tokens differs first.
         losses: Those of the whole and of the slice.
+        is_recorded: Whether the step ran on the whole, with a finite loss.
     """
 
     counts: Mapping[str, float]
@@ -68,6 +68,7 @@ class SliceReport:
     is_half: bool = False
     pooled: Change | None = None
     losses: tuple[float, float] = (0.0, 0.0)
+    is_recorded: bool = True
 
 
 def compare(recorder: Recorder, replay: Replay, local: LocalBatch, half: bool) -> SliceReport:
@@ -90,8 +91,6 @@ def compare(recorder: Recorder, replay: Replay, local: LocalBatch, half: bool) -
         moved = result_change(whole.returned, part.returned, cut, bound)
     if moved is not None:
         return SliceReport(counts, moved=moved)
-    if local.notes.of(LossEvidence).has_whole_part:
-        return SliceReport(counts, reason="")
     if not whole.gradients or not part.gradients:
         return SliceReport(counts, reason="a loss that does not depend on what attention returns")
     pairs = zip(whole.gradients, replay.narrowed, strict=True)
@@ -147,7 +146,7 @@ def disagreement(
         moved = first_changed(whole.modules, part.recording.modules, Slice.of(region, mesh.sp_rank), tokens)
         if moved is not None:
             return moved
-    if len(part.recording.gradients) != len(whole.gradients):
+    if len(part.recording.gradients) < len(whole.gradients):
         return "a loss without a gradient"
     for number, region in enumerate(part.regions):
         cut = None if region is None else region.layout.spans[mesh.sp_rank]
@@ -232,9 +231,10 @@ class Verdict:
         moved: See `SliceReport`.
         reason: Why nothing can be said.
         fails: Whether the step raises on slices only.
-        is_coarse: Whether rounding is too large to tell tensors apart by their counts.
+        is_coarse: Whether the model computes in half precision.
+        has_targets: Whether some group's excerpt has targets.
         plans: Plans that may divide the model, the same on all ranks.
-        is_recorded: Whether the step ran on the whole excerpt.
+        is_recorded: See `SliceReport`.
         pooled: See `SliceReport`.
     """
 
@@ -246,6 +246,7 @@ class Verdict:
     reason: str | None = None
     fails: bool = False
     is_coarse: bool = False
+    has_targets: bool = True
     plans: tuple[SequencePlan, ...] = ()
     is_recorded: bool = True
     pooled: Change | None = None
@@ -263,14 +264,18 @@ class Verdict:
     @property
     def adds_up(self) -> bool:
         """Whether the loss is a sum over tokens, or one divided by a number that is that of the whole batch."""
-        return self.is_additive and not self.names and all(abs(weight - 1) <= WEIGHTS for weight in self.weights)
+        return self.is_additive and not self.names and all(abs(weight - 1) <= self._bound for weight in self.weights)
 
     @property
     def averages(self) -> bool:
         """Whether the loss is a mean over targets, or the mean of the slices' losses."""
         mean = 1 / max(len(self.weights), 1)
-        same = all(abs(weight - mean) <= WEIGHTS for weight in self.weights)
+        same = all(abs(weight - mean) <= self._bound for weight in self.weights)
         return self.is_additive and (bool(self.names) or same)
+
+    @property
+    def _bound(self) -> float:
+        return HALF if self.is_coarse else WEIGHTS
 
 
 def judge(found: Sequence[tuple[SliceReport, tuple[SequencePlan, ...]]], sp_size: int) -> Verdict:
@@ -280,29 +285,41 @@ def judge(found: Sequence[tuple[SliceReport, tuple[SequencePlan, ...]]], sp_size
         found: Of every rank of the world its report, and plans that may divide the model.
         sp_size: P; consecutive ranks form a group.
     """
-    reports = [report for report, _ in found]
+    everyone = [report for report, _ in found]
+    groups = [everyone[first : first + sp_size] for first in range(0, len(everyone), sp_size)]
+    # One without a target has no gradient, and shows nothing that others could not.
+    telling = [group for group in groups if not _is_empty(group)]
+    groups = telling or groups
+    reports = [report for group in groups for report in group]
     reason = next((report.reason for report in reports if report.reason is not None), None)
-    moved = next((report.moved for report in reports if report.moved is not None), None)
+    moved = next((report.moved for report in everyone if report.moved is not None), None)
     plans = found[0][1] if all(each == found[0][1] for _, each in found) else ()
     if moved is not None:
         # A loss that says nothing on one rank does not take back what another one saw.
         reason = None
     if reason is not None or moved is not None:
-        return Verdict(moved=moved, reason=reason, fails=any(report.fails for report in reports), plans=plans)
-    misfit = max(report.misfit for report in reports)
-    names: set[str] = set.intersection(*(set(report.counts) for report in reports))
-    worst: tuple[float, ...] = ()
-    gap = 0.0
-    for first in range(0, len(reports), sp_size):
-        group = reports[first : first + sp_size]
-        worst = worst or tuple(report.weight for report in group)
-        names = {name for name in names if _explains(group, name)}
-        gap = max(gap, _gap(group))
+        return Verdict(
+            moved=moved,
+            reason=reason,
+            fails=any(report.fails for report in everyone),
+            plans=plans,
+            is_recorded=all(report.is_recorded for report in reports),
+            has_targets=bool(telling),
+        )
     half = any(report.is_half for report in reports)
+    misfit, gap = max(report.misfit for report in reports), max(map(_gap, groups))
     additive = misfit <= (HALF if half else GRADIENTS) and gap <= (HALF if half else LOGS)
-    explained = frozenset(names) if additive else frozenset()
+    names = frozenset.intersection(*(_fitting(group) for group in groups)) if additive else frozenset()
+    weights = tuple(report.weight for report in groups[0])
     pooled = next((report.pooled for report in reports if report.pooled is not None), None)
-    return Verdict(additive, explained, worst, max(misfit, gap), is_coarse=half, plans=plans, pooled=pooled)
+    return Verdict(additive, names, weights, max(misfit, gap), is_coarse=half, plans=plans, pooled=pooled)
+
+
+def _is_empty(group: Sequence[SliceReport]) -> bool:
+    """Whether no tensor has targets in an excerpt that gave no gradient."""
+    names = {name for report in group for name in report.counts if name != "tokens"}
+    counts = [report.counts.get(name, 0.0) for report in group for name in names]
+    return bool(counts) and not any(counts) and any(report.reason for report in group)
 
 
 def _gap(group: Sequence[SliceReport]) -> float:
@@ -311,7 +328,15 @@ def _gap(group: Sequence[SliceReport]) -> float:
     return abs(whole - sum(report.weight * report.losses[1] for report in group)) / max(abs(whole), 1e-30)
 
 
-def _explains(group: Sequence[SliceReport], name: str) -> bool:
+def _fitting(group: Sequence[SliceReport]) -> frozenset[str]:
+    """Tensors whose counts are the weights, up to rounding."""
+    distances = {name: _distance_of(group, name) for name in set.intersection(*(set(each.counts) for each in group))}
+    bound = WEIGHTS
+    if any(report.is_half for report in group):
+        bound = min(HALF, 2 * min(distances.values(), default=0.0) + COUNTS_IN_HALF)
+    return frozenset(name for name, distance in distances.items() if distance <= bound)
+
+
+def _distance_of(group: Sequence[SliceReport], name: str) -> float:
     total = sum(report.counts[name] for report in group)
-    bound = HALF if any(report.is_half for report in group) else WEIGHTS
-    return bool(total) and all(abs(report.weight - report.counts[name] / total) <= bound for report in group)
+    return max(abs(report.weight - report.counts[name] / total) for report in group) if total else float("inf")

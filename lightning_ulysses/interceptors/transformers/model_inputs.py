@@ -13,7 +13,7 @@ from lightning_ulysses.context import LocalBatch, SequenceContext
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.interceptors.transformers.masks import PackedCall
 from lightning_ulysses.interceptors.transformers.positions import Numbering
-from lightning_ulysses.loss.evidence import LossEvidence, TargetEvidence
+from lightning_ulysses.loss.targets import KnownTargets
 from lightning_ulysses.notes import known
 from lightning_ulysses.patching.outside_graphs import eager
 
@@ -123,10 +123,10 @@ def shifted_labels(
             "labels that are part of the batch, since the label behind a slice's last token lies on the next rank",
             "make the labels in the collate function and pass batch['labels'] to the model",
         )
-    evidence = batch.notes.of(LossEvidence).found
+    known = batch.notes.of(KnownTargets)
     # A masked language model, for example: its labels are not shifted.
     if not shifts:
-        evidence.append(TargetEvidence(name=source))
+        known.name = source
         return {}
     if not takes_any:
         raise UlyssesError(
@@ -135,7 +135,7 @@ def shifted_labels(
             "compute the loss in training_step from the logits and batch['shift_labels']",
         )
     shifted = "shift_labels" if source == "labels" else "shift_input_ids"
-    evidence.append(TargetEvidence(name=shifted))
+    known.name = shifted
     if given.get("shift_labels") is not None:
         return {}
     return {"shift_labels": batch.shards[shifted].to(labels.device)}

@@ -29,7 +29,6 @@ from torch import Tensor, nn
 from lightning_ulysses.context import LocalBatch, SequenceContext
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.exchange.cut_and_join import sum_over_ranks
-from lightning_ulysses.loss.evidence import LossEvidence
 from lightning_ulysses.patching.handle import Handle
 from lightning_ulysses.patching.outside_graphs import eager
 
@@ -109,10 +108,10 @@ def _wrap(context: SequenceContext, original: Callable[..., Any], owner: str) ->
         gate_logits: Any, num_experts: int | None = None, top_k: int = 2, attention_mask: Tensor | None = None
     ) -> Any:
         batch, mesh, place = context.split, context.mesh, context.place
-        if place.batch is not None:
-            # The loss is then no mean over targets alone, which `loss_form` would warn of.
-            place.batch.notes.of(LossEvidence).has_whole_part = True
-        if place.trial is not None or batch is None or mesh.sp_group is None or not isinstance(gate_logits, tuple):
+        if place.takes_calls:
+            # Exact by its exchange. Without it the trial sees a mean over targets alone.
+            return original(gate_logits, num_experts, top_k, attention_mask) * 0
+        if batch is None or mesh.sp_group is None or not isinstance(gate_logits, tuple):
             return original(gate_logits, num_experts, top_k, attention_mask)
         if not tried:
             tried.append(_same_formula(original))

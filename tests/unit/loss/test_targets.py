@@ -1,128 +1,90 @@
-"""Which tensor a loss is a mean over, from the losses that a step computes."""
+"""Which tensor a loss is a mean over: told apart by a trial, or known of a step that was not tried."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from models import HandWritten, count_targets, pair_batch
-from torch import Tensor, nn
+from exact import BOUND
+from models import HandWritten, LlamaModule, count_targets, pair_batch, token_batch
+from torch import Tensor
 
-from lightning_ulysses.context import LocalBatch, SequenceContext
+from lightning_ulysses.batch.excerpt import with_fewer_targets
+from lightning_ulysses.checks.trial.narrowing import Attempt, agreed, narrow
+from lightning_ulysses.context import LocalBatch
 from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.exchange.mesh import SequenceMesh
+from lightning_ulysses.geometry.batch_keys import BatchRules
 from lightning_ulysses.geometry.layout import SequenceLayout
-from lightning_ulysses.loss.evidence import LossEvidence, LossWatch, TargetEvidence
-from lightning_ulysses.loss.targets import TargetResolver, install
-from lightning_ulysses.testing import SplitRun, compare, fit_single, fit_split
+from lightning_ulysses.loss.targets import AmbiguousTargets, KnownTargets, TargetResolver
+from lightning_ulysses.testing import SplitRun, compare, fit_rank, fit_single, fit_split
 from lightning_ulysses.testing.processes import ProcessPool
 
-LABELS = torch.tensor([[-100, 4, 5, 6, 7]])
-SHIFTED = torch.tensor([[4, 5, 6, 7, -100]])
-MASK = torch.tensor([[0, 1, 1, 0, 1]])
+UNTRIED = {"check_model": False}
+PAIRS = [pair_batch(1, 33, 2, "uneven")]
 
 
-def live(*evidence: TargetEvidence, seen: dict[str, float] | None = None, **shards: Tensor) -> LocalBatch:
-    """A slice of five tokens; masks are counted by their sum."""
-    counts = {name: float(t.sum() if "mask" in name else (t != -100).sum()) for name, t in shards.items()}
-    counts["tokens"] = 5.0
-    seen = {**counts, **(seen or {})}
-    batch = LocalBatch(SequenceLayout(10, 2), dict(shards), counts=counts, seen=seen)
-    batch.notes.of(LossEvidence).found.extend(evidence)
+def live(known: str | None = None, **counts: float) -> LocalBatch:
+    batch = LocalBatch(SequenceLayout(10, 2), {}, counts=counts, seen=counts)
+    batch.notes.of(KnownTargets).name = known
     return batch
 
 
-def mean(target: Tensor, ignore_index: int = -100) -> TargetEvidence:
-    return TargetEvidence(target, ignore_index)
-
-
-def by_hand(target: Tensor) -> TargetEvidence:
-    return TargetEvidence(target, is_mean=False)
-
-
 class Agreement:
-    """Stands for the other ranks, whose scores are given."""
+    """Stands for the other ranks, whose flags are given."""
 
     def __init__(self, *others: list[int]) -> None:
         self.others, self.calls = others, 0
 
-    def __call__(self, scores: Tensor) -> Tensor:
+    def __call__(self, flags: Tensor) -> Tensor:
         self.calls += 1
-        assert scores.dtype == torch.int64
-        return torch.stack([scores, *(torch.tensor(other) for other in self.others)]).amin(0)
+        assert flags.dtype == torch.int64
+        return torch.stack([flags, *(torch.tensor(other) for other in self.others)]).amin(0)
 
 
-def resolve(batch: LocalBatch, resolver: TargetResolver | None = None) -> str:
-    return (resolver or TargetResolver(None, Agreement())).resolve(batch, batch.counts)
+def resolve(batch: LocalBatch, *others: list[int]) -> str:
+    return TargetResolver(None, Agreement(*others)).resolve(batch, batch.counts)
 
 
-CASES: dict[str, tuple[LocalBatch, str]] = {
-    "by name": (live(TargetEvidence(name="shift_labels"), labels=LABELS, shift_labels=LABELS), "shift_labels"),
-    "by content": (live(mean(SHIFTED.flatten()), labels=LABELS, shift_labels=SHIFTED), "shift_labels"),
-    "by content of equal counts": (live(mean(LABELS.flatten()), labels=LABELS, shift_labels=SHIFTED), "labels"),
-    "by count": (live(mean(torch.arange(3)), labels=LABELS, other=torch.tensor([[1, 2, 3, -100, -100]])), "other"),
-    "by count, all of them valid": (live(mean(torch.arange(5)), labels=LABELS), "tokens"),
-    "with another ignore_index": (live(mean(torch.tensor([4, 0, 0, 7, 8]), 0), a=MASK, b=LABELS[:, :4]), "b"),
-    "as the module sees it": (live(mean(torch.tensor([0, -100])), seen={"y": 1.0}, y=torch.full((1, 2), -100)), "y"),
-    "masked by hand": (live(by_hand(LABELS.flatten()), y=LABELS), "y"),
-    "masked by hand, clamped": (live(by_hand(LABELS.clamp_min(0).flatten()), y=LABELS), "y"),
-    "loss mask": (live(by_hand(LABELS.flatten()), labels=LABELS, loss_mask=MASK), "loss_mask"),
-    "loss mask of shifted labels": (
-        live(by_hand(SHIFTED), labels=LABELS, shift_labels=SHIFTED, loss_mask=MASK, shift_loss_mask=MASK[:, :4]),
-        "shift_loss_mask",
-    ),
-    "loss mask of labels": (
-        live(by_hand(LABELS), labels=LABELS, shift_labels=SHIFTED, loss_mask=MASK, shift_loss_mask=MASK[:, :4]),
-        "loss_mask",
-    ),
-    "no evidence, one candidate": (live(y=LABELS), "y"),
-    "no evidence, equal candidates": (live(a=LABELS, b=SHIFTED), "a"),
-    "no evidence, no candidate": (live(), "tokens"),
-    "no evidence, inputs only transformers shifts": (live(shift_input_ids=SHIFTED), "tokens"),
-    "by hand, inputs only transformers shifts": (live(by_hand(torch.arange(5)), shift_input_ids=SHIFTED), "tokens"),
+UNTRIED_NAMES: dict[str, tuple[LocalBatch, str]] = {
+    "a model that got labels": (live("shift_labels", labels=5, shift_labels=4, tokens=5), "shift_labels"),
+    "one candidate": (live(y=4, tokens=5), "y"),
+    "equal candidates": (live(a=4, b=4, tokens=5), "a"),
+    "labels before masks": (live(loss_mask=4, labels=4, shift_labels=4), "shift_labels"),
+    "no candidate": (live(tokens=5), "tokens"),
+    "inputs that only transformers shifts": (live(shift_input_ids=4, tokens=5), "tokens"),
+    "masks that may mean anything": (live(**{"visible>0": 2, "tokens": 5}), "tokens"),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_names(case: str) -> None:
-    batch, wanted = CASES[case]
+@pytest.mark.parametrize("case", UNTRIED_NAMES)
+def test_names_of_untried_steps(case: str) -> None:
+    batch, wanted = UNTRIED_NAMES[case]
     assert resolve(batch) == wanted
 
 
-ERRORS: dict[str, tuple[LocalBatch, tuple[str, ...]]] = {
-    "shifted inside the step": (
-        live(mean(torch.tensor([4, 5])), shift_labels=SHIFTED, labels=LABELS),
-        ("2 targets (ignore_index=-100)", "'labels': 4.0", "batch['shift_labels']", "loss_weighting='none'"),
-    ),
-    "two losses": (
-        live(mean(SHIFTED), mean(torch.arange(2)), shift_labels=SHIFTED),
-        ("4 targets", "2 targets (ignore_index=-100)", "'shift_labels': 4.0"),
-    ),
-    "made inside the step and masked by hand": (
-        live(by_hand(torch.tensor([1, -100, -100, 3, -100])), shift_input_ids=SHIFTED),
-        ("2 targets (ignore_index=-100)", "'tokens': 5.0"),
-    ),
-    "class weights": (
-        live(TargetEvidence(SHIFTED, name="class weights"), shift_labels=SHIFTED),
-        ("4 targets (ignore_index=-100) with class weights", "loss_weighting='none'"),
-    ),
-    "candidates of different counts": (
-        live(labels=LABELS[:, 1:], shift_labels=LABELS[:, 2:]),
-        ("['labels', 'shift_labels']", "'labels': 4.0", "'shift_labels': 3.0", "targets='shift_labels'"),
-    ),
-}
+def test_candidates_of_different_counts_are_refused() -> None:
+    with pytest.raises(AmbiguousTargets, match=r"\['shift_labels', 'labels'\].*set targets='shift_labels'"):
+        resolve(live(labels=4, shift_labels=3, tokens=5))
+    assert TargetResolver(None, Agreement(), guesses=True).resolve(live(a=4, b=3), {"a": 4, "b": 3}) == "a"
 
 
-@pytest.mark.parametrize("case", ERRORS)
-def test_losses_that_cannot_be_explained_are_refused(case: str) -> None:
-    batch, parts = ERRORS[case]
-    with pytest.raises(UlyssesError) as caught:
-        resolve(batch)
-    assert all(part in str(caught.value) for part in parts), caught.value
+def test_all_ranks_agree() -> None:
+    with pytest.raises(AmbiguousTargets):
+        resolve(live(a=4, b=4), [0, 0, 0])
+    with pytest.raises(AmbiguousTargets):
+        resolve(live("a", a=4, b=3), [0, 0, 1])
+
+
+def test_what_is_settled_needs_no_agreement() -> None:
+    agree = Agreement()
+    resolver = TargetResolver("labels", agree)
+    assert resolver.resolve(live(labels=4, other=3), {"labels": 4, "other": 3}) == "labels" and agree.calls == 0
+    resolver = TargetResolver(None, agree)
+    for _ in range(2):
+        resolver.resolve(live("labels", labels=4, other=3), {"labels": 4, "other": 3})
+    assert agree.calls == 1
 
 
 def test_padding_that_no_tensor_can_mark_is_refused() -> None:
@@ -131,131 +93,166 @@ def test_padding_that_no_tensor_can_mark_is_refused() -> None:
         resolve(batch)
 
 
-def test_an_explicit_answer_needs_no_evidence() -> None:
-    agree = Agreement()
-    resolver = TargetResolver("labels", agree)
-    assert resolver.settled is not None and resolve(live(mean(torch.arange(2)), labels=LABELS), resolver) == "labels"
-    assert agree.calls == 0
-    with pytest.raises(UlyssesError, match=r"targets='labels'.*\['tokens', 'y'\]"):
-        resolve(live(y=LABELS), resolver)
+def test_narrowing() -> None:
+    outcomes = {
+        "labels": Attempt(frozenset({"labels", "a"})),
+        "a": Attempt(fails=True),
+        "b": Attempt(None),
+        "c": Attempt(frozenset()),
+    }
+    for names, wanted in (
+        ({"labels", "a", "tokens"}, {"labels"}),
+        ({"a", "tokens"}, {"tokens"}),
+        ({"b", "tokens"}, {"b", "tokens"}),
+        ({"c", "tokens"}, {"c", "tokens"}),
+        ({"a"}, {"a"}),
+        (set(), set()),
+    ):
+        assert narrow(frozenset(names), outcomes.__getitem__) == wanted
+    assert agreed([Attempt(frozenset("ab")), Attempt(frozenset("bc")), Attempt()]) == Attempt(frozenset("b"))
+    assert agreed([Attempt(), Attempt(fails=True)]) == Attempt(None, fails=True)
 
 
-def test_every_rank_has_to_agree() -> None:
-    # In the order of the names: labels, other, tokens, and whether all counts are equal.
-    batch = live(mean(LABELS), labels=LABELS, other=SHIFTED)
-    assert resolve(batch, TargetResolver(None, Agreement())) == "labels"
-    assert resolve(batch, TargetResolver(None, Agreement([0, 2, 0, 1]))) == "other"
-    with pytest.raises(UlyssesError, match="on some rank"):
-        resolve(batch, TargetResolver(None, Agreement([0, 0, 0, 1])))
-    undecided = live(labels=LABELS, other=SHIFTED)
-    assert resolve(undecided, TargetResolver(None, Agreement([1, 1, 1, 1]))) == "labels"
-    with pytest.raises(UlyssesError, match="any of"):
-        resolve(undecided, TargetResolver(None, Agreement([1, 1, 1, 0])))
+RULES = BatchRules({"answers": 1, "kept": 1, "each": 1})
 
 
-def test_certain_evidence_settles_at_once() -> None:
-    agree = Agreement()
-    resolver = TargetResolver(None, agree)
-    assert resolver.settled is None
-    assert resolve(live(mean(SHIFTED), labels=LABELS, shift_labels=SHIFTED), resolver) == "shift_labels"
-    assert resolver.settled is not None
-    assert resolve(live(mean(torch.arange(1)), labels=LABELS, shift_labels=SHIFTED), resolver) == "shift_labels"
-    assert agree.calls == 1
-    # By now no rank asks the others any more.
-    with pytest.raises(UlyssesError, match=r"a batch without 'shift_labels'.*\['tokens', 'y'\].*collate function"):
-        resolve(live(y=LABELS), resolver)
+def test_fewer_targets() -> None:
+    answers = torch.arange(24).view(3, 8)
+    answers[0, 3] = -100
+    batch: dict[str, Any] = {"input_ids": answers.abs(), "answers": answers, "kept": (answers > 0).float()}
+    fewer = with_fewer_targets(batch, RULES, "answers", 5)["answers"]
+    # Two of three rows, of which two targets stay among the first five tokens.
+    assert fewer[0].tolist() == [-100, -100, 2, -100, 4, 5, 6, 7] and fewer[1].tolist()[:5] == [-100] * 3 + [11, 12]
+    assert torch.equal(fewer[2], answers[2]) and answers[0, 0] == 0
+    kept = with_fewer_targets(batch, RULES, "kept>0", 5)["kept"]
+    assert kept[0].tolist() == [0, 0, 1, 0, 1, 1, 1, 1]
+    shifted = with_fewer_targets({"labels": answers}, BatchRules(), "shift_labels", 5)
+    assert list(shifted) == ["labels"] and torch.equal(shifted["labels"], fewer)
+    pair = with_fewer_targets((answers.abs(), answers), BatchRules(), "1", 5)
+    assert isinstance(pair, tuple) and torch.equal(pair[1], fewer)
+    batch |= {"each": answers.float()}
+    for name, tokens in (("tokens", 5), ("each", 5), ("answers", 2)):
+        assert with_fewer_targets(batch, RULES, name, tokens) is None
 
 
-def test_weak_evidence_settles_after_some_batches() -> None:
-    agree = Agreement()
-    resolver = TargetResolver(None, agree)
-    for attempt in range(3):
-        assert resolver.settled is None
-        assert resolve(live(mean(torch.arange(4)), y=LABELS), resolver) == "y"
-        assert agree.calls == attempt + 1
-    assert resolver.settled is not None
+class ByMask(HandWritten):
+    """A mean over what a mask keeps, or over the labels: those of the first batch do not tell which."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(lr=0.1)
+        self.key = key
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        logits, y = self(batch["input_ids"]).transpose(1, 2), batch["answers"]
+        each = F.cross_entropy(logits, y.clamp_min(0), reduction="none")
+        kept = (y != -100 if self.key == "answers" else batch[self.key] > 0).float()
+        return (each * kept).sum() / kept.sum()
 
 
-def test_a_tie_never_settles() -> None:
-    resolver = TargetResolver(None, Agreement())
-    for _ in range(5):
-        assert resolve(live(a=LABELS, b=SHIFTED), resolver) == "a"
-    assert resolver.settled is None
+def masked_batch(seed: int, dropped: float) -> dict[str, Tensor]:
+    x, y = pair_batch(seed, 33, 2)
+    kept = torch.rand(2, 33, generator=torch.Generator().manual_seed(seed)) >= dropped
+    return {"input_ids": x, "answers": y.masked_fill(kept.flip(1).logical_not(), -100), "completion_mask": kept.long()}
 
 
-@contextmanager
-def stepping(collect: bool = True) -> Iterator[LocalBatch]:
-    context, batch = SequenceContext(SequenceMesh(0, 2, 2, 0, 1, 0)), live()
-    context.notes.of(LossWatch).is_open = collect
-    original = F.cross_entropy
-    handle = install(context)
-    try:
-        with context.step(batch):
-            yield batch
-        F.cross_entropy(torch.zeros(2, 3), torch.zeros(2).long())
-    finally:
-        handle.remove()
-    assert F.cross_entropy is original
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("key", ["answers", "completion_mask"])
+@pytest.mark.parametrize("run", [SplitRun(), SplitRun(2, 1), SplitRun(strategy={"split": "blocks"})], ids=str)
+def test_tensors_that_the_first_batch_does_not_tell_apart(
+    pool: ProcessPool, run: SplitRun, key: str, precision: str
+) -> None:
+    dims = {"sequence_dims": {"answers": 1, "completion_mask": 1}}
+    trainer = {"accumulate_grad_batches": 2, "precision": precision}
+    run = SplitRun(run.world_size, run.sp_size, {**run.strategy, **dims}, trainer)
+    batches = [masked_batch(0, 0.0), masked_batch(1, 0.5), masked_batch(2, 0.3), masked_batch(3, 0.7)]
+    names = pool.run(settled, key, batches, run, world_size=2)
+    wanted = {"answers": "answers", "completion_mask": "completion_mask>0"}[key]
+    assert names == [wanted] * 2
 
 
-def test_cross_entropies_of_a_step_are_noted() -> None:
-    logits, target = torch.randn(5, 8), torch.arange(1, 6)
-    weights = torch.ones(8)
-    wanted: list[tuple[int, bool, str | None]] = []
-    with stepping() as batch:
-        calls: list[tuple[Any, tuple[int, bool, str | None]]] = [
-            (lambda: F.cross_entropy(logits, target), (-100, True, None)),
-            (lambda: F.cross_entropy(logits, target, ignore_index=4, reduction="none"), (4, False, None)),
-            (lambda: F.cross_entropy(logits, target, None, None, 5, None, "sum"), (5, False, None)),
-            (lambda: nn.CrossEntropyLoss(ignore_index=6)(logits, target), (6, True, None)),
-            (lambda: F.cross_entropy(logits, target, weights), (-100, True, "class weights")),
-            (lambda: F.cross_entropy(logits, target, weight=weights, reduction="none"), (-100, False, None)),
-        ]
-        for call, expected in calls:
-            assert call().requires_grad == logits.requires_grad
-            wanted.append(expected)
-        F.cross_entropy(logits, logits.softmax(1))
-    # Neither probabilities as targets nor a call outside of the step leave anything.
-    found = batch.notes.of(LossEvidence).found
-    assert [(e.ignore_index, e.is_mean, e.name) for e in found] == wanted
-    assert all(e.target is not None and torch.equal(e.target, target) for e in found)
+def settled(rank: int, key: str, batches: list[Any], run: SplitRun) -> str | None:
+    from lightning_ulysses.testing import split_loader, split_trainer
+
+    trainer = split_trainer(run)
+    trainer.fit(ByMask(key), split_loader(batches, run, rank))
+    name: str | None = trainer.strategy.weights.settled  # type: ignore[attr-defined]
+    return name
 
 
-def test_nothing_is_noted_once_settled() -> None:
-    with stepping(collect=False) as batch:
-        F.cross_entropy(torch.zeros(2, 3), torch.zeros(2).long())
-    assert not batch.notes.of(LossEvidence).found
+@pytest.mark.parametrize("key", ["answers", "completion_mask"])
+def test_their_step(pool: ProcessPool, key: str) -> None:
+    dims = {"sequence_dims": {"answers": 1, "completion_mask": 1}}
+    batches = [masked_batch(0, 0.0), masked_batch(1, 0.5)]
+
+    def count(batch: Any) -> float:
+        return float((batch["answers"] != -100).sum() if key == "answers" else batch["completion_mask"].sum())
+
+    wanted = fit_single(lambda: ByMask(key), [batches], count)
+    run = SplitRun(strategy=dims, trainer={"accumulate_grad_batches": 2})
+    for result in fit_split(pool, Making(key), batches, run):
+        assert compare(result, wanted).largest <= BOUND
+    other = "completion_mask" if key == "answers" else "answers"
+    run = SplitRun(strategy={**dims, **UNTRIED, "targets": other}, trainer={"accumulate_grad_batches": 2})
+    assert compare(fit_split(pool, Making(key), batches, run)[0], wanted).largest > 1e-3
 
 
-class Clamped(HandWritten):
-    """Masks its targets by hand, behind a cross entropy over all tokens."""
+class Making:
+    """Makes modules of a key, also in other processes."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+    def __call__(self) -> ByMask:
+        return ByMask(self.key)
+
+
+class RowMeans(HandWritten):
+    """The mean over rows of their means over labels, which is one over labels only if all rows have as many."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
-        each = F.cross_entropy(self(x).flatten(0, 1), y.clamp_min(0).flatten(), reduction="none")
-        mask = (y != -100).flatten()
-        return (each * mask).sum() / mask.sum()
+        each = F.cross_entropy(self(x).transpose(1, 2), y, reduction="none")
+        return (each.sum(1) / (y != -100).sum(1)).mean()
 
 
-class Regression(HandWritten):
-    """Has a tensor of inputs and one of targets that the package knows nothing about."""
+def error_of(rank: int, make: Any, batches: list[Any], run: SplitRun) -> str:
+    with pytest.raises(UlyssesError) as caught:
+        fit_rank(rank, make, batches, run)
+    return str(caught.value)
 
-    def __init__(self) -> None:
-        super().__init__(loss="mse", lr=0.1)
+
+def test_a_tie_that_nothing_breaks_ends_where_it_matters(pool: ProcessPool) -> None:
+    even = pair_batch(1, 33, 2)
+    run = SplitRun(strategy={"split": "batch"})
+    wanted = fit_single(RowMeans, [[even]], count_targets)
+    for result in fit_split(pool, RowMeans, [even], run):
+        assert compare(result, wanted).largest <= BOUND
+    for text in pool.run(error_of, RowMeans, [even, PAIRS[0]], run, world_size=2):
+        assert "['1', 'tokens'] weight differently" in text and "set targets to one of" in text
+
+
+def test_an_untried_step_asks_for_its_targets(pool: ProcessPool) -> None:
+    batch = token_batch(1, 33, 2, "uneven")
+    batch["other"] = batch["labels"].clamp_min(1)
+    batch["shift_labels"] = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
+    strategy = {**UNTRIED, "sequence_dims": {"other": 1}}
+    for text in pool.run(error_of, ByLabels, [batch], SplitRun(strategy=strategy), world_size=2):
+        assert "the step was not tried" in text and "set targets='shift_labels'" in text
+    wanted = fit_single(ByLabels, [[batch]], count_targets)
+    run = SplitRun(strategy={**strategy, "targets": "shift_labels"})
+    for result in fit_split(pool, ByLabels, [batch], run):
+        assert compare(result, wanted).largest <= BOUND
+
+
+class ByLabels(HandWritten):
+    """Shifted labels, by hand."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return F.mse_loss(self(batch["input_ids"]).squeeze(-1), batch["y"])
+        return F.cross_entropy(self(batch["input_ids"]).flatten(0, 1), batch["shift_labels"].flatten())
 
 
-def test_masked_by_hand_is_exact(pool: ProcessPool) -> None:
-    batch = pair_batch(1, 33, 2, "uneven")
-    reference = fit_single(Clamped, [[batch]], count_targets)
-    assert compare(fit_split(pool, Clamped, [batch], SplitRun())[0], reference).largest <= 1e-5
-
-
-def test_regression_beside_token_ids_is_exact(pool: ProcessPool) -> None:
-    x, _ = pair_batch(1, 33, 2)
-    batch = {"input_ids": x, "y": torch.randn(x.shape, generator=torch.Generator().manual_seed(0))}
-    reference = fit_single(Regression, [[batch]], lambda batch: float(batch["y"].numel()))
-    run = SplitRun(strategy={"sequence_dims": {"y": 1}})
-    assert compare(fit_split(pool, Regression, [batch], run)[0], reference).largest <= 1e-5
+def test_an_untried_transformers_model_is_known(pool: ProcessPool) -> None:
+    batch = token_batch(1, 33, 2, "uneven")
+    wanted = fit_single(LlamaModule, [[batch]], count_targets)
+    for result in fit_split(pool, LlamaModule, [batch], SplitRun(strategy=UNTRIED)):
+        assert compare(result, wanted).largest <= BOUND

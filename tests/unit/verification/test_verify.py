@@ -153,7 +153,7 @@ WRONG: dict[str, tuple[Any, Any, str, str | None, str, str]] = {
         ShiftsInside,
         token_batch(1, 33, 2),
         "labels",
-        None,
+        "",
         "self(batch[",
         "batch['shift_labels']",
     ),
