@@ -107,7 +107,11 @@ def train(rank: int, port: int, folder: Path, size: Size, connection: Connection
     saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=1, save_top_k=1, save_last=True)
     settings = {**QUIET, "enable_checkpointing": True, "accelerator": "cpu", "devices": PROCESSES}
     trainer = L.Trainer(
-        strategy=lightning_ulysses.UlyssesDeepSpeedStrategy(sp_size=PROCESSES, stage=size.stage, check_model=False),
+        strategy=lightning_ulysses.UlyssesDeepSpeedStrategy(
+            sp_size=PROCESSES, stage=size.stage, targets="labels", check_model=False
+        ),
+            sp_size=PROCESSES, stage=size.stage, targets="labels", check_model=False
+        ),
         callbacks=[saver, Progress(connection)],
         max_steps=size.steps,
         max_epochs=-1,

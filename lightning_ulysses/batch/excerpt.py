@@ -172,7 +172,7 @@ def middle(whole: WholeBatch) -> int | None:
 
 
 def with_fewer_targets(batch: Any, rules: BatchRules, name: str, tokens: int) -> Any:
-    """A batch in which the first half of the rows has two targets left in the first tokens.
+    """A batch in which the first half of the rows has two or three targets left in the first tokens.
 
     Args:
         batch: A whole batch.
@@ -191,14 +191,18 @@ def with_fewer_targets(batch: Any, rules: BatchRules, name: str, tokens: int) ->
         return None
     if read_batch(batch, rules, 1).dims.get(key, 1) != 1:
         return None
-    fewer = given.clone()
-    # (B, S) -> (B / 2, tokens)
-    part = fewer[: -(-len(given) // 2), :tokens]
-    valid = part > 0 if is_mask else part != rules.ignore_index
-    # The last two of each row stay: a shifted label counts for the token before.
-    spare = valid & (valid.flip(1).cumsum(1).flip(1) > 2)
-    part[spare] = 0 if is_mask else rules.ignore_index
-    return rebuild(batch, {key: fewer}) if bool(spare.any()) else None
+    valid = given > 0 if is_mask else given != rules.ignore_index
+    half = -(-len(given) // 2)
+    # (B / 2, tokens); the last two of each row stay.
+    spare = valid[:half, :tokens] & (valid[:half, :tokens].flip(1).cumsum(1).flip(1) > 2)
+    if not bool(spare.any()):
+        return None
+    fewer, ignored = given.clone(), 0 if is_mask else rules.ignore_index
+    fewer[:half, :tokens][spare] = ignored
+    # Labels and shifted ones differ: a sequence that begins with a label, and one that lies behind a cut.
+    fewer[:, tokens : tokens + 1] = ignored
+    fewer[:, 0] = torch.where(valid[:, 0], given[:, 0], given[valid][0])
+    return rebuild(batch, {key: fewer})
 
 
 def _is_signed(tensor: Tensor) -> bool:

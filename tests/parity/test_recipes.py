@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from exact import BOUND
 from lightning.pytorch import Callback, LightningModule, Trainer
-from models import VOCAB, LlamaModule, count_targets, token_batch
+from models import VOCAB, HandWritten, LlamaModule, count_targets, pair_batch, token_batch
 from nightly import sampled
 from recipes import RECIPES
 from torch import Tensor
@@ -106,6 +107,20 @@ def test_a_group_whose_first_batch_has_no_target(pool: ProcessPool) -> None:
     found = CHANCES["no target in one group"]
     reference = fit_single(LlamaModule, [found], count_targets, dp_size=2)
     for result in fit_split(pool, LlamaModule, found, SplitRun(4, 2)):
+        assert compare(result, reference).largest <= BOUND, compare(result, reference)
+
+
+@pytest.mark.parametrize("positions", ["sequence", "own"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("empty", [1, 2])
+def test_first_batches_without_a_target(pool: ProcessPool, positions: str, accumulate: int, empty: int) -> None:
+    """Another group's batch, or the next one, says where the step is split and what its loss is a mean over."""
+    make = partial(HandWritten, positions=positions)
+    pairs = [pair_batch(seed, 33, 2, "none" if seed < empty else "uneven") for seed in range(4)]
+    steps = [pairs] if accumulate == 2 else [pairs[:2], pairs[2:]]
+    reference = fit_single(make, steps, count_targets)
+    run = SplitRun(4, 2, trainer={"accumulate_grad_batches": accumulate})
+    for result in fit_split(pool, make, pairs, run):
         assert compare(result, reference).largest <= BOUND, compare(result, reference)
 
 

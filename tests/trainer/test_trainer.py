@@ -207,7 +207,7 @@ def restore(rank: int) -> list[bool]:
             for key in ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
         ]
         registered += [AttentionInterface.get_interface, AttentionMaskInterface._global_mapping["eager"]]
-        functions = [F.linear, F.scaled_dot_product_attention, F.cross_entropy, F.multi_head_attention_forward]
+        functions = [F.linear, F.scaled_dot_product_attention, F.multi_head_attention_forward]
         functions += [varlen.varlen_attn, flex_attention.flex_attention, GenerationMixin.generate]
         functions += [getattr(checkpointing, name) for name in upstream_deepspeed._EMPTYING]
         return [*functions, early_bound, vars(Early)["attend"], torch.backends.mha.get_fastpath_enabled(), *registered]

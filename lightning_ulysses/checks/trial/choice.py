@@ -229,7 +229,7 @@ class SplitChoice:
         if verdict.reason is not None:
             self._warn(clock, verdict, name, kind)
         elif plan.join:
-            self._weigh_joined(clock, trial, step, is_token_mean=False)
+            self._weigh_joined(clock, trial, step, is_token_mean=True)
         elif clock.is_training:
             is_mean = bool(verdict.names) if self._weights.by_targets else verdict.averages
             self._settle(verdict, is_mean or verdict.adds_up, refusal(verdict, name, kind, None))

@@ -159,6 +159,7 @@ class StepTrial:
                 plans = self._record(step, sample)
                 if not self._is_finite:
                     report = SliceReport(counts, reason=_NOT_FINITE, is_recorded=False)
+                    self._forget_loss()
                 elif sample.part is not None:
                     report, logged = self._compare(step, sample.part)
         except Exception as failure:
@@ -171,6 +172,11 @@ class StepTrial:
         bound = HALF if any(report.is_half for report in reports) else LOGS
         self.log_rules = find_rules(everyones_logs, self._context.mesh.sp_size, bound, verdict.names)
         return verdict
+
+    def _forget_loss(self) -> None:
+        """Has a plan compared without it, which another group's batch may ask for."""
+        assert self._recorder is not None
+        self._recorder.recording.loss, self._recorder.recording.gradients = None, []
 
     @property
     def _is_finite(self) -> bool:

@@ -121,11 +121,12 @@ def test_fewer_targets() -> None:
     answers[0, 3] = -100
     batch: dict[str, Any] = {"input_ids": answers.abs(), "answers": answers, "kept": (answers > 0).float()}
     fewer = with_fewer_targets(batch, RULES, "answers", 5)["answers"]
-    # Two of three rows, of which two targets stay among the first five tokens.
-    assert fewer[0].tolist() == [-100, -100, 2, -100, 4, 5, 6, 7] and fewer[1].tolist()[:5] == [-100] * 3 + [11, 12]
-    assert torch.equal(fewer[2], answers[2]) and answers[0, 0] == 0
+    # Two of three rows, of which the first target and two more stay among the first five tokens, and none behind them.
+    assert fewer[0].tolist() == [0, -100, 2, -100, 4, -100, 6, 7]
+    assert fewer[1].tolist() == [8, -100, -100, 11, 12, -100, 14, 15]
+    assert fewer[2].tolist() == [16, 17, 18, 19, 20, -100, 22, 23] and answers[0, 1] == 1
     kept = with_fewer_targets(batch, RULES, "kept>0", 5)["kept"]
-    assert kept[0].tolist() == [0, 0, 1, 0, 1, 1, 1, 1]
+    assert kept[0].tolist() == [1, 0, 1, 0, 1, 0, 1, 1]
     shifted = with_fewer_targets({"labels": answers}, BatchRules(), "shift_labels", 5)
     assert list(shifted) == ["labels"] and torch.equal(shifted["labels"], fewer)
     pair = with_fewer_targets((answers.abs(), answers), BatchRules(), "1", 5)
