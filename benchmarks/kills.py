@@ -110,8 +110,6 @@ def train(rank: int, port: int, folder: Path, size: Size, connection: Connection
         strategy=lightning_ulysses.UlyssesDeepSpeedStrategy(
             sp_size=PROCESSES, stage=size.stage, targets="labels", check_model=False
         ),
-            sp_size=PROCESSES, stage=size.stage, targets="labels", check_model=False
-        ),
         callbacks=[saver, Progress(connection)],
         max_steps=size.steps,
         max_epochs=-1,
