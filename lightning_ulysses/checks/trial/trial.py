@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_ulysses import regions
 from lightning_ulysses.attention.route import AttentionTally
@@ -38,7 +38,7 @@ from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.geometry.batch_keys import BatchRules
 from lightning_ulysses.geometry.split_plan import SequencePlan
 from lightning_ulysses.interceptors.draw_table import DrawTable
-from lightning_ulysses.loss.logged import Logged, LogRules, find_rules, is_number
+from lightning_ulysses.loss.logged import Logged, LogRules, find_rules, numbers_of
 from lightning_ulysses.regions.notes import RegionTally
 from lightning_ulysses.upstream.meeting import all_arrive, arrive, next_meeting
 
@@ -135,7 +135,8 @@ class StepTrial:
             )
 
         # A length that something else has could not be told from it.
-        tensors = [*self._module.parameters(), *(leaf for leaf in tree_leaves(batch.template) if _is_tensor(leaf))]
+        leaves = (leaf for leaf in tree_leaves(batch.template) if isinstance(leaf, Tensor))
+        tensors = [*self._module.parameters(), *leaves]
         sizes = {size for tensor in tensors for size in tensor.shape}
         best = most_filled(excerpts(batch, rules, mesh.sp_size, sizes), rules, mesh.sp_size)
         is_small = batch.rows * batch.layout.seq_len <= _SMALL
@@ -383,20 +384,16 @@ class StepTrial:
         except StepEnds as end:
             output = end.loss
         # Without its graph, on whose nodes DeepSpeed's hooks hold the engine.
-        recording.returned = tree_map(lambda leaf: leaf.detach() if _is_tensor(leaf) else leaf, output)
+        recording.returned = tree_map_only(Tensor, Tensor.detach, output)
         loss = output.get("loss") if isinstance(output, dict) else output
         # Steps of evaluation often only log their loss.
         losses = [loss, *(value for name, value in self._logged.items() if "loss" in name)]
-        recording.logged = {name: float(value) for name, value in self._logged.items() if is_number(value)}
+        recording.logged = numbers_of(self._logged)
         self._logged.clear()
         found = next((each for each in losses if isinstance(each, Tensor) and each.numel() == 1), None)
         if found is not None:
             recording.differentiate(found)
 
 
-def _is_tensor(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor)
-
-
 def _copied(batch: Any) -> Any:
-    return tree_map(lambda leaf: leaf.clone() if _is_tensor(leaf) else leaf, batch)
+    return tree_map_only(Tensor, Tensor.clone, batch)
