@@ -12,7 +12,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
-from documents import BLOCKS, LANGUAGES, ROOT, Block, blocks_of, of
+from documents import BLOCKS, LANGUAGES, ROOT, TEXTS, Block, blocks_of, of
 from lightning.pytorch.cli import LightningCLI
 from models import HandWritten
 from snippet_names import PROGRAM
@@ -56,6 +56,13 @@ def test_yaml(tmp_path: Path, block: Block) -> None:
     for callback in settings.get("callbacks", []):
         kind = getattr(lightning_ulysses, callback["class_path"].rpartition(".")[2])
         assert any(isinstance(found, kind) for found in cli.trainer.callbacks)
+
+
+def test_the_flags_of_the_first_page() -> None:
+    (flags,) = re.findall(r"`(--trainer\.strategy=[^`]*)`", TEXTS["docs/index.md"])
+    args = [*flags.split(), "--trainer.accelerator=cpu"]
+    strategy = LightningCLI(HandWritten, run=False, args=args, save_config_callback=None).trainer.strategy
+    assert isinstance(strategy, UlyssesDeepSpeedStrategy) and strategy.ulysses.sp_size == 4
 
 
 def check_file(arguments: list[str]) -> None:

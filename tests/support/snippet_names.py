@@ -153,7 +153,7 @@ def given_ray(folder: str) -> Names:
     class RayDeepSpeedStrategy(DeepSpeedStrategy):
         @property
         def root_device(self) -> torch.device:
-            return torch.device("cpu", int(os.environ["LOCAL_RANK"]))
+            return torch.device("cpu")
 
         @property
         def distributed_sampler_kwargs(self) -> dict[str, int]:
