@@ -4,6 +4,7 @@
 # make test   lint, then the tests
 # make nightly  lint, then the tests with all cases of long sweeps
 # make quick  the tests that start no processes, under a minute
+# make docs   the site of docs/ into site/
 
 PYTHON ?= python3
 VENV := .venv
@@ -15,7 +16,7 @@ export PATH := $(BIN):$(PATH)
 export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: env demo lint format test nightly quick
+.PHONY: env demo lint format test nightly quick docs
 .DEFAULT_GOAL := test
 
 env: $(STAMP)
@@ -49,3 +50,10 @@ nightly: lint
 
 quick: $(STAMP)
 	$(BIN)/pytest --numprocesses 2 --dist worksteal -m 'not processes and not nightly'
+
+$(VENV)/.docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -55,7 +55,11 @@ if TYPE_CHECKING:
 
 
 class UlyssesDeepSpeedStrategy(
-    upstream_lightning.AcceptsCompiled, upstream_lightning.OwnsWindows, EndsTogether, CheckpointedStrategy
+    upstream_lightning.AcceptsCompiled,
+    upstream_lightning.OwnsWindows,
+    upstream_lightning.IndexedDevice,
+    EndsTogether,
+    CheckpointedStrategy,
 ):
     """Trains an unchanged LightningModule on sequences split over processes, exactly.
 
@@ -74,8 +78,7 @@ class UlyssesDeepSpeedStrategy(
         targets: The key of the tensor that the loss is a mean over, where that cannot be seen from the loss computed.
         ignore_index: The label that counts as no target.
         pad_to_multiple_of: Pads every batch's S up to a multiple where P > 1; no multiple is required.
-        check_model: Tries the first step of each kind on a few tokens, and refuses it if they mix outside of attention
-            or restart their positions; see `checks.trial`.
+        check_model: Tries the first step of each kind on a few tokens, and refuses one that is not exact.
         plan: Where a model that cannot take slices is split and joined instead: ``"litgpt"``, ``"litgpt_unjoined"``,
             ``"diffusers"``, or a mapping of submodules to inputs or outputs with their dimension; see `SequencePlan`.
             ``"auto"`` is ``split="blocks"``.
@@ -95,8 +98,7 @@ class UlyssesDeepSpeedStrategy(
     """
 
     strategy_name = "ulysses_deepspeed"
-    # `verify` compares what would be refused.
-    _refuses = True
+    _refuses = True  # `verify` compares what would be refused.
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightning_ulysses import __version__
 from lightning_ulysses.cli import convert, doctor, verify
 from lightning_ulysses.errors import UlyssesError
 
@@ -41,6 +42,7 @@ def report(args: argparse.Namespace) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lightning-ulysses", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     text = "print the tokens of a run by rank and draw them again, from its token_report.csv"
     command = commands.add_parser("report", help=text, description=text)

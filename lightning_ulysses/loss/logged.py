@@ -93,6 +93,11 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
 
 
+def numbers_of(values: Mapping[str, Any]) -> dict[str, float]:
+    """Those of logged values that are one number, without their graph."""
+    return {name: float(torch.as_tensor(value).detach()) for name, value in values.items() if is_number(value)}
+
+
 class LoggedValues:
     """Exchanges what a step logs, by one collective at its end.
 

@@ -253,3 +253,18 @@ class AcceptsCompiled:
         if self._compiler_ctx is not None:
             module, context = self._compiler_ctx
             module._compiler_ctx, self._compiler_ctx = context, None
+
+
+class IndexedDevice:
+    """Mixin for a strategy: its device has an index, by which DeepSpeed tells processes apart.
+
+    A second parent of another launcher may name a CPU without one, as ``RayDeepSpeedStrategy`` of Ray 2.60 does.
+    """
+
+    local_rank: int
+
+    @property
+    def root_device(self) -> torch.device:
+        """The device of this process."""
+        device: torch.device = super().root_device  # type: ignore[misc]
+        return torch.device(device.type, self.local_rank) if device.index is None else device

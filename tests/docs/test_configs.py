@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.cli import LightningCLI
+from snippet_names import chats, save_model
 
 from lightning_ulysses import SequenceDataModule, TokenCountMonitor, UlyssesDeepSpeedStrategy
 from lightning_ulysses.testing import SplitRun, StepRecorder, StepResult, split_trainer
@@ -17,10 +17,6 @@ from lightning_ulysses.testing.processes import ProcessPool
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.yaml"))
-CHAT = (
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 
 
 def pretrain() -> Any:
@@ -56,24 +52,6 @@ def test_every_configuration_can_be_made(name: str, tmp_path: Path, monkeypatch:
     assert any(isinstance(callback, TokenCountMonitor) for callback in cli.trainer.callbacks)  # type: ignore[attr-defined]
     if name != "demo_cpu.yaml":
         assert cli.trainer.num_devices == 8 and strategy.zero_stage_3 and strategy.config["zero_optimization"]
-
-
-def save_model(folder: Path) -> None:
-    from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    LlamaForCausalLM(LlamaConfig(vocab_size=384, num_key_value_heads=2, **sizes)).save_pretrained(folder)
-    tokenizer = ByT5Tokenizer()
-    tokenizer.chat_template = CHAT
-    tokenizer.save_pretrained(folder)
-
-
-def chats(folder: Path) -> str:
-    answers = ["yes", "no, never", "perhaps; ask again"]
-    rows = [[{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}] for answer in answers]
-    (folder / "chats.jsonl").write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
-    return str(folder / "chats.jsonl")
 
 
 def finetune(rank: int, model: str, train: str, cache: str) -> StepResult:

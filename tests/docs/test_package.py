@@ -119,7 +119,7 @@ def test_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     modules = {str(path.relative_to(ROOT)) for path in PACKAGE.rglob("*.py")}
     assert {name for name in names if ".dist-info/" not in name} == {*modules, "lightning_ulysses/py.typed"}
     assert metadata["Name"] == "lightning-ulysses" and metadata["Version"] == lightning_ulysses.__version__
-    assert set(metadata.get_all("Provides-Extra") or []) == {"flash", "hf", "report", "dev"}
+    assert set(metadata.get_all("Provides-Extra") or []) == {"flash", "hf", "report", "docs", "dev"}
     required = metadata.get_all("Requires-Dist") or []
     assert any(line.startswith("transformers") and "extra == 'hf'" in line for line in required)
     assert any(line.startswith("flash-attn") and "extra == 'flash'" in line for line in required)

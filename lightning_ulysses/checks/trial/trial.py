@@ -39,7 +39,7 @@ from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.geometry.batch_keys import BatchRules
 from lightning_ulysses.geometry.split_plan import SequencePlan
 from lightning_ulysses.interceptors.draw_table import DrawTable
-from lightning_ulysses.loss.logged import Logged, LogRules, find_rules, is_number
+from lightning_ulysses.loss.logged import Logged, LogRules, find_rules, numbers_of
 from lightning_ulysses.regions.notes import RegionTally
 from lightning_ulysses.upstream.meeting import all_arrive, arrive, next_meeting
 
@@ -368,7 +368,7 @@ class StepTrial:
         loss = output.get("loss") if isinstance(output, dict) else output
         # Steps of evaluation often only log their loss.
         losses = [loss, *(value for name, value in self._logged.items() if "loss" in name)]
-        recording.logged = {name: float(value) for name, value in self._logged.items() if is_number(value)}
+        recording.logged = numbers_of(self._logged)
         self._logged.clear()
         found = next((each for each in losses if isinstance(each, Tensor) and each.numel() == 1), None)
         if found is not None:
