@@ -32,7 +32,7 @@ REGISTERED: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """Parts of a step that run tile by tile along the tokens; see ``docs/memory.md``.
+    """Parts of a step that run a part at a time, along the tokens or the heads; see ``docs/memory.md``.
 
     Attributes:
         tiled_loss: Whether cross entropies compute the logits of a head tile by tile; names of heads in place of True.
@@ -40,6 +40,9 @@ class MemoryConfig:
         tiled_norm: The same for norms.
         tile_tokens: Tokens of a tile.
         tile_bytes: What a tile of a module may keep, or its logits in float32 may take. 256 MiB by default.
+        head_chunks: In how many chunks each rank's heads are exchanged and attended; ``"auto"`` for one head at a time
+            on the rank with the fewest.
+        overlap: Whether the exchange of a chunk of heads runs beside the attention of the one before it.
     """
 
     tiled_loss: bool | list[str] = False
@@ -47,6 +50,8 @@ class MemoryConfig:
     tiled_norm: bool | list[str] = False
     tile_tokens: int | None = None
     tile_bytes: int | None = None
+    head_chunks: int | Literal["auto"] = 1
+    overlap: bool = False
 
     def __post_init__(self) -> None:
         for name in ("tiled_loss", "tiled_mlp", "tiled_norm"):
@@ -61,11 +66,26 @@ class MemoryConfig:
             raise UlyssesError(
                 f"tile_tokens={self.tile_tokens} and tile_bytes={self.tile_bytes}", "one of them", "drop tile_tokens"
             )
+        count = self.head_chunks
+        is_count = count == "auto" or (type(count) is int and count >= 1)
+        _require(is_count, "head_chunks", count, "'auto' or a positive whole number, 1 for all heads at once")
+        _require(isinstance(self.overlap, bool), "overlap", self.overlap, "True or False")
+        if self.overlap and not self.cuts_heads:
+            raise UlyssesError(
+                "overlap=True with all heads at once",
+                "chunks of heads, of which one can wait",
+                "set head_chunks='auto'",
+            )
 
     @property
     def is_on(self) -> bool:
         """Whether any part is asked for."""
-        return bool(self.tiled_loss or self.tiled_mlp or self.tiled_norm)
+        return bool(self.tiled_loss or self.tiled_mlp or self.tiled_norm or self.cuts_heads)
+
+    @property
+    def cuts_heads(self) -> bool:
+        """Whether heads are to be computed in chunks."""
+        return self.head_chunks != 1
 
     def rows(self, row_bytes: int) -> int:
         """Rows of a tile whose rows take ``row_bytes`` each."""

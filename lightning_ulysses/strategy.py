@@ -82,7 +82,7 @@ class UlyssesDeepSpeedStrategy(
         split: ``"batch"`` gives each rank its slice of the batch, ``"blocks"`` splits the model at its repeated blocks
             and leaves what comes before and after them whole. ``"auto"`` takes the first of the two that gives the step
             of one process, tried on a few tokens of the first batch of each kind of step.
-        memory: Parts of a step that run tile by tile along the tokens, such as ``{"tiled_loss": True}``; see
+        memory: Parts of a step that run a part at a time, such as ``{"tiled_loss": True, "head_chunks": 4}``; see
             `MemoryConfig`. By default none.
         config: A DeepSpeed config or the path of one; replaces all arguments of DeepSpeedStrategy.
         **kwargs: Every other argument of Lightning's ``DeepSpeedStrategy``.

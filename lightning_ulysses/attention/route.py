@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_ulysses.attention.call import AttentionCall
+from lightning_ulysses.attention.chunked import HeadChunks, exchanged_by_chunks
 from lightning_ulysses.attention.mask_table import MaskTable
 from lightning_ulysses.attention.ulysses import exchanged
 from lightning_ulysses.context import LocalBatch, SequenceContext
@@ -77,7 +78,11 @@ def _answer(context: SequenceContext, batch: LocalBatch | None, call: AttentionC
     # Only if the trial has seen a memory; otherwise a wrong length is an error in `exchanged`.
     if tally.attends_memory and _sees_memory(context, batch, call):
         return plain() if call.memory is None else call.write(call.memory())
-    out = exchanged(batch, call.q, call.k, call.v, call.meaning(batch, known), context.mesh)
+    meaning, chunks = call.meaning(batch, known), context.notes.of(HeadChunks)
+    if chunks.count == 1:
+        out = exchanged(batch, call.q, call.k, call.v, meaning, context.mesh)
+    else:
+        out = exchanged_by_chunks(batch, call.q, call.k, call.v, meaning, context.mesh, chunks)
     context.notes.of(BackwardTurns).before(out)
     return call.write(out)
 

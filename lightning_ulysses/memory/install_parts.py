@@ -11,6 +11,7 @@ from lightning_ulysses.config import MemoryConfig
 from lightning_ulysses.context import SequenceContext
 from lightning_ulysses.memory.finding import Found, find_heads, find_mlps, find_norms
 from lightning_ulysses.memory.head import Head
+from lightning_ulysses.memory.head_chunks import cut_heads
 from lightning_ulysses.memory.tiled import TiledModule
 from lightning_ulysses.memory.tiled_loss import defer, touch
 from lightning_ulysses.patching.handle import Handle
@@ -72,6 +73,8 @@ def install(
         handle.add(TiledModule(context, "tiled_norm", name, module, config).install().remove)
     for name, module in found.heads.items():
         handle.add(Head(context, name, module, config, defer, forget).install().remove)
+    if config.cuts_heads:
+        handle.add(cut_heads(context, root, config).remove)
     if found.heads:
         # Functions of ZeRO-3 ask no tensor that stands for another one.
         handle.add(touch_through(touch).remove)

@@ -36,6 +36,11 @@ def test_given(given: Any) -> None:
         ({"tile_tokens": 0}, "tile_tokens=0"),
         ({"tile_bytes": 1.5}, "tile_bytes=1.5"),
         ({"tile_bytes": 5, "tile_tokens": 5}, "one of them"),
+        ({"head_chunks": 0}, "head_chunks=0"),
+        ({"head_chunks": True}, "head_chunks=True"),
+        ({"head_chunks": "all"}, "head_chunks='all'"),
+        ({"head_chunks": 2, "overlap": 1}, "overlap=1"),
+        ({"overlap": True}, "set head_chunks='auto'"),
     ],
 )
 def test_refused(given: Any, words: str) -> None:
@@ -48,6 +53,8 @@ def test_refused(given: Any, words: str) -> None:
     [
         (["--memory.tiled_loss=true", "--memory.tile_tokens=8"], MemoryConfig(tiled_loss=True, tile_tokens=8)),
         (["--memory={tiled_mlp: [a.mlp]}"], MemoryConfig(tiled_mlp=["a.mlp"])),
+        (["--memory={head_chunks: 4, overlap: true}"], MemoryConfig(head_chunks=4, overlap=True)),
+        (["--memory.head_chunks=auto"], MemoryConfig(head_chunks="auto")),
         ([], MemoryConfig()),
     ],
 )
