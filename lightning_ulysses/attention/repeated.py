@@ -172,10 +172,19 @@ class _Surroundings:
 
 @dataclass(frozen=True)
 class Trace:
-    """How to repeat a computation; see `run`."""
+    """How to repeat a computation; see `run`.
+
+    Attributes:
+        surroundings: In which it began.
+        calls: Of its kernels, with stand-ins for tensors. None if these run again.
+        num_kept: How many tensors `run` has kept.
+        out_size: Of the result.
+        out_stride: Of the result.
+    """
 
     surroundings: _Surroundings
     calls: list[_KernelCall] | None
+    num_kept: int
     out_size: torch.Size
     out_stride: tuple[int, ...]
 
@@ -261,4 +270,4 @@ def run(compute: Compute, inputs: Sequence[Tensor], *, is_hidden: bool = False) 
                 leaves.append(_Index(len(kept)))
                 kept.append(leaf)
         calls.append(_KernelCall(call.operator, call.shapes, leaves, call.form))
-    return out, Trace(surroundings, None if is_hidden else calls, out.shape, out.stride()), kept
+    return out, Trace(surroundings, None if is_hidden else calls, len(kept), out.shape, out.stride()), kept

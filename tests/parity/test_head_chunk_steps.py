@@ -94,7 +94,7 @@ def test_a_lost_gradient_is_seen(pool: ProcessPool) -> None:
     """The negative control: the chunks of a rank share a key/value head."""
     make, data = partial(LlamaModule, kv_heads=1), batches(1)
     wanted = fit_single(make, [data], count_targets)
-    target = "lightning_ulysses.attention.chunked._HeldGradients.add"
+    target = "lightning_ulysses.attention.held_heads.HeldGradients.add"
     found = pool.run(fit_broken, make, data, run(CHUNKS), target, only_the_first, world_size=2)
     assert all(compare(each, wanted).step > 100 * BOUND for each in found)
 
