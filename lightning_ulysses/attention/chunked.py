@@ -61,7 +61,7 @@ def too_many_chunks(count: int, num_heads: int, sp_size: int) -> UlyssesError:
     most = most_chunks(num_heads, sp_size)
     return UlyssesError(
         f"head_chunks={count} for attention with {num_heads} query heads on {sp_size} ranks",
-        f"at most {most}, since some rank has {most} heads and each chunk has one or more",
+        f"at most {most}, the fewest heads of a rank, since every chunk has one or more on each rank",
         f"set head_chunks={most}, or 'auto'",
     )
 
