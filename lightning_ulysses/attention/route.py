@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_ulysses.attention.call import AttentionCall
+from lightning_ulysses.attention.kept import KeptAttention
 from lightning_ulysses.attention.mask_table import MaskTable
 from lightning_ulysses.attention.ulysses import exchanged
 from lightning_ulysses.context import LocalBatch, SequenceContext
@@ -77,7 +78,11 @@ def _answer(context: SequenceContext, batch: LocalBatch | None, call: AttentionC
     # Only if the trial has seen a memory; otherwise a wrong length is an error in `exchanged`.
     if tally.attends_memory and _sees_memory(context, batch, call):
         return plain() if call.memory is None else call.write(call.memory())
-    out = exchanged(batch, call.q, call.k, call.v, call.meaning(batch, known), context.mesh)
+    meaning, ledger = call.meaning(batch, known), context.notes.of(KeptAttention).ledger
+    # Inside of a checkpointed block.
+    keeps = ledger is not None and ledger.takes((call.q, call.k, call.v), meaning)
+    compute = ledger.answer if ledger is not None and keeps else exchanged
+    out = compute(batch, call.q, call.k, call.v, meaning, context.mesh)
     context.notes.of(BackwardTurns).before(out)
     return call.write(out)
 
