@@ -105,7 +105,8 @@ class _Replaying(TorchDispatchMode):
 
 
 def _same(tensor: Tensor) -> Tensor:
-    return tensor
+    # Another object: an output that its own graph holds is never freed.
+    return tensor.detach()
 
 
 @dataclass

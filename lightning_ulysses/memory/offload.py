@@ -280,7 +280,7 @@ class HostOffload:
         same = next((kept for kept in others if kept.holds(tensor)), None)
         if same is not None:
             return same
-        kept = Kept(tensor, self._last, *self.pool(tensor.device))
+        kept = Kept(tensor.detach(), self._last, *self.pool(tensor.device))
         self._last.add(kept)
         self._known[tensor] = [weakref.ref(each) for each in (*others, kept)]
         return kept
