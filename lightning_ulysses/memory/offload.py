@@ -6,6 +6,7 @@ behind it runs. The last block's stays on the device. Copies run on a stream of 
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
@@ -174,7 +175,7 @@ class Kept:
         return self._check(self._tensor)
 
     def __del__(self) -> None:
-        if self._buffer is not None:
+        if self._buffer is not None and not sys.is_finalizing():
             # A later user of the memory on the device must not be overwritten by it. Copies follow one another, so the
             # buffer is free for the next one.
             self._copies.wait(self._copy)

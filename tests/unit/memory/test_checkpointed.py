@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import inspect
 from typing import Any
 
 import pytest
@@ -272,6 +274,40 @@ def test_a_filled_cache() -> None:
         cache.update(torch.ones(1, 1, 3, 2), torch.ones(1, 1, 3, 2), 0)
         with pytest.raises(UlyssesError, match="a cache of 3 keys"):
             root(data())
+
+
+def test_plans_read_the_names_of_arguments() -> None:
+    root = Stack()
+    wanted = inspect.signature(root.layers[0].forward)
+    with tiled(root, checkpoint="block"):
+        assert inspect.signature(root.layers[0].forward) == wanted
+
+
+def test_copies_of_a_model_are_their_own() -> None:
+    root = Stack(layers=2)
+    with tiled(root, checkpoint="block"):
+        copied = copy.deepcopy(root)
+    copied.layers[0].mlp[0].weight.data.zero_()  # type: ignore[union-attr,index,operator]
+    assert not torch.equal(copied(data()), root(data())) and copied.layers[0].calls == 1  # type: ignore[union-attr]
+
+
+def test_a_compiled_block_is_checkpointed_around_its_graph() -> None:
+    """And where the model as a whole is compiled, blocks run as they are."""
+    from torch._dynamo.testing import CompileCounter
+
+    plain, inner, outer = (Stack(layers=2, p=0.0) for _ in range(3))
+    wanted = step(plain)
+    counter = CompileCounter()
+    for layer in inner.layers:
+        layer.compile(backend=counter)
+    with tiled(inner, checkpoint="block"):
+        assert torch.equal(step(inner), wanted) and worst(inner, plain) <= 1e-6
+    assert counter.frame_count > 0
+    compiled = torch.compile(outer, backend="eager")
+    with tiled(compiled, checkpoint="block"):
+        assert torch.equal(step(compiled), wanted) and worst(outer, plain) <= 1e-6
+    # Python code of a compiled block is traced once, and does not count its runs.
+    assert [layer.calls for layer in outer.layers] == [2, 2]  # type: ignore[union-attr]
 
 
 def test_everything_is_put_back() -> None:
