@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from lightning_ulysses.attention.call import Meaning
 from lightning_ulysses.attention.chunked_call import ChunkedCall
-from lightning_ulysses.attention.ulysses import check_shares, exchanged
+from lightning_ulysses.attention.ulysses import Exchange
 from lightning_ulysses.context import LocalBatch
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.exchange.mesh import SequenceMesh
@@ -84,33 +84,38 @@ class _Chunked(torch.autograd.Function):
         return None, None, *ctx.call.gradients(rest[: ctx.num_inputs], out, rest[ctx.num_inputs :], grads[0])
 
 
-def exchanged_by_chunks(
-    batch: LocalBatch, q: Tensor, k: Tensor, v: Tensor, meaning: Meaning, mesh: SequenceMesh, chunks: HeadChunks
-) -> Tensor:
-    """`ulysses.exchanged`, in chunks of each rank's heads, where there are several ranks.
+def chunked_call(
+    batch: LocalBatch, q: Tensor, k: Tensor, meaning: Meaning, mesh: SequenceMesh, chunks: HeadChunks
+) -> ChunkedCall:
+    """An attention call in chunks of each rank's heads.
 
     Args:
         batch: The batch that is split.
         q: (B, H, S_r, D).
         k: (B, H_kv, S_r, D).
-        v: (B, H_kv, S_r, D_v).
         meaning: The computation.
-        mesh: Sizes and groups.
+        mesh: Sizes and groups, of several ranks.
         chunks: How many.
-
-    Returns:
-        (B, H, S_r, D_v).
 
     Raises:
         UlyssesError: If a length is not this rank's share, P > H, or for more chunks than a rank has heads.
     """
-    if mesh.sp_group is None:
-        return exchanged(batch, q, k, v, meaning, mesh)
-    check_shares(batch, q, k, mesh)
-    count = chunks.of(q.shape[1], mesh.sp_size)
+    assert mesh.sp_group is not None
+    shares = Exchange.of(batch, q, k, mesh).shares
+    cut = head_chunks(q.shape[1], k.shape[1], mesh.sp_size, chunks.of(q.shape[1], mesh.sp_size))
+    return ChunkedCall(cut, Wire(shares, mesh.sp_rank, mesh.sp_group, chunks.overlaps), meaning, mesh)
+
+
+def exchanged_by_chunks(
+    batch: LocalBatch, q: Tensor, k: Tensor, v: Tensor, meaning: Meaning, mesh: SequenceMesh, chunks: HeadChunks
+) -> Tensor:
+    """`ulysses.exchanged`, in chunks of each rank's heads; see `chunked_call`.
+
+    Returns:
+        (B, H, S_r, D_v).
+    """
+    call = chunked_call(batch, q, k, meaning, mesh, chunks)
     inputs = (q, k, v, *(meaning.learned or ()))
-    wire = Wire(batch.layout.shares, mesh.sp_rank, mesh.sp_group, chunks.overlaps)
-    call = ChunkedCall(head_chunks(q.shape[1], k.shape[1], mesh.sp_size, count), wire, meaning, mesh)
     keeps = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)
     out: Tensor = _Chunked.apply(call, keeps, *inputs)
     return out

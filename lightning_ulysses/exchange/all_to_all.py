@@ -363,3 +363,11 @@ def heads_to_seq(
 ) -> Tensor:
     """The exchange after attention, by one all-to-all: (B, H_r, S, D_v) -> (B, H, S_r, D_v)."""
     return _HeadsToSeq.apply(layout, shares, rank, group, out)
+
+
+def queries_to_heads(
+    tensor: Tensor, layout: HeadLayout, shares: tuple[int, ...], rank: int, group: dist.ProcessGroup
+) -> Tensor:
+    """The opposite of `heads_to_seq`, by one all-to-all: (B, H, S_r, D) -> (B, H_r, S, D)."""
+    (whole,) = _SeqToHeads.apply(layout, shares, rank, group, tensor)
+    return whole
