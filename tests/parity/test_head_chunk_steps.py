@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from exact import BOUND, check, fit_broken
 from models import HandWritten, LlamaModule, count_targets, pair_batch, token_batch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lightning_ulysses
 from lightning_ulysses import UlyssesError
@@ -27,6 +30,14 @@ class Checkpointed(LlamaModule):
     def __init__(self, use_reentrant: bool = False, **settings: Any) -> None:
         super().__init__(**settings)
         self.model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+
+
+class Uncached(LlamaModule):
+    """With a cache, transformers takes no documents from positions in one process."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.model.config.use_cache = False
 
 
 class Sinks(HandWritten):
@@ -68,10 +79,17 @@ CASES: dict[str, tuple[Any, list[Any], SplitRun, int]] = {
     ),
     "reentrant checkpoints": (partial(Checkpointed, use_reentrant=True), batches(1), run(CHUNKS), 1),
     "packed, stage 3, checkpoints": (partial(Checkpointed, kv_heads=4), [packed(0)], run(CHUNKS, 3), 1),
-    "a window, overlap": (partial(LlamaModule, window=6), batches(1), run(OVERLAP), 1),
+    "a window, packed, overlap": (partial(Uncached, window=6), [packed(1)], run(OVERLAP), 1),
     "sinks at stage 3": (Sinks, [pair_batch(1, 33, 2, "uneven")], run(OVERLAP, 3), 1),
     "split inside at stage 3": (LlamaModule, batches(1), run(CHUNKS, 3, split="blocks"), 1),
     "with tiles": (LlamaModule, batches(1), run({**CHUNKS, "tiled_loss": True, "tile_tokens": 5}), 1),
+    "kept over checkpoints, stage 3": (
+        partial(LlamaModule, heads=9, kv_heads=3), batches(2),
+        run({**OVERLAP, "checkpoint": "block+attention", "offload": "cpu"}, 3, ACCUMULATE), 1,
+    ),
+    "dropped by checkpoints, packed": (
+        partial(Uncached, kv_heads=4), [packed(2)], run({**CHUNKS, "checkpoint": "block"}), 1,
+    ),
     "two groups": (
         partial(LlamaModule, heads=8), batches(2),
         SplitRun(4, 2, strategy={"memory": {"head_chunks": 4, "overlap": True}}), 1,
@@ -136,3 +154,42 @@ def test_more_chunks_than_heads(pool: ProcessPool, by_hand: bool) -> None:
         assert "head_chunks=4" in words and "7 query heads" in words and "set head_chunks=3" in words
     # The advice works.
     assert pool.run(refused, 7, {"head_chunks": 3}, by_hand, world_size=2) == ["", ""]
+
+
+class Counts(TorchDispatchMode):
+    """Counts kernels of attention, forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forward = self.backward = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        self.backward += "attention" in name and "backward" in name
+        self.forward += "attention" in name and "backward" not in name
+        return func(*args, **(kwargs or {}))
+
+
+def costs(rank: int, memory: dict[str, Any]) -> tuple[int, int, int]:
+    """Elements that a step exchanges, and its kernels forward and backward."""
+    sent, exchange = [], dist.all_to_all_single
+
+    def send(recv: Tensor, tensor: Tensor, *args: Any, **settings: Any) -> Any:
+        sent.append(tensor.numel())
+        return exchange(recv, tensor, *args, **settings)
+
+    settings = run(memory, check_model=False)
+    with mock.patch.object(dist, "all_to_all_single", send), Counts() as count:
+        split_trainer(settings).fit(LlamaModule(heads=8), split_loader([token_batch(1, 32)], settings, rank))
+    return sum(sent), count.forward, count.backward
+
+
+def test_kept_attention_sends_no_more_in_chunks(pool: ProcessPool) -> None:
+    """Than a checkpoint does whose blocks exchange in their second forward, of two layers."""
+    whole, kept, chunks, again = (
+        pool.run(costs, {"head_chunks": count, "checkpoint": kind}, world_size=2)
+        for kind, count in (("block", 1), ("block+attention", 1), ("block+attention", 4), ("block", 4))
+    )
+    assert [sent for sent, *_ in whole] == [sent for sent, *_ in kept] == [sent for sent, *_ in chunks]
+    assert [kernels for _, *kernels in chunks] == [[8, 8]] * 2 and [kernels for _, *kernels in again] == [[16, 8]] * 2
+    assert all(3 * a == 4 * b for (a, *_), (b, *_) in zip(again, chunks, strict=True))
