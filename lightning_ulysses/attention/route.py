@@ -76,9 +76,12 @@ def _answer(context: SequenceContext, batch: LocalBatch | None, call: AttentionC
     tally = context.notes.of(AttentionTally)
     tally.calls += 1
     # Only if the trial has seen a memory; otherwise a wrong length is an error in `exchanged`.
+    ledger = context.notes.of(KeptAttention).ledger
     if tally.attends_memory and _sees_memory(context, batch, call):
+        if ledger is not None:
+            ledger.note("attention to a memory")
         return plain() if call.memory is None else call.write(call.memory())
-    meaning, ledger = call.meaning(batch, known), context.notes.of(KeptAttention).ledger
+    meaning = call.meaning(batch, known)
     # Inside of a checkpointed block.
     keeps = ledger is not None and ledger.takes((call.q, call.k, call.v), meaning)
     compute = ledger.answer if ledger is not None and keeps else exchanged
