@@ -145,6 +145,19 @@ def test_one_block_is_on_the_device(laboratory: Lab) -> None:
         assert kept() == one + 4
 
 
+def test_two_backwards_and_two_graphs_at_a_time(laboratory: Lab) -> None:
+    plain, offloaded = Stack(layers=4), Stack(layers=4)
+    for root in (plain, offloaded):
+        with tiled(root, **(ON if root is offloaded else {})):
+            first, second = root(data().requires_grad_()).mean(), root(data().requires_grad_()).square().mean()
+            (first + second).backward(retain_graph=True)
+            first.backward()
+            del first, second
+    assert worst(offloaded, plain) <= 1e-6
+    # The last block of all has stayed on the device.
+    assert laboratory.pool.made == laboratory.pool.free == 7
+
+
 class Failing(nn.Module):
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
