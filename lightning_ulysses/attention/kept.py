@@ -245,11 +245,14 @@ class Ledger:
     Args:
         keeper: Where outputs wait.
         note: Called with the reason for each call that is computed twice after all.
+
+    Attributes:
+        note: The same.
     """
 
     def __init__(self, keeper: Keeper, note: Callable[[str], None]) -> None:
         self._keeper = keeper
-        self._note = note
+        self.note = note
         self._entries: list[_Entry] = []
         # The next entry, while the block is computed again.
         self._next: int | None = None
@@ -264,7 +267,7 @@ class Ledger:
             return False
         reason = _reason(meaning)
         if reason is not None:
-            self._note(reason)
+            self.note(reason)
         return reason is None
 
     def answer(
@@ -289,7 +292,7 @@ class Ledger:
         if self._next is None:
             out, kept = work.first(q, k, v)
             if not work.calls:
-                self._note("attention without a kernel that torch's dispatcher sees, such as its formula")
+                self.note("attention without a kernel that torch's dispatcher sees, such as its formula")
             stored, others = self._keeper.keep(out.detach()), [self._keeper.keep(tensor) for tensor in kept]
             self._entries.append(_Entry(work, stored, others, version(out)))
             return work, out, kept

@@ -77,7 +77,10 @@ def _answer(context: SequenceContext, batch: LocalBatch | None, call: AttentionC
     tally = context.notes.of(AttentionTally)
     tally.calls += 1
     # Only if the trial has seen a memory; otherwise a wrong length is an error in `exchanged`.
+    ledger = context.notes.of(KeptAttention).ledger
     if tally.attends_memory and _sees_memory(context, batch, call):
+        if ledger is not None:
+            ledger.note("attention to a memory")
         return plain() if call.memory is None else call.write(call.memory())
     out = _exchanged(context, batch, call, call.meaning(batch, known))
     context.notes.of(BackwardTurns).before(out)

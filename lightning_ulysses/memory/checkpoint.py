@@ -50,7 +50,12 @@ def checkpoint_blocks(
         handle.add(CheckpointedBlock(context, name, module, checkpoints, keeper, offload).install().remove)
     replace_checkpoints(root, handle, checkpoints.watch)
     if say is not None:
-        say(f"checkpoint={config.checkpoint!r}: {described(blocks)}")
+        devices = context.mesh.device_mesh
+        on_host = offload is not None and devices is not None and devices.device_type == "cpu"
+        alone = keeper is not None and context.mesh.sp_size == 1
+        rest = "; on one process, attention is computed twice where rows hold no documents" if alone else ""
+        rest += "; offload='cpu' saves nothing on the CPU" if on_host else ""
+        say(f"checkpoint={config.checkpoint!r}: {described(blocks)}{rest}")
     return handle
 
 

@@ -234,6 +234,11 @@ class CheckpointedBlock:
         offload.end()
         return output
 
+    def say(self, reason: str) -> None:
+        """Says once that some attention is computed twice."""
+        if self.context.mesh.rank == 0:
+            self.context.notes.of(KeptAttention).say(reason)
+
     def checked(self) -> AbstractContextManager[None]:
         """Around the first call of all: refuses a block that would write to its buffers twice."""
         if self._is_checked:
@@ -262,13 +267,9 @@ class _Run:
         self._block = block
         self._given = given
         self._kept = block.context.notes.of(KeptAttention)
-        self._ledger = None if block.keeper is None else Ledger(block.keeper, self._say)
+        self._ledger = None if block.keeper is None else Ledger(block.keeper, block.say)
         self._draws = _host_draws()
         self._is_first = True
-
-    def _say(self, reason: str) -> None:
-        if self._block.context.mesh.rank == 0:
-            self._kept.say(reason)
 
     def __call__(self, *tensors: Tensor) -> Any:
         is_first, self._is_first = self._is_first, False

@@ -14,9 +14,11 @@ import pytest
 import torch
 from exact import BOUND
 from models import VOCAB, HandWritten, LlamaModule, count_targets, pair_batch, token_batch
+from nightly import sampled
 from planned import lit, text_batches
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from zoo import ZOO, Specimen, shifted, targets_of
 
 import lightning_ulysses
 from lightning_ulysses import UlyssesError
@@ -157,6 +159,18 @@ def differences(pool: ProcessPool, name: str, **replaced: Any) -> list[float]:
 @pytest.mark.parametrize("name", CASES)
 def test_step(pool: ProcessPool, name: str) -> None:
     assert max(differences(pool, name)) <= BOUND
+
+
+# The small Jamba has one layer of each class, so that none is repeated.
+EXACT = [name for name in ZOO if ZOO[name].exact and not name.startswith("Jamba")]
+
+
+@pytest.mark.parametrize("name", sampled(EXACT, 12))
+def test_architectures(pool: ProcessPool, name: str) -> None:
+    data, make = [token_batch(1, 33, 2, "uneven")], partial(Specimen, name)
+    wanted = fit_single(make, [[shifted(batch) for batch in data]], partial(targets_of, name), seed=SEED)
+    for result in pool.run(fit, make, data, run(2, OFFLOADED), {}, world_size=2):
+        assert compare(result, wanted).largest <= BOUND
 
 
 def nothing(part: Any, out: Tensor) -> Tensor:

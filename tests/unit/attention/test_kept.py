@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,11 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_ulysses import UlyssesError
 from lightning_ulysses.attention import MaskSpec
 from lightning_ulysses.attention.attend import Softmax
+from lightning_ulysses.attention.call import AttentionCall
 from lightning_ulysses.attention.explicit import Extras
-from lightning_ulysses.attention.kept import Ledger, OnDevice
+from lightning_ulysses.attention.kept import KeptAttention, Ledger, OnDevice
+from lightning_ulysses.attention.route import AttentionTally, route
 from lightning_ulysses.attention.ulysses import exchanged
-from lightning_ulysses.context import LocalBatch
-from lightning_ulysses.exchange.mesh import ALONE
+from lightning_ulysses.context import LocalBatch, SequenceContext
+from lightning_ulysses.exchange.mesh import ALONE, SequenceMesh
 from lightning_ulysses.geometry.layout import SequenceLayout, runs_from_starts
 
 S, D = 40, 8
@@ -213,3 +216,26 @@ def test_an_output_that_is_written_to_is_refused() -> None:
     out = torch.utils.checkpoint.checkpoint(again, *inputs(4, 4), use_reentrant=False)
     with pytest.raises(UlyssesError, match="writes in place"):
         out.sum().backward()
+
+
+def test_attention_to_a_memory_is_said_to_be_computed_twice() -> None:
+    said: list[str] = []
+    context = SequenceContext(SequenceMesh(0, 2, 2, 0, 1, 0))
+    context.notes.of(AttentionTally).attends_memory = True
+    batch = LocalBatch(SequenceLayout(S, 2))
+    q, (_, k, v) = inputs(4, 4, S // 2)[0], inputs(4, 4, 7)
+    call = AttentionCall(q, k, v, lambda batch, known: MEANINGS["bidirectional"])
+    with context.step(batch), context.notes.of(KeptAttention).within(Ledger(OnDevice(), said.append)):
+        assert route(context, batch, call, lambda: "its own") == "its own"
+    assert said == ["attention to a memory"]
+
+
+def test_said_once() -> None:
+    note = KeptAttention()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        note.say("a reason")
+        note.say("a reason")
+    assert ["checkpoint='block+attention': a reason is computed again" in str(each.message) for each in caught] == [
+        True
+    ]

@@ -16,6 +16,7 @@ from memory_parts import tiled, worst
 from torch import Tensor, nn
 
 from lightning_ulysses import UlyssesError
+from lightning_ulysses.attention.kept import Ledger
 from lightning_ulysses.config import MemoryConfig
 from lightning_ulysses.context import SequenceContext
 from lightning_ulysses.exchange.mesh import ALONE
@@ -78,6 +79,19 @@ def test_kept_bytes() -> None:
     one = 2 * 64 * WIDTH * 4
     # The input of the first block was there before. The loss is 4 bytes.
     assert checkpointed == 2 * one + 4 and left == 0 and plain > 20 * one
+
+
+def test_what_is_kept_of_attention_is_freed_without_the_collector() -> None:
+    root = Stack()
+    gc.collect()
+    gc.disable()
+    try:
+        with tiled(root, checkpoint="block+attention"):
+            step(root)
+        left = [each for each in gc.get_objects() if type(each) is Ledger]
+    finally:
+        gc.enable()
+    assert not left
 
 
 def test_evaluation_is_not_checkpointed() -> None:
