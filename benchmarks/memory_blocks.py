@@ -1,4 +1,6 @@
-"""Time and memory of a step of checkpointed blocks on two processes, in turns: kept, computed again, and on the host.
+"""Processor time and memory of a step of checkpointed blocks, of one of two processes.
+
+Blocks are kept, computed again, with and without their attention, and what is kept is on the host; in turns.
 
     python benchmarks/memory_blocks.py [--tokens 4096] [--layers 8] [--repeats 2]
 
@@ -105,9 +107,9 @@ def measure(rank: int, folder: str, given: argparse.Namespace) -> None:
             step(context, root, x, given.tokens)
             meter = Meter([x, *root.parameters(), *buffers.known]) if turn == 0 else None
             with meter or nullcontext():
-                begin = time.perf_counter()
+                begin = time.process_time()
                 kept = step(context, root, x, given.tokens, meter)
-                times[name].append(time.perf_counter() - begin)
+                times[name].append(time.process_time() - begin)
             handle.remove()
             if meter is not None and rank == 0:
                 host = sum(map(len, buffers.known))
@@ -119,7 +121,7 @@ def measure(rank: int, folder: str, given: argparse.Namespace) -> None:
     if rank == 0:
         least = {name: min(each[1:]) for name, each in times.items()}
         for name, seconds in least.items():
-            print(f"{name:26} time {seconds:6.2f} s   {seconds / least['none']:5.2f}x", flush=True)
+            print(f"{name:26} processor time {seconds:6.2f} s   {seconds / least['none']:5.2f}x", flush=True)
     dist.destroy_process_group()
 
 

@@ -105,6 +105,24 @@ class _Replaying(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@dataclass(frozen=True)
+class _Draws:
+    """States of random numbers, of the host and of a GPU."""
+
+    device: torch.device
+    host: Tensor
+    gpu: Tensor | None
+
+    @classmethod
+    def now(cls, device: torch.device) -> _Draws:
+        return cls(device, torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
+
+    def set(self) -> None:
+        torch.set_rng_state(self.host)
+        if self.gpu is not None:
+            torch.cuda.set_rng_state(self.gpu, self.device)
+
+
 def _same(tensor: Tensor) -> Tensor:
     # Another object: an output that its own graph holds is never freed.
     return tensor.detach()
@@ -120,16 +138,16 @@ class _Work:
         mesh: Sizes and groups.
         layout: Strides of the output (B, H_r, S, D_v) of the kernel.
         calls: The kernels by name, and what they returned with `_Part` and `_Number` in place of tensors.
-        draws: The states of the host's random numbers before and after the call, if it drew any.
+        draws: The states of random numbers before and after the call, of the host and its device, if it has dropout.
         cast: Mixed precision of the call: type of the device, whether it is on, and its type.
     """
 
     exchange: Exchange
-    meaning: Meaning
+    meaning: Softmax
     mesh: SequenceMesh
     layout: tuple[int, ...] = ()
     calls: list[tuple[str, Any]] = field(default_factory=list)
-    draws: tuple[Tensor, Tensor] | None = None
+    draws: tuple[_Draws, _Draws] | None = None
     cast: tuple[str, bool, torch.dtype] = ("cpu", False, torch.bfloat16)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -137,15 +155,15 @@ class _Work:
 
     def first(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The output (B, H, S_r, D_v), and what kernels returned besides."""
-        kind, before = q.device.type, torch.get_rng_state()
+        kind, has_draws = q.device.type, self.meaning.dropout_p > 0
+        before = _Draws.now(q.device) if has_draws else None
         self.cast = (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
         q, k, v = self.exchange.inputs(q, k, v)
         recording = _Recording()
         # Kernels return what their backward needs only where there will be one. Its graph is dropped here.
         with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_same, _same), recording:
             out = self._attend(*(tensor.detach().requires_grad_() for tensor in (q, k, v))).detach()
-        after = torch.get_rng_state()
-        self.draws = None if torch.equal(before, after) else (before, after)
+        self.draws = None if before is None else (before, _Draws.now(out.device))
         self.layout = out.stride()
         kept: list[Tensor] = []
 
@@ -193,9 +211,12 @@ class _Work:
         if self.draws is None:
             yield
             return
-        with torch.random.fork_rng([]):
-            torch.set_rng_state(self.draws[0])
+        before, now = self.draws[0], _Draws.now(self.draws[0].device)
+        before.set()
+        try:
             yield
+        finally:
+            now.set()
 
 
 @dataclass
@@ -204,20 +225,21 @@ class _ChunkedWork:
 
     Attributes:
         parts: The call.
+        meaning: The computation.
         calls: Of its kernels; empty if these run again.
         draws: See `_Work`.
     """
 
     parts: ChunkedCall
+    meaning: Softmax
     calls: list[Any] = field(default_factory=list)
-    draws: tuple[Tensor, Tensor] | None = None
+    draws: tuple[_Draws, _Draws] | None = None
 
     def first(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The output (B, H, S_r, D_v), and what kernels returned besides."""
-        before = torch.get_rng_state()
+        before = _Draws.now(q.device) if self.meaning.dropout_p else None
         out, kept = self.parts.first((q, k, v), keeps=True)
-        after = torch.get_rng_state()
-        self.draws = None if torch.equal(before, after) else (before, after)
+        self.draws = None if before is None else (before, _Draws.now(q.device))
         self.calls = [call for trace in self.parts.traces for call in trace.calls or ()]
         return out, kept
 
@@ -281,7 +303,9 @@ class Ledger:
         parts: ChunkedCall | None = None,
     ) -> Tensor:
         """What `exchanged` returns, computed at first and kept from then on; in chunks of heads if there are any."""
-        work = _Work(Exchange.of(batch, q, k, mesh), meaning, mesh) if parts is None else _ChunkedWork(parts)
+        # As `takes` has seen.
+        assert isinstance(meaning, Softmax)
+        work = _Work(Exchange.of(batch, q, k, mesh), meaning, mesh) if parts is None else _ChunkedWork(parts, meaning)
         out: Tensor = _Attention.apply(self, work, q, k, v)
         return out
 
@@ -312,7 +336,7 @@ class Ledger:
                 "write x = x * y in place of x *= y, or set checkpoint='block' in memory",
             )
         if entry.work.draws is not None:
-            torch.set_rng_state(entry.work.draws[1])
+            entry.work.draws[1].set()
         return entry.work, out, [self._keeper.unpack(each) for each in entry.kept]
 
 

@@ -96,14 +96,16 @@ class HostPool:
 
     Args:
         allocate: Makes a buffer of so many bytes.
+        check: Refuses so many further bytes.
 
     Attributes:
         made: Buffers allocated so far.
         bytes: Of all buffers, in use or not.
     """
 
-    def __init__(self, allocate: Callable[[int], Tensor]) -> None:
+    def __init__(self, allocate: Callable[[int], Tensor], check: Callable[[int], None]) -> None:
         self._allocate = allocate
+        self._check = check
         self._free: list[Tensor] = []
         self.made = 0
         self.bytes = 0
@@ -126,6 +128,7 @@ class HostPool:
         if self._free:
             # A longer batch: this buffer would never be used again.
             self.bytes -= len(self._free.pop())
+        self._check(size)
         try:
             buffer = self._allocate(size)
         except RuntimeError as error:

@@ -251,7 +251,7 @@ class HostOffload:
         """How to copy from a device, and the buffers on the host."""
         if self._copies is None or self._pool is None:
             self._copies = self._find_copies(device)
-            self._pool = HostPool(self._copies.buffer)
+            self._pool = HostPool(self._copies.buffer, self._check)
         return self._copies, self._pool
 
     def _make_room(self, members: list[Kept]) -> None:

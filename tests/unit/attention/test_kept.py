@@ -58,8 +58,9 @@ def block(tensors: list[Tensor], meaning: Softmax, ledger: Ledger | None) -> Ten
     for _ in range(2):
         keeps = ledger is not None and ledger.takes((q, k, v), meaning)
         compute = ledger.answer if ledger is not None and keeps else exchanged
-        q = torch.tanh(compute(batch, q, k, v, meaning, ALONE))
-    return q + torch.rand(())
+        # Drawn after what attention draws.
+        q = torch.tanh(compute(batch, q, k, v, meaning, ALONE)) * (0.5 + torch.rand(()))
+    return q
 
 
 def run(tensors: list[Tensor], meaning: Softmax, said: list[str] | None, keeper: Any = None) -> tuple[Tensor, int]:

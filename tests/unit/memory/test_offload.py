@@ -281,4 +281,14 @@ def test_memory_that_cannot_be_pinned() -> None:
         raise RuntimeError("CUDA error: out of memory\nmore")
 
     with pytest.raises(UlyssesError, match=r"CUDA error: out of memory\); the limit of locked memory is"):
-        HostPool(refuse).take(5)
+        HostPool(refuse, lambda size: None).take(5)
+
+
+def test_buffers_beyond_those_of_one_step_are_refused_too() -> None:
+    sizes: list[int] = []
+    pool = HostPool(lambda size: torch.empty(size, dtype=torch.uint8), sizes.append)
+    pool.give(pool.take(8))
+    pool.take(5)
+    pool.take(5)
+    # The second one was there.
+    assert sizes == [8, 5]
