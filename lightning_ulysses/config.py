@@ -32,7 +32,7 @@ REGISTERED: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """Parts of a step that run tile by tile along the tokens; see ``docs/memory.md``.
+    """Parts of a step that run a part at a time, or twice, or wait on the host; see ``docs/memory.md``.
 
     Attributes:
         tiled_loss: Whether cross entropies compute the logits of a head tile by tile; names of heads in place of True.
@@ -40,6 +40,13 @@ class MemoryConfig:
         tiled_norm: The same for norms.
         tile_tokens: Tokens of a tile.
         tile_bytes: What a tile of a module may keep, or its logits in float32 may take. 256 MiB by default.
+        head_chunks: In how many chunks each rank's heads are exchanged and attended; ``"auto"`` for one head at a time
+            on the rank with the fewest.
+        overlap: Whether the exchange of a chunk of heads runs beside the attention of the one before it.
+        checkpoint: ``"block"`` keeps the inputs of the repeated blocks of a model and computes each block again in the
+            backward; ``"block+attention"`` keeps the outputs of attention as well, which is then computed once.
+        checkpoint_blocks: Names of the blocks; they are found by default.
+        offload: ``"cpu"`` has what is kept of checkpointed blocks wait for the backward in host memory.
     """
 
     tiled_loss: bool | list[str] = False
@@ -47,12 +54,17 @@ class MemoryConfig:
     tiled_norm: bool | list[str] = False
     tile_tokens: int | None = None
     tile_bytes: int | None = None
+    head_chunks: int | Literal["auto"] = 1
+    overlap: bool = False
+    checkpoint: Literal["none", "block", "block+attention"] = "none"
+    checkpoint_blocks: list[str] | None = None
+    offload: Literal["none", "cpu"] = "none"
 
     def __post_init__(self) -> None:
         for name in ("tiled_loss", "tiled_mlp", "tiled_norm"):
             value = getattr(self, name)
-            is_names = isinstance(value, list) and bool(value) and all(isinstance(each, str) and each for each in value)
-            _require(isinstance(value, bool) or is_names, name, value, "True, False or a list of names of submodules")
+            is_right = isinstance(value, bool) or _are_names(value)
+            _require(is_right, name, value, "True, False or a list of names of submodules")
         for name in ("tile_tokens", "tile_bytes"):
             value = getattr(self, name)
             is_size = value is None or (type(value) is int and value >= 1)
@@ -61,15 +73,54 @@ class MemoryConfig:
             raise UlyssesError(
                 f"tile_tokens={self.tile_tokens} and tile_bytes={self.tile_bytes}", "one of them", "drop tile_tokens"
             )
+        self._check_heads()
+        self._check_checkpoint()
+
+    def _check_heads(self) -> None:
+        count = self.head_chunks
+        is_count = count == "auto" or (type(count) is int and count >= 1)
+        _require(is_count, "head_chunks", count, "'auto' or a positive whole number, 1 for all heads at once")
+        _require(isinstance(self.overlap, bool), "overlap", self.overlap, "True or False")
+        if self.overlap and not self.cuts_heads:
+            raise UlyssesError(
+                "overlap=True with all heads at once",
+                "chunks of heads, of which one can wait",
+                "set head_chunks='auto'",
+            )
+
+    def _check_checkpoint(self) -> None:
+        kinds, places = ("none", "block", "block+attention"), ("none", "cpu")
+        _require(self.checkpoint in kinds, "checkpoint", self.checkpoint, f"one of {kinds}")
+        _require(self.offload in places, "offload", self.offload, f"one of {places}")
+        names = self.checkpoint_blocks
+        is_right = names is None or _are_names(names)
+        _require(is_right, "checkpoint_blocks", names, "a list of names of submodules, or None to find them")
+        needing = [name for name, value in (("offload", self.offload != "none"), ("checkpoint_blocks", names)) if value]
+        if needing and self.checkpoint == "none":
+            raise UlyssesError(
+                f"{needing[0]}={getattr(self, needing[0])!r} without checkpoint",
+                "checkpointed blocks, whose inputs alone are kept",
+                "set checkpoint='block' as well",
+            )
 
     @property
     def is_on(self) -> bool:
         """Whether any part is asked for."""
-        return bool(self.tiled_loss or self.tiled_mlp or self.tiled_norm)
+        is_tiled = self.tiled_loss or self.tiled_mlp or self.tiled_norm
+        return bool(is_tiled or self.cuts_heads or self.checkpoint != "none")
+
+    @property
+    def cuts_heads(self) -> bool:
+        """Whether heads are to be computed in chunks."""
+        return self.head_chunks != 1
 
     def rows(self, row_bytes: int) -> int:
         """Rows of a tile whose rows take ``row_bytes`` each."""
         return self.tile_tokens or max((self.tile_bytes or 256 * 2**20) // row_bytes, 1)
+
+
+def _are_names(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(each, str) and each for each in value)
 
 
 def read_memory(given: MemoryConfig | Mapping[str, Any] | None) -> MemoryConfig:

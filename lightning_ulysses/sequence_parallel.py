@@ -113,12 +113,13 @@ class SequenceParallel:
         """
         self._module = module
         self._handle.add(install_interceptors(self.context, module, gathers_parameters).remove)
+        # Before plans that are chosen later, which are taken off before it.
+        if self.settings.memory.is_on:
+            self._handle.add(memory.install(self.context, module, self.settings.memory, forget, say).remove)
         self._handle.add(self._choice.install(module, forget).remove)
         self._choice.say = say or self._choice.say
         if say is not None:
             self.context.notes.of(KernelReport).say = say
-        if self.settings.memory.is_on:
-            self._handle.add(memory.install(self.context, module, self.settings.memory, forget).remove)
 
     def close(self) -> None:
         """Puts everything back that was patched; closing twice does nothing."""

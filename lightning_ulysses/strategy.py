@@ -85,7 +85,7 @@ class UlyssesDeepSpeedStrategy(
         split: ``"batch"`` gives each rank its slice of the batch, ``"blocks"`` splits the model at its repeated blocks
             and leaves what comes before and after them whole. ``"auto"`` takes the first of the two that gives the step
             of one process, tried on a few tokens of the first batch of each kind of step.
-        memory: Parts of a step that run tile by tile along the tokens, such as ``{"tiled_loss": True}``; see
+        memory: Parts of a step that run a part at a time, such as ``{"tiled_loss": True, "head_chunks": 4}``; see
             `MemoryConfig`. By default none.
         config: A DeepSpeed config or the path of one; replaces all arguments of DeepSpeedStrategy.
         **kwargs: Every other argument of Lightning's ``DeepSpeedStrategy``.
@@ -216,8 +216,7 @@ class UlyssesDeepSpeedStrategy(
 
     @override
     def setup(self, trainer: pl.Trainer) -> None:
-        module, _ = self._module_and_trainer
-        check_trainer(trainer, module)
+        check_trainer(trainer, module := self._module_and_trainer[0])
         self._close()
         # Schedulers ask for the number of steps in there, and so for the length of a sampler that asks for the mesh.
         self._core = SequenceParallel(self.ulysses, self.mesh, self.root_device, self._base_seed, refuses=self._refuses)

@@ -6,8 +6,9 @@ squared document lengths.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -240,6 +241,26 @@ class Softmax:
     dropout_p: float = 0.0
     extras: Extras | None = None
     flash: VariableLength | None = None
+
+    def _tensors(self) -> tuple[Tensor | None, ...]:
+        sinks, slopes = (self.extras.sinks, self.extras.alibi_slopes) if self.extras else (None, None)
+        return self.bias, sinks, slopes
+
+    @property
+    def learned(self) -> tuple[Tensor, ...]:
+        """See `attention.call.Meaning`."""
+        return tuple(tensor for tensor in self._tensors() if tensor is not None and tensor.requires_grad)
+
+    def given(self, learned: Sequence[Tensor]) -> Softmax:
+        """See `attention.call.Meaning`."""
+        if not learned:
+            return self
+        rest = iter(learned)
+        bias, sinks, slopes = (
+            next(rest) if tensor is not None and tensor.requires_grad else tensor for tensor in self._tensors()
+        )
+        extras = self.extras and replace(self.extras, sinks=sinks, alibi_slopes=slopes)
+        return replace(self, bias=bias, extras=extras)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, heads: slice, kv_index: tuple[int, ...] | None, mesh: SequenceMesh

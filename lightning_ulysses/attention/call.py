@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +15,13 @@ from lightning_ulysses.geometry.mask_spec import MaskSpec
 
 class Meaning(Protocol):
     """The computation of an attention call over the whole sequence."""
+
+    @property
+    def learned(self) -> tuple[Tensor, ...] | None:
+        """Tensors beside q, k and v that need gradients. None for a user's function, which does not tell."""
+
+    def given(self, learned: Sequence[Tensor]) -> Meaning:
+        """The same computation with other tensors in the place of those that are `learned`."""
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, heads: slice, kv_index: tuple[int, ...] | None, mesh: SequenceMesh

@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_ulysses.attention.call import AttentionCall
+from lightning_ulysses.attention.call import AttentionCall, Meaning
+from lightning_ulysses.attention.chunked import HeadChunks, chunked_call, exchanged_by_chunks
+from lightning_ulysses.attention.kept import KeptAttention
 from lightning_ulysses.attention.mask_table import MaskTable
 from lightning_ulysses.attention.ulysses import exchanged
 from lightning_ulysses.context import LocalBatch, SequenceContext
@@ -75,11 +77,27 @@ def _answer(context: SequenceContext, batch: LocalBatch | None, call: AttentionC
     tally = context.notes.of(AttentionTally)
     tally.calls += 1
     # Only if the trial has seen a memory; otherwise a wrong length is an error in `exchanged`.
+    ledger = context.notes.of(KeptAttention).ledger
     if tally.attends_memory and _sees_memory(context, batch, call):
+        if ledger is not None:
+            ledger.note("attention to a memory")
         return plain() if call.memory is None else call.write(call.memory())
-    out = exchanged(batch, call.q, call.k, call.v, call.meaning(batch, known), context.mesh)
+    out = _exchanged(context, batch, call, call.meaning(batch, known))
     context.notes.of(BackwardTurns).before(out)
     return call.write(out)
+
+
+def _exchanged(context: SequenceContext, batch: LocalBatch, call: AttentionCall, meaning: Meaning) -> Tensor:
+    inputs, mesh = (call.q, call.k, call.v), context.mesh
+    chunks, ledger = context.notes.of(HeadChunks), context.notes.of(KeptAttention).ledger
+    is_cut = chunks.count != 1 and mesh.sp_group is not None
+    # Inside of a checkpointed block.
+    if ledger is not None and ledger.takes(inputs, meaning):
+        parts = chunked_call(batch, call.q, call.k, meaning, mesh, chunks) if is_cut else None
+        return ledger.answer(batch, *inputs, meaning, mesh, parts)
+    if is_cut:
+        return exchanged_by_chunks(batch, *inputs, meaning, mesh, chunks)
+    return exchanged(batch, *inputs, meaning, mesh)
 
 
 def _known_mask(context: SequenceContext, region: LocalBatch | None, mask: Tensor) -> MaskSpec | None:

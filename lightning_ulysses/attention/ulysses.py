@@ -5,14 +5,75 @@ Source: DeepSpeed-Ulysses, arXiv 2309.14509.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from lightning_ulysses.attention.call import Meaning
 from lightning_ulysses.context import LocalBatch
-from lightning_ulysses.exchange.all_to_all import heads_to_seq, seq_to_heads
+from lightning_ulysses.exchange.all_to_all import heads_to_seq, queries_to_heads, seq_to_heads
 from lightning_ulysses.exchange.mesh import SequenceMesh
-from lightning_ulysses.geometry.heads import head_layout
+from lightning_ulysses.geometry.heads import HeadLayout, head_layout
 from lightning_ulysses.sequence import share_error
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """The exchanges of one attention call.
+
+    Attributes:
+        heads: Which rank gets which heads.
+        shares: S_r of every rank.
+        mesh: Sizes and groups. Without a group nothing is exchanged: packed documents on one rank, whose slice is the
+            whole sequence, and which has all heads.
+    """
+
+    heads: HeadLayout
+    shares: tuple[int, ...]
+    mesh: SequenceMesh
+
+    @classmethod
+    def of(cls, batch: LocalBatch, q: Tensor, k: Tensor, mesh: SequenceMesh) -> Exchange:
+        """That of queries (B, H, S_r, D) and keys (B, H_kv, S_r, D).
+
+        Raises:
+            UlyssesError: If a length is not this rank's share, or P > H.
+        """
+        rank, shares = mesh.sp_rank, batch.layout.shares
+        for tensor, what in ((q, "attention"), (k, "attention with keys")):
+            if tensor.shape[2] != shares[rank]:
+                raise share_error(tensor.shape[2], batch.layout, rank, what)
+        if q.shape[1] < mesh.sp_size:
+            mesh.check_heads(q.shape[1])
+        return cls(head_layout(q.shape[1], k.shape[1], mesh.sp_size), shares, mesh)
+
+    @property
+    def query_heads(self) -> slice:
+        """The query heads of this rank among all H."""
+        return slice(*self.heads.query_ranges[self.mesh.sp_rank])
+
+    @property
+    def kv_index(self) -> tuple[int, ...] | None:
+        """For each query head of this rank its key/value head if groups are uneven, else None."""
+        return None if self.mesh.sp_group is None else self.heads.uneven_groups[self.mesh.sp_rank]
+
+    def inputs(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Each (B, heads, S_r, D) -> (B, heads of this rank, S, D)."""
+        if self.mesh.sp_group is None:
+            return q, k, v
+        return seq_to_heads(q, k, v, self.heads, self.shares, self.mesh.sp_rank, self.mesh.sp_group)
+
+    def output(self, out: Tensor) -> Tensor:
+        """(B, H_r, S, D_v) -> (B, H, S_r, D_v)."""
+        if self.mesh.sp_group is None:
+            return out
+        return heads_to_seq(out, self.heads, self.shares, self.mesh.sp_rank, self.mesh.sp_group)
+
+    def adjoint(self, out: Tensor) -> Tensor:
+        """The opposite of `output`: (B, H, S_r, D_v) -> (B, H_r, S, D_v)."""
+        if self.mesh.sp_group is None:
+            return out
+        return queries_to_heads(out, self.heads, self.shares, self.mesh.sp_rank, self.mesh.sp_group)
 
 
 def exchanged(batch: LocalBatch, q: Tensor, k: Tensor, v: Tensor, meaning: Meaning, mesh: SequenceMesh) -> Tensor:
@@ -32,16 +93,6 @@ def exchanged(batch: LocalBatch, q: Tensor, k: Tensor, v: Tensor, meaning: Meani
     Raises:
         UlyssesError: If a length is not this rank's share, or P > H.
     """
-    rank, shares = mesh.sp_rank, batch.layout.shares
-    for tensor, what in ((q, "attention"), (k, "attention with keys")):
-        if tensor.shape[2] != shares[rank]:
-            raise share_error(tensor.shape[2], batch.layout, rank, what)
-    if mesh.sp_group is None:
-        # Packed documents on one rank: its slice is the whole sequence, and it has all heads.
-        return meaning.attend(q, k, v, slice(0, q.shape[1]), None, mesh)
-    if q.shape[1] < mesh.sp_size:
-        mesh.check_heads(q.shape[1])
-    heads = head_layout(q.shape[1], k.shape[1], mesh.sp_size)
-    q, k, v = seq_to_heads(q, k, v, heads, shares, rank, mesh.sp_group)
-    out = meaning.attend(q, k, v, slice(*heads.query_ranges[rank]), heads.uneven_groups[rank], mesh)
-    return heads_to_seq(out, heads, shares, rank, mesh.sp_group)
+    exchange = Exchange.of(batch, q, k, mesh)
+    q, k, v = exchange.inputs(q, k, v)
+    return exchange.output(meaning.attend(q, k, v, exchange.query_heads, exchange.kv_index, mesh))

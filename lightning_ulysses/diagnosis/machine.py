@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from lightning_ulysses.diagnosis.finding import Finding, size
+from lightning_ulysses.memory import host
 from lightning_ulysses.upstream.torch_builds import build_root
 
 # Pinned memory that offloading needs at least; containers often allow 64 KiB.
@@ -20,46 +21,6 @@ _STALE = 1800.0
 _SHARED = 2**30
 
 
-def _number(path: Path) -> int | None:
-    try:
-        text = path.read_text().split()[0]
-    except (OSError, IndexError):
-        return None
-    # "max" stands for no limit.
-    return int(text) if text.isdigit() else None
-
-
-def _available(root: Path) -> int | None:
-    try:
-        lines = (root / "proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0]) * 1024 if found else None
-
-
-def _cgroup(root: Path) -> tuple[int, int] | None:
-    """The smallest memory limit of this process's control groups, and what is used of it."""
-    try:
-        groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
-    except OSError:
-        return None
-    base, found = root / "sys/fs/cgroup", []
-    for _, controllers, path in groups:
-        folder = base / ("memory" if controllers else "")
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        names = ("memory.limit_in_bytes", "memory.usage_in_bytes") if controllers else ("memory.max", "memory.current")
-        inner = folder / path.strip("/")
-        # A container sees its own group at the top.
-        for place in (inner, *(parent for parent in inner.parents if folder in (parent, *parent.parents))):
-            limit, used = (_number(place / name) for name in names)
-            # Without a limit, the first version shows a number near 2^63.
-            if limit is not None and limit < 2**60:
-                found.append((limit, used or 0))
-    return min(found, default=None)
-
-
 def memory(root: Path = Path("/")) -> list[Finding]:
     """Host memory, and the limits on it.
 
@@ -67,10 +28,10 @@ def memory(root: Path = Path("/")) -> list[Finding]:
         root: Where ``proc`` and ``sys`` are.
     """
     found = []
-    available = _available(root)
+    available = host.available(root)
     if available is not None:
         found.append(Finding("host memory", f"{size(available)} available"))
-    limited = _cgroup(root)
+    limited = host.control_group(root)
     if limited is not None:
         left = limited[0] - limited[1]
         short = available is not None and left < available

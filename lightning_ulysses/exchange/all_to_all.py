@@ -65,7 +65,7 @@ def _blocks(peers: range, sharers: int) -> Iterator[tuple[range, int]]:
         yield range(end, peers.stop), peers.stop - end
 
 
-def _on_wire(rank: int, sp_size: int) -> range:
+def on_wire(rank: int, sp_size: int) -> range:
     """The peers whose chunks pass through the collective of ``rank``.
 
     The rank's own chunk is left out if the chunks of the others are contiguous without it. This saves two copies of it.
@@ -74,7 +74,7 @@ def _on_wire(rank: int, sp_size: int) -> range:
     return range(int(rank == 0), sp_size - int(rank == sp_size - 1))
 
 
-def _columns(rows: Tensor, widths: list[int], sizes: list[int]) -> list[Tensor]:
+def side_by_side(rows: Tensor, widths: list[int], sizes: list[int]) -> list[Tensor]:
     """Views of the tensors side by side in ``rows``: (tokens, B, sum of heads * D) -> each (tokens, B, heads, D)."""
     # (tokens, B, sum of heads * D) -> each (tokens, B, heads * D) -> (tokens, B, heads, D)
     parts = rows.split([width * size for width, size in zip(widths, sizes, strict=True)], dim=2)
@@ -105,7 +105,7 @@ def _pack_heads(send: Tensor, tensors: tuple[Tensor, ...], ranges: tuple[Ranges,
     if all(sharers):
         widths = _widths(ranges, 0)
         # (elements,) -> (peers * S_r, B, sum of heads * D) -> each (peers * S_r, B, heads, D)
-        columns = _columns(send.view(len(peers) * share, batch, -1), widths, sizes)
+        columns = side_by_side(send.view(len(peers) * share, batch, -1), widths, sizes)
         for column, tensor, width, shared in zip(columns, tensors, widths, sharers, strict=True):
             for block, count in _blocks(peers, shared):
                 # (peers * S_r, B, heads, D) -> (block * S_r, B, heads, D)
@@ -119,7 +119,7 @@ def _pack_heads(send: Tensor, tensors: tuple[Tensor, ...], ranges: tuple[Ranges,
     rows = _row_sizes(ranges, sizes)
     for peer, chunk in zip(peers, send.split([share * batch * rows[peer] for peer in peers]), strict=True):
         # (elements,) -> (S_r, B, sum of heads * D) -> each (S_r, B, heads, D)
-        columns = _columns(chunk.view(share, batch, rows[peer]), _widths(ranges, peer), sizes)
+        columns = side_by_side(chunk.view(share, batch, rows[peer]), _widths(ranges, peer), sizes)
         for column, tensor, ends in zip(columns, tensors, ranges, strict=True):
             # (B, heads, S_r, D) -> (S_r, B, heads, D)
             column.copy_(tensor[:, slice(*ends[peer])].permute(2, 0, 1, 3))
@@ -136,8 +136,8 @@ def _scatter_heads(
     batch, share = tensors[0].shape[0], shares[rank]
     sizes = [tensor.shape[3] for tensor in tensors]
     rows = _row_sizes(ranges, sizes)
-    peers = _on_wire(rank, len(shares))
-    # Size 0 leaves the own chunk out of the collective, see `_on_wire`.
+    peers = on_wire(rank, len(shares))
+    # Size 0 leaves the own chunk out of the collective, see `on_wire`.
     send_sizes = [share * batch * row * (peer in peers) for peer, row in enumerate(rows)]
     send = tensors[0].new_empty(sum(send_sizes))
     _pack_heads(send, tensors, ranges, peers)
@@ -153,7 +153,7 @@ def _scatter_heads(
         # (S_r, B, sum of heads * D) -> (elements,)
         _pack_heads(chunks[rank].view(-1), tensors, ranges, range(rank, rank + 1))
     # (S, B, sum of heads * D) -> each (S, B, heads, D) -> (B, heads, S, D), views of the received buffer
-    return tuple(column.permute(1, 2, 0, 3) for column in _columns(whole, _widths(ranges, rank), sizes))
+    return tuple(column.permute(1, 2, 0, 3) for column in side_by_side(whole, _widths(ranges, rank), sizes))
 
 
 def _place(whole: Tensor, received: Tensor, own: Tensor | None, rank: int, sharers: int) -> None:
@@ -216,7 +216,7 @@ def _pack_tokens(
     before, own = sum(shares[:rank]), shares[rank]
     # (elements,) -> (tokens of all others, B, sum of heads * D) -> each (tokens of all others, B, heads, D)
     rows = send.view(-1, tensors[0].shape[0], sum(w * d for w, d in zip(widths, sizes, strict=True)))
-    for column, tensor in zip(_columns(rows, widths, sizes), tensors, strict=True):
+    for column, tensor in zip(side_by_side(rows, widths, sizes), tensors, strict=True):
         # (B, heads, S, D) -> (S, B, heads, D)
         tokens = tensor.permute(2, 0, 1, 3)
         column[:before].copy_(tokens[:before])
@@ -240,7 +240,7 @@ def _gather_heads(
     rows, widths = _row_sizes(ranges, sizes), [_widths(ranges, peer) for peer in range(sp_size)]
     # A single tensor is sent from where it is, so its peers must be contiguous. Several tensors are copied side by side
     # in any case, so the own chunk can always be left out.
-    peers = list(_on_wire(rank, sp_size)) if len(tensors) == 1 else [peer for peer in range(sp_size) if peer != rank]
+    peers = list(on_wire(rank, sp_size)) if len(tensors) == 1 else [peer for peer in range(sp_size) if peer != rank]
     send_sizes = [count * batch * rows[rank] * (peer in peers) for peer, count in enumerate(shares)]
     recv_sizes = [share * batch * row * (peer in peers) for peer, row in enumerate(rows)]
     if len(tensors) == 1:
@@ -269,7 +269,7 @@ def _gather_heads(
     else:
         parts = [
             # (elements,) -> (S_r, B, sum of heads * D) -> each (S_r, B, heads, D)
-            _columns(chunk.view(share, batch, row), width, sizes)
+            side_by_side(chunk.view(share, batch, row), width, sizes)
             for chunk, row, width in zip(recv.split(recv_sizes), rows, widths, strict=True)
             # Empty for the own chunk, which is inserted below.
             if chunk.numel()
@@ -363,3 +363,11 @@ def heads_to_seq(
 ) -> Tensor:
     """The exchange after attention, by one all-to-all: (B, H_r, S, D_v) -> (B, H, S_r, D_v)."""
     return _HeadsToSeq.apply(layout, shares, rank, group, out)
+
+
+def queries_to_heads(
+    tensor: Tensor, layout: HeadLayout, shares: tuple[int, ...], rank: int, group: dist.ProcessGroup
+) -> Tensor:
+    """The opposite of `heads_to_seq`, by one all-to-all: (B, H, S_r, D) -> (B, H_r, S, D)."""
+    (whole,) = _SeqToHeads.apply(layout, shares, rank, group, tensor)
+    return whole

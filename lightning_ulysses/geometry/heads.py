@@ -74,24 +74,30 @@ class HeadLayout:
 
     def kv_index(self, rank: int) -> tuple[int, ...]:
         """For each query head of ``rank``, the index of its key/value head among those of the rank."""
-        begin, end = self.query_ranges[rank]
-        first = begin // self.group_size
-        return tuple(head // self.group_size - first for head in range(begin, end))
+        return kv_index(self.query_ranges[rank], self.group_size)
 
     @cached_property
     def uneven_groups(self) -> tuple[tuple[int, ...] | None, ...]:
-        """For each rank its `kv_index` if a kernel cannot group the heads by itself, else None.
+        """For each rank its `kv_index` if a kernel cannot group the heads by itself, else None; see `uneven_group`."""
+        return tuple(uneven_group(heads, self.group_size) for heads in self.query_ranges)
 
-        A kernel can do so (``enable_gqa``) if each key/value head of the rank belongs to equally many of its query
-        heads, in order.
-        """
-        return tuple(None if self._is_grouped(rank) else self.kv_index(rank) for rank in range(self.sp_size))
 
-    def _is_grouped(self, rank: int) -> bool:
-        begin, end = self.kv_ranges[rank]
-        index = self.kv_index(rank)
-        per_head, rest = divmod(len(index), end - begin)
-        return not rest and index == tuple(position // per_head for position in range(len(index)))
+def kv_index(heads: tuple[int, int], group_size: int) -> tuple[int, ...]:
+    """For each query head of a range, the index of its key/value head among those that the range needs."""
+    begin, end = heads
+    first = begin // group_size
+    return tuple(head // group_size - first for head in range(begin, end))
+
+
+def uneven_group(heads: tuple[int, int], group_size: int) -> tuple[int, ...] | None:
+    """The `kv_index` of a range of query heads if a kernel cannot group them by itself, else None.
+
+    A kernel can do so (``enable_gqa``) if each key/value head belongs to equally many of the query heads, in order.
+    """
+    index = kv_index(heads, group_size)
+    per_head, rest = divmod(len(index), index[-1] + 1)
+    is_grouped = not rest and index == tuple(position // per_head for position in range(len(index)))
+    return None if is_grouped else index
 
 
 @lru_cache(maxsize=256)

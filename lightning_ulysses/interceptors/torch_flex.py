@@ -10,7 +10,7 @@ Source: torch ``nn/attention/flex_attention.py``.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -95,6 +95,14 @@ class Flex:
     block_mask: BlockMask | None
     layout: SequenceLayout
     settings: Mapping[str, Any]
+
+    @property
+    def learned(self) -> None:
+        """See `attention.call.Meaning`."""
+
+    def given(self, learned: Sequence[Tensor]) -> Flex:
+        """See `attention.call.Meaning`."""
+        return self
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, heads: slice, kv_index: tuple[int, ...] | None, mesh: SequenceMesh

@@ -1,4 +1,4 @@
-"""Parts of a step that run tile by tile along the tokens, so that their memory does not grow with the sequence."""
+"""Parts of a step that run a part at a time, along the tokens or the heads, so that they take less memory."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ Setting = bool | Sequence[str]
 
 _MLP = re.compile(r"(mlp|ffn|feed_?forward)s?$", re.IGNORECASE)
 _NORM = re.compile(r"norm(1d)?$|norm", re.IGNORECASE)
-# Name parts that wrappers for compiling, checkpointing and sharding insert.
-_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+#: Name parts that wrappers for compiling, checkpointing and sharding insert.
+WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 
 def find_mlps(root: nn.Module, setting: Setting) -> Found:
@@ -62,10 +62,34 @@ def _is_norm(name: str, module: nn.Module) -> bool:
     return _NORM.search(type(module).__name__) is not None and not any(True for _ in module.children())
 
 
+def find_named(root: nn.Module, part: str, patterns: Sequence[str]) -> Found:
+    """Submodules by patterns of names, none of them inside of another one.
+
+    Raises:
+        UlyssesError: For a pattern that no name fits; it names the setting ``part``.
+    """
+    found, names = _find(root, part, patterns, lambda name, module: False), plain_names(root)
+    return {name: names[name] for name in found}
+
+
+def plain_names(root: nn.Module) -> Found:
+    """Submodules by their names without those of wrappers; a wrapper stands for what is inside."""
+    names: Found = {}
+    for name, module in root.named_modules():
+        if name:
+            names.setdefault(plain(name), module)
+    return names
+
+
+def plain(name: str) -> str:
+    """A name without those of wrappers."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
 def _find(root: nn.Module, part: str, setting: Setting, is_wanted: Callable[[str, nn.Module], bool]) -> Found:
     if setting is False:
         return {}
-    names = {_plain(name): module for name, module in root.named_modules() if name}
+    names = {plain(name): module for name, module in root.named_modules() if name}
     if setting is True:
         found = {name: module for name, module in names.items() if is_wanted(name, module)}
         if not found:
@@ -79,10 +103,6 @@ def _find(root: nn.Module, part: str, setting: Setting, is_wanted: Callable[[str
                 raise _nothing(root, part, repr(pattern), names, pattern)
             found |= matching
     return {name: module for name, module in found.items() if not _inside(name, found)}
-
-
-def _plain(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def _fits(name: str, pattern: str) -> bool:

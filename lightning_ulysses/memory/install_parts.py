@@ -9,8 +9,10 @@ from torch import nn
 
 from lightning_ulysses.config import MemoryConfig
 from lightning_ulysses.context import SequenceContext
+from lightning_ulysses.memory.checkpoint import checkpoint_blocks
 from lightning_ulysses.memory.finding import Found, find_heads, find_mlps, find_norms
 from lightning_ulysses.memory.head import Head
+from lightning_ulysses.memory.head_chunks import cut_heads
 from lightning_ulysses.memory.tiled import TiledModule
 from lightning_ulysses.memory.tiled_loss import defer, touch
 from lightning_ulysses.patching.handle import Handle
@@ -48,7 +50,11 @@ def units(root: nn.Module, config: MemoryConfig) -> list[nn.Module]:
 
 
 def install(
-    context: SequenceContext, root: nn.Module, config: MemoryConfig, forget: Callable[[], None] | None = None
+    context: SequenceContext,
+    root: nn.Module,
+    config: MemoryConfig,
+    forget: Callable[[], None] | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Handle:
     """Replaces the calls of submodules as ``config`` says.
 
@@ -57,6 +63,7 @@ def install(
         root: The user's LightningModule.
         config: Which parts.
         forget: Called after a head was tried, for whoever keeps count of the module calls of a step.
+        say: Tells the user which blocks are checkpointed; on rank 0 only.
 
     Returns:
         A handle whose ``remove()`` restores everything.
@@ -66,12 +73,16 @@ def install(
     """
     handle = Handle()
     found = parts(root, config)
+    if config.checkpoint != "none":
+        handle.add(checkpoint_blocks(context, root, config, say).remove)
     for name, module in found.mlps.items():
         handle.add(TiledModule(context, "tiled_mlp", name, module, config).install().remove)
     for name, module in found.norms.items():
         handle.add(TiledModule(context, "tiled_norm", name, module, config).install().remove)
     for name, module in found.heads.items():
         handle.add(Head(context, name, module, config, defer, forget).install().remove)
+    if config.cuts_heads:
+        handle.add(cut_heads(context, root, config).remove)
     if found.heads:
         # Functions of ZeRO-3 ask no tensor that stands for another one.
         handle.add(touch_through(touch).remove)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import inspect
 from collections.abc import Callable
 from types import MethodType
 from typing import Any
@@ -30,6 +32,9 @@ class Replaced:
         # Somebody else may have replaced the method of this module before.
         self._is_own = name in vars(module)
         self.original: Callable[..., Any] = getattr(module, name)
+        # Plans read the names of parameters.
+        with contextlib.suppress(TypeError, ValueError):
+            self.__signature__ = inspect.signature(self.original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the replacement."""

@@ -143,6 +143,8 @@ class _Kept:
         self._held: list[Tensor] = []
 
     def pack(self, tensor: Tensor) -> Tensor:
+        # Another object: an output that its own graph holds is never freed, and the parameters with it.
+        tensor = tensor.detach()
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self._seen:
             self._seen.add(storage.data_ptr())

@@ -13,6 +13,7 @@ from lightning_ulysses.config import MemoryConfig
 
 def test_off_by_default() -> None:
     assert not UlyssesDeepSpeedStrategy().ulysses.memory.is_on
+    assert MemoryConfig(checkpoint="block").is_on
 
 
 @pytest.mark.parametrize(
@@ -36,6 +37,18 @@ def test_given(given: Any) -> None:
         ({"tile_tokens": 0}, "tile_tokens=0"),
         ({"tile_bytes": 1.5}, "tile_bytes=1.5"),
         ({"tile_bytes": 5, "tile_tokens": 5}, "one of them"),
+        ({"head_chunks": 0}, "head_chunks=0"),
+        ({"head_chunks": True}, "head_chunks=True"),
+        ({"head_chunks": "all"}, "head_chunks='all'"),
+        ({"head_chunks": 2, "overlap": 1}, "overlap=1"),
+        ({"overlap": True}, "set head_chunks='auto'"),
+        ({"checkpoint": "blocks"}, "checkpoint='blocks'"),
+        ({"checkpoint": True}, "checkpoint=True"),
+        ({"checkpoint": "block", "offload": "gpu"}, "offload='gpu'"),
+        ({"offload": "cpu"}, "offload='cpu' without checkpoint"),
+        ({"checkpoint_blocks": ["h.*"]}, "without checkpoint"),
+        ({"checkpoint": "block", "checkpoint_blocks": "h.*"}, "checkpoint_blocks='h"),
+        ({"checkpoint": "block", "checkpoint_blocks": []}, "checkpoint_blocks="),
     ],
 )
 def test_refused(given: Any, words: str) -> None:
@@ -48,6 +61,12 @@ def test_refused(given: Any, words: str) -> None:
     [
         (["--memory.tiled_loss=true", "--memory.tile_tokens=8"], MemoryConfig(tiled_loss=True, tile_tokens=8)),
         (["--memory={tiled_mlp: [a.mlp]}"], MemoryConfig(tiled_mlp=["a.mlp"])),
+        (["--memory={head_chunks: 4, overlap: true}"], MemoryConfig(head_chunks=4, overlap=True)),
+        (["--memory.head_chunks=auto"], MemoryConfig(head_chunks="auto")),
+        (
+            ["--memory.checkpoint=block+attention", "--memory.offload=cpu", "--memory.checkpoint_blocks=[h.*]"],
+            MemoryConfig(checkpoint="block+attention", offload="cpu", checkpoint_blocks=["h.*"]),
+        ),
         ([], MemoryConfig()),
     ],
 )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from typing import Any
 from unittest import mock
 
@@ -310,3 +312,16 @@ def test_copies_are_of_their_own() -> None:
         assert torch.allclose(copied(x), wanted)
         assert torch.allclose(loaded(x), wanted)
         assert not root(x).any()
+
+
+def test_a_try_holds_no_parameter() -> None:
+    """ZeRO-3 frees whole parameters after a call, and nothing else may hold their memory."""
+    mlp = nn.Sequential(nn.Linear(8, 16), nn.Sigmoid(), nn.Linear(16, 8))
+    root = Holder("mlp", mlp)
+    with tiled(root, tiled_mlp=["mlp"], tile_tokens=3):
+        root(torch.randn(1, 9, 8)).sum().backward()
+    held = [weakref.ref(parameter.untyped_storage()) for parameter in mlp.parameters()]
+    for parameter in mlp.parameters():
+        parameter.data = torch.empty(0)
+    gc.collect()
+    assert [each() for each in held] == [None] * 4
