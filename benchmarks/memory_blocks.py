@@ -4,8 +4,8 @@ Blocks are kept, computed again, with and without their attention, and what is k
 
     python benchmarks/memory_blocks.py [--tokens 4096] [--layers 8] [--repeats 2]
 
-Peaks count the storages of one rank that live at a time beside parameters, inputs and buffers on the host. A head
-without a loss stands for the rest of the model, so that blocks make up the peak.
+Peaks count the storages of one rank that live at a time beside parameters, inputs and buffers on the host. A mean in
+place of a loss stands for the rest of the model, so that blocks make up the peak.
 """
 
 from __future__ import annotations
