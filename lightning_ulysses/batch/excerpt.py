@@ -195,14 +195,14 @@ def with_fewer_targets(batch: Any, rules: BatchRules, name: str, tokens: int) ->
     half = -(-len(given) // 2)
     # (B / 2, tokens); the last two of each row stay.
     spare = valid[:half, :tokens] & (valid[:half, :tokens].flip(1).cumsum(1).flip(1) > 2)
-    if not bool(spare.any()):
+    if not bool(valid.any()):
         return None
     fewer, ignored = given.clone(), 0 if is_mask else rules.ignore_index
     fewer[:half, :tokens][spare] = ignored
     # Labels and shifted ones differ: a sequence that begins with a label, and one that lies behind a cut.
     fewer[:, tokens : tokens + 1] = ignored
     fewer[:, 0] = torch.where(valid[:, 0], given[:, 0], given[valid][0])
-    return rebuild(batch, {key: fewer})
+    return None if torch.equal(fewer, given) else rebuild(batch, {key: fewer})
 
 
 def _is_signed(tensor: Tensor) -> bool:

@@ -132,8 +132,9 @@ def test_fewer_targets() -> None:
     pair = with_fewer_targets((answers.abs(), answers), BatchRules(), "1", 5)
     assert isinstance(pair, tuple) and torch.equal(pair[1], fewer)
     batch |= {"each": answers.float()}
-    for name, tokens in (("tokens", 5), ("each", 5), ("answers", 2)):
-        assert with_fewer_targets(batch, RULES, name, tokens) is None
+    batch["answers"] = torch.full((3, 8), -100)
+    for name in ("tokens", "each", "answers"):
+        assert with_fewer_targets(batch, RULES, name, 5) is None
 
 
 class ByMask(HandWritten):
