@@ -10,18 +10,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_ulysses.attention.attend import Softmax
 from lightning_ulysses.attention.call import Meaning
 from lightning_ulysses.attention.chunked_call import ChunkedCall
+from lightning_ulysses.attention.repeated import Trace, run
 from lightning_ulysses.attention.ulysses import Exchange
 from lightning_ulysses.context import LocalBatch
 from lightning_ulysses.errors import UlyssesError
@@ -53,59 +52,6 @@ class OnDevice:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A tensor with the memory of the call's output: where in it, and how far from its beginning."""
-
-    shape: torch.Size
-    stride: tuple[int, ...]
-    shift: int
-
-    def of(self, out: Tensor) -> Tensor:
-        return out.as_strided(self.shape, self.stride, out.storage_offset() + self.shift)
-
-
-@dataclass(frozen=True)
-class _Number:
-    """The place of a tensor among those that are kept."""
-
-    index: int
-
-
-def _is_kernel(func: Any) -> bool:
-    name = str(func)
-    return ("attention" in name or "attn" in name) and "backward" not in name
-
-
-class _Recording(TorchDispatchMode):
-    """Takes note of what kernels return."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[str, Any]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        answer = func(*args, **(kwargs or {}))
-        if _is_kernel(func):
-            self.calls.append((str(func), answer))
-        return answer
-
-
-class _Replaying(TorchDispatchMode):
-    """Answers kernels by what they returned before."""
-
-    def __init__(self, calls: Sequence[tuple[str, Any]], fill: Callable[[Any], Any]) -> None:
-        super().__init__()
-        self._calls = list(calls)
-        self._fill = fill
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self._calls and self._calls[0][0] == str(func):
-            # Other objects each time, to which autograd may attach a graph.
-            return tree_map(self._fill, self._calls.pop(0)[1])
-        return func(*args, **(kwargs or {}))
-
-
-@dataclass(frozen=True)
 class _Draws:
     """States of random numbers, of the host and of a GPU."""
 
@@ -123,11 +69,6 @@ class _Draws:
             torch.cuda.set_rng_state(self.gpu, self.device)
 
 
-def _same(tensor: Tensor) -> Tensor:
-    # Another object: an output that its own graph holds is never freed.
-    return tensor.detach()
-
-
 @dataclass
 class _Work:
     """How to compute one attention call, and to build its graph later; without the tensors that are kept.
@@ -136,75 +77,45 @@ class _Work:
         exchange: Of the call.
         meaning: The computation.
         mesh: Sizes and groups.
-        layout: Strides of the output (B, H_r, S, D_v) of the kernel.
-        calls: The kernels by name, and what they returned with `_Part` and `_Number` in place of tensors.
+        trace: How to repeat it, after `first`.
         draws: The states of random numbers before and after the call, of the host and its device, if it has dropout.
-        cast: Mixed precision of the call: type of the device, whether it is on, and its type.
     """
 
     exchange: Exchange
     meaning: Softmax
     mesh: SequenceMesh
-    layout: tuple[int, ...] = ()
-    calls: list[tuple[str, Any]] = field(default_factory=list)
+    trace: Trace | None = None
     draws: tuple[_Draws, _Draws] | None = None
-    cast: tuple[str, bool, torch.dtype] = ("cpu", False, torch.bfloat16)
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether torch saw kernels, which do not run again."""
+        return self.trace is not None and bool(self.trace.calls)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self.meaning.attend(q, k, v, self.exchange.query_heads, self.exchange.kv_index, self.mesh)
 
     def first(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The output (B, H, S_r, D_v), and what kernels returned besides."""
-        kind, has_draws = q.device.type, self.meaning.dropout_p > 0
-        before = _Draws.now(q.device) if has_draws else None
-        self.cast = (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
-        q, k, v = self.exchange.inputs(q, k, v)
-        recording = _Recording()
-        # Kernels return what their backward needs only where there will be one. Its graph is dropped here.
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_same, _same), recording:
-            out = self._attend(*(tensor.detach().requires_grad_() for tensor in (q, k, v))).detach()
-        self.draws = None if before is None else (before, _Draws.now(out.device))
-        self.layout = out.stride()
-        kept: list[Tensor] = []
-
-        def replace(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
-                return leaf
-            if leaf.untyped_storage()._cdata == out.untyped_storage()._cdata and leaf.numel() == out.numel():
-                return _Part(leaf.shape, leaf.stride(), int(leaf.storage_offset() - out.storage_offset()))
-            kept.append(leaf.detach())
-            return _Number(len(kept) - 1)
-
-        self.calls = [(name, tree_map(replace, answer)) for name, answer in recording.calls]
+        before = _Draws.now(q.device) if self.meaning.dropout_p else None
+        exchanged = [tensor.detach() for tensor in self.exchange.inputs(q, k, v)]
+        out, self.trace, kept = run(self._attend, exchanged)
+        self.draws = None if before is None else (before, _Draws.now(q.device))
         return self.exchange.output(out), kept
 
     def gradients(
         self, inputs: Sequence[Tensor], out: Tensor, kept: Sequence[Tensor], gradient: Tensor, needed: Sequence[bool]
     ) -> list[Tensor | None]:
         """Gradients of queries, keys and values (B, heads, S_r, D)."""
+        assert self.trace is not None
         leaves = [tensor.detach().requires_grad_(needs) for tensor, needs in zip(inputs, needed, strict=True)]
         # (B, H, S_r, D_v) -> (B, H_r, S, D_v); always, since all ranks exchange together
-        whole = self._as_before(self.exchange.adjoint(out))
-
-        def fill(leaf: Any) -> Any:
-            if isinstance(leaf, _Part):
-                return leaf.of(whole)
-            return kept[leaf.index].detach() if isinstance(leaf, _Number) else leaf
-
-        kind, enabled, dtype = self.cast
-        with torch.enable_grad(), torch.autocast(kind, dtype, enabled, cache_enabled=False), self._drawing():
-            exchanged = self.exchange.inputs(*leaves)
-            with _Replaying(self.calls, fill):
-                found = self._attend(*exchanged)
+        whole = self.exchange.adjoint(out)
+        with torch.enable_grad(), self._drawing():
+            found = self.trace.repeat(self._attend, self.exchange.inputs(*leaves), whole, kept)
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         given = iter(torch.autograd.grad(found, wanted, self.exchange.adjoint(gradient), allow_unused=True))
         return [next(given) if needs else None for needs in needed]
-
-    def _as_before(self, out: Tensor) -> Tensor:
-        has_parts = any(isinstance(leaf, _Part) for leaf in tree_leaves(self.calls))
-        if out.stride() == self.layout or not has_parts:
-            return out
-        return torch.empty_strided(out.shape, self.layout, dtype=out.dtype, device=out.device).copy_(out)
 
     @contextmanager
     def _drawing(self) -> Iterator[None]:
@@ -226,21 +137,23 @@ class _ChunkedWork:
     Attributes:
         parts: The call.
         meaning: The computation.
-        calls: Of its kernels; empty if these run again.
         draws: See `_Work`.
     """
 
     parts: ChunkedCall
     meaning: Softmax
-    calls: list[Any] = field(default_factory=list)
     draws: tuple[_Draws, _Draws] | None = None
+
+    @property
+    def has_kernels(self) -> bool:
+        """See `_Work`."""
+        return any(trace.calls for trace in self.parts.traces)
 
     def first(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The output (B, H, S_r, D_v), and what kernels returned besides."""
         before = _Draws.now(q.device) if self.meaning.dropout_p else None
         out, kept = self.parts.first((q, k, v), keeps=True)
         self.draws = None if before is None else (before, _Draws.now(q.device))
-        self.calls = [call for trace in self.parts.traces for call in trace.calls or ()]
         return out, kept
 
     def gradients(
@@ -315,7 +228,7 @@ class Ledger:
         """Output (B, H, S_r, D_v) of the call whose turn it is, and what else its kernels returned."""
         if self._next is None:
             out, kept = work.first(q, k, v)
-            if not work.calls:
+            if not work.has_kernels:
                 self.note("attention without a kernel that torch's dispatcher sees, such as its formula")
             stored, others = self._keeper.keep(out.detach()), [self._keeper.keep(tensor) for tensor in kept]
             self._entries.append(_Entry(work, stored, others, version(out)))

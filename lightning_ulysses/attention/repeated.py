@@ -193,7 +193,7 @@ class Trace:
 
         Args:
             compute: The same computation.
-            inputs: Equal inputs, leaves that require gradients.
+            inputs: Equal inputs, with or without a graph of their own.
             out: An equal result, in any memory layout.
             kept: What `run` kept.
         """

@@ -78,7 +78,7 @@ def excerpts(batch: WholeBatch, rules: BatchRules, sp_size: int, sizes: Collecti
         sp_size: P.
         sizes: Lengths to avoid.
     """
-    seq_len = batch.layout.real_len
+    seq_len, targets = batch.layout.real_len, _some_target(batch, rules.ignore_index)
     longest = min(seq_len, max(_TOKENS, _TOKENS_PER_RANK * sp_size))
     for count in (longest, longest // 2, longest // 3, 4 * sp_size):
         count = _length(count, seq_len, sp_size, sizes)
@@ -88,8 +88,32 @@ def excerpts(batch: WholeBatch, rules: BatchRules, sp_size: int, sizes: Collecti
                 yield excerpt(batch.template, rules, *both_ends(seq_len, count))
             for place in range(_PLACES):
                 yield excerpt(batch.template, rules, ((seq_len - count) * place // (_PLACES - 1), count))
+            # There may be none in all of these places.
+            for target in targets:
+                yield excerpt(batch.template, rules, (min(max(target - count // 2, 0), seq_len - count), count))
         else:
             yield batch.template
+
+
+def _some_target(batch: WholeBatch, ignore_index: int) -> list[int]:
+    """Where a target in the middle of all lies, for each tensor that may hold them."""
+    found = []
+    for name in batch.counts:
+        kept = _kept(batch, name, ignore_index)
+        if kept is not None:
+            # (B, S) -> (positions with a target,)
+            places = kept.any(dim=0).nonzero().flatten()
+            found += [int(places[len(places) // 2])] if len(places) else []
+    return found
+
+
+def _kept(batch: WholeBatch, name: str, ignore_index: int) -> Tensor | None:
+    """(B, S) bool, where a tensor has targets; None of another shape."""
+    key = name.removesuffix(KEPT)
+    if key not in batch.tensors or batch.dims.get(key) != 1 or batch.tensors[key].dim() != 2:
+        return None
+    is_mask = key != name or key in MASK_KEYS
+    return batch.tensors[key] > 0 if is_mask else batch.tensors[key] != ignore_index
 
 
 def _length(count: int, seq_len: int, sp_size: int, sizes: Collection[int]) -> int:
@@ -123,13 +147,10 @@ def _filled(short: WholeBatch, ignore_index: int) -> float:
     """The part of pairs of a row and a slice that have a target, over all tensors that may hold them."""
     parts = []
     for name in short.counts:
-        key = name.removesuffix(KEPT)
-        if key not in short.tensors or short.dims.get(key) != 1 or short.tensors[key].dim() != 2:
-            continue
-        is_mask = key != name or key in MASK_KEYS
-        kept = short.tensors[key] > 0 if is_mask else short.tensors[key] != ignore_index
-        # (B, S) -> for each slice (B,)
-        parts += [part.any(dim=1) for part in kept.split(short.layout.shares, dim=1)]
+        kept = _kept(short, name, ignore_index)
+        if kept is not None:
+            # (B, S) -> for each slice (B,)
+            parts += [part.any(dim=1) for part in kept.split(short.layout.shares, dim=1)]
     return float(torch.stack(parts).double().mean()) if parts else 1.0
 
 

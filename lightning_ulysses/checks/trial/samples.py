@@ -88,6 +88,11 @@ class Samples:
         """Whether there is a sample of the whole batch, for a step that needs all of it."""
         return self._is_small and self._best is not self._batch.template
 
+    @property
+    def has_targets(self) -> bool:
+        """Whether any tensor of the whole batch holds some."""
+        return any(count for name, count in self._batch.counts_of_group().items() if name != "tokens")
+
     def first(self) -> Sample:
         """An excerpt with targets in as many rows and slices as possible."""
         return self._sample(self._best)

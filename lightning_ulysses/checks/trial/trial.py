@@ -167,6 +167,8 @@ class StepTrial:
             # The step itself will say what a refusal says.
             reason = "" if isinstance(failure, UlyssesError) else repr(failure)
             report = SliceReport(counts, reason=reason, fails=fails, is_recorded=fails)
+        assert self._samples is not None
+        report = replace(report, is_empty=not self._samples.has_targets)
         reports, everyones_plans, everyones_logs = zip(*self._from_all((report, plans, logged), failed), strict=True)
         verdict = judge([*zip(reports, everyones_plans, strict=True)], self._context.mesh.sp_size)
         bound = HALF if any(report.is_half for report in reports) else LOGS

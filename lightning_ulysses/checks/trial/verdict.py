@@ -57,6 +57,7 @@ class SliceReport:
         pooled: Where an output without tokens differs first.
         losses: Those of the whole and of the slice.
         is_recorded: Whether the step ran on the whole, with a finite loss.
+        is_empty: Whether the batch has no targets, outside of the excerpt as well.
     """
 
     counts: Mapping[str, float]
@@ -69,6 +70,7 @@ class SliceReport:
     pooled: Change | None = None
     losses: tuple[float, float] = (0.0, 0.0)
     is_recorded: bool = True
+    is_empty: bool = False
 
 
 def compare(recorder: Recorder, replay: Replay, local: LocalBatch, half: bool) -> SliceReport:
@@ -232,7 +234,7 @@ class Verdict:
         reason: Why nothing can be said.
         fails: Whether the step raises on slices only.
         is_coarse: Whether the model computes in half precision.
-        has_targets: Whether some group's excerpt has targets.
+        has_targets: Whether some group's batch has targets.
         plans: Plans that may divide the model, the same on all ranks.
         is_recorded: See `SliceReport`.
         pooled: See `SliceReport`.
@@ -288,7 +290,7 @@ def judge(found: Sequence[tuple[SliceReport, tuple[SequencePlan, ...]]], sp_size
     everyone = [report for report, _ in found]
     groups = [everyone[first : first + sp_size] for first in range(0, len(everyone), sp_size)]
     # One without a target has no gradient, and shows nothing that others could not.
-    telling = [group for group in groups if not _is_empty(group)]
+    telling = [group for group in groups if not any(report.is_empty and report.reason for report in group)]
     groups = telling or groups
     reports = [report for group in groups for report in group]
     reason = next((report.reason for report in reports if report.reason is not None), None)
@@ -313,13 +315,6 @@ def judge(found: Sequence[tuple[SliceReport, tuple[SequencePlan, ...]]], sp_size
     weights = tuple(report.weight for report in groups[0])
     pooled = next((report.pooled for report in reports if report.pooled is not None), None)
     return Verdict(additive, names, weights, max(misfit, gap), is_coarse=half, plans=plans, pooled=pooled)
-
-
-def _is_empty(group: Sequence[SliceReport]) -> bool:
-    """Whether no tensor has targets in an excerpt that gave no gradient."""
-    names = {name for report in group for name in report.counts if name != "tokens"}
-    counts = [report.counts.get(name, 0.0) for report in group for name in names]
-    return bool(counts) and not any(counts) and any(report.reason for report in group)
 
 
 def _gap(group: Sequence[SliceReport]) -> float:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_ulysses.batch.excerpt import excerpt
+from lightning_ulysses.batch.excerpt import excerpt, excerpts, most_filled
 from lightning_ulysses.batch.whole import read_batch
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.geometry.batch_keys import BatchRules
@@ -338,3 +338,13 @@ def test_batches_are_never_changed_in_place(pad: int | None, rows: int) -> None:
         for key in list(before) if hasattr(before, "keys") else range(len(before)):
             same = batch[key] == before[key]
             assert same.all() if isinstance(same, Tensor) else same
+
+
+@pytest.mark.parametrize("place", [57, 125, 540])
+def test_an_excerpt_has_one_of_few_targets(place: int) -> None:
+    """None of them is in the excerpts at equal distances."""
+    labels = torch.full((1, 600), -100)
+    labels[0, place : place + 3] = 1
+    batch = read_batch({"input_ids": torch.ones(1, 600, dtype=torch.long), "labels": labels}, BatchRules(), 2)
+    short = most_filled(excerpts(batch, BatchRules(), 2, ()), BatchRules(), 2)
+    assert short["labels"].shape[1] < 100 and bool((short["labels"] != -100).any())
