@@ -182,7 +182,7 @@ def uncopied(self: Any, target: Tensor, source: Tensor) -> None:
 
 
 CONTROLS: dict[str, dict[str, Any]] = {
-    "the output of attention": {"lightning_ulysses.attention.kept._Part.of": nothing},
+    "the output of attention": {"lightning_ulysses.attention.repeated._View.of": nothing},
     "the copies": {"lightning_ulysses.memory.offload.PlainCopies.start": uncopied},
 }
 

@@ -138,13 +138,13 @@ class SplitChoice:
         with self._context.cutting():
             verdict = trial.run(step)
         self._forget()
-        if not verdict.has_targets and verdict.moved is None and self._settings.split != "blocks":
+        cuts = self._settings.split != "blocks" and not trial.is_whole
+        if cuts and not verdict.has_targets and verdict.moved is None:
             # Nothing in this batch weighs anything: the next one is tried.
             return False
         by_targets = self._weights.by_targets
         is_mean = bool(verdict.names) if by_targets else verdict.averages
         is_exact = verdict.is_known and (is_mean or verdict.adds_up)
-        cuts = self._settings.split != "blocks" and not trial.is_whole
         # Where nothing is known, the batch is cut: the step may still run, or say itself what is wrong.
         stays = cuts and (is_exact or not verdict.shows_fault)
         if not stays and verdict.is_recorded and self._settings.split != "batch":
