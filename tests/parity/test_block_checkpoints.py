@@ -174,7 +174,7 @@ def test_architectures(pool: ProcessPool, name: str) -> None:
 
 
 def nothing(part: Any, out: Tensor) -> Tensor:
-    return torch.zeros_like(out).as_strided(part.shape, part.stride, part.shift)
+    return torch.zeros_like(out).as_strided(part.size, part.stride)
 
 
 def uncopied(self: Any, target: Tensor, source: Tensor) -> None:
