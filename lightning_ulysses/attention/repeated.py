@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.upstream.torch_graph import leaves_of
 
 Compute = Callable[..., Tensor]
 
@@ -214,17 +215,7 @@ def _filled(call: _KernelCall, out: Tensor, kept: Sequence[Tensor]) -> _KernelCa
 
 def _learns(out: Tensor, inputs: Sequence[Tensor]) -> bool:
     """Whether a gradient of ``out`` reaches leaves other than the inputs."""
-    seen, nodes = set(), [out.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and not any(leaf is tensor for tensor in inputs):
-            return True
-        nodes += [following for following, _ in node.next_functions]
-    return False
+    return any(all(leaf is not tensor for tensor in inputs) for leaf in leaves_of(out))
 
 
 def run(compute: Compute, inputs: Sequence[Tensor], *, is_hidden: bool = False) -> tuple[Tensor, Trace, list[Tensor]]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.memory.tiles import aliased, as_call
+from lightning_ulysses.upstream.torch_graph import leaves_of
 
 # Unequal tiles, one of them a single token. Experts with a capacity drop tokens of some of them.
 _TILES = (1, 4, 7)
@@ -120,16 +121,7 @@ def _reason(own: list[Tensor], whole: Any, parts: list[Any], changes: list[str],
 def _foreign(parameters: list[Tensor], output: Tensor) -> Tensor | None:
     """A tensor that gets a gradient and is none of the parameters of the module."""
     own = {id(parameter) for parameter in parameters}
-    nodes, seen, strangers = [output.grad_fn], set(), []
-    while nodes:
-        node = nodes.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if isinstance(variable, Tensor) and id(variable) not in own:
-            strangers.append(variable)
-        nodes += [following for following, _ in node.next_functions]
+    strangers = [leaf for leaf in leaves_of(output) if id(leaf) not in own]
     # One stranger is the input.
     return next((each for each in strangers if isinstance(each, nn.Parameter) or len(strangers) > 1), None)
 
