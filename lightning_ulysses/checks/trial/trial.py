@@ -129,17 +129,17 @@ class StepTrial:
         if verdict.is_recorded and verdict.moved is None and not verdict.fails:
             # Keys of another length were the same on the slice: they are no pooled tokens.
             self._take_memory()
-            verdict = replace(verdict, names=narrow(verdict.names, partial(self._with_fewer, step)))
+            verdict = replace(verdict, names=narrow(verdict.names, partial(self._with_fewer, partial(self._run, step))))
         return verdict
 
-    def _with_fewer(self, step: Step, name: str) -> Attempt:
+    def _with_fewer(self, run: Callable[[Sample], Verdict], name: str) -> Attempt:
         assert self._samples is not None
         kept, attempt = (self._recorder, self.log_rules), Attempt()
         with self._making():
             sample = self._samples.fewer(name)
         if all(self._from_all(sample is not None, None)):
             assert sample is not None
-            verdict = self._run(step, sample)
+            verdict = run(sample)
             attempt = Attempt(verdict.names if verdict.is_known else None, fails=not verdict.is_recorded)
         self._recorder, self.log_rules = kept
         return attempt
@@ -201,11 +201,16 @@ class StepTrial:
             UlyssesError: On every rank, if the plan does not fit the model.
         """
         assert self._first is not None
-        self._sample, error = self._first, None
+        run = partial(self._rehearse_on, step, plan)
+        verdict = run(self._first)
+        return replace(verdict, names=narrow(verdict.names, partial(self._with_fewer, run)))
+
+    def _rehearse_on(self, step: Step, plan: SequencePlan, sample: Sample) -> Verdict:
+        error: str | None = None
         failed: Exception | None = None
         try:
             with self._tried(), self._context.cutting():
-                self._record(step, self._sample)
+                self._record(step, sample)
                 if not self._is_finite:
                     raise ValueError(_NOT_FINITE)
         except Exception as failure:
@@ -213,8 +218,8 @@ class StepTrial:
         errors = [each for each in self._from_all(error, failed) if each is not None]
         if errors:
             return Verdict(reason=errors[0], is_recorded=False)
-        part = self._sample.part
-        inputs = self._sample.planned if part is None else lambda: part
+        part = sample.part
+        inputs = sample.planned if part is None else lambda: part
         fault, reports = self._rehearse(step, plan, inputs)
         if isinstance(fault, UlyssesError):
             raise fault

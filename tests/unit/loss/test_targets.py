@@ -157,17 +157,26 @@ def masked_batch(seed: int, dropped: float) -> dict[str, Tensor]:
     return {"input_ids": x, "answers": y.masked_fill(kept.flip(1).logical_not(), -100), "completion_mask": kept.long()}
 
 
+RUNS: dict[str, tuple[int, dict[str, Any]]] = {
+    "slices": (2, {}),
+    "rows of one process": (1, {}),
+    "rows of blocks": (2, {"split": "blocks"}),
+    "a plan that joins": (2, {"plan": {"split": {"blocks.*": {"x": 1}}, "join": {"head": 1}}}),
+    "a plan that does not": (2, {"plan": {"split": {"blocks.*": {"x": 1}}, "whole": ["input_ids"]}}),
+}
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 @pytest.mark.parametrize("key", ["answers", "completion_mask"])
-@pytest.mark.parametrize("run", [SplitRun(), SplitRun(2, 1), SplitRun(strategy={"split": "blocks"})], ids=str)
+@pytest.mark.parametrize("run", RUNS)
 def test_tensors_that_the_first_batch_does_not_tell_apart(
-    pool: ProcessPool, run: SplitRun, key: str, precision: str
+    pool: ProcessPool, run: str, key: str, precision: str
 ) -> None:
     dims = {"sequence_dims": {"answers": 1, "completion_mask": 1}}
     trainer = {"accumulate_grad_batches": 2, "precision": precision}
-    run = SplitRun(run.world_size, run.sp_size, {**run.strategy, **dims}, trainer)
+    sp_size, strategy = RUNS[run]
     batches = [masked_batch(0, 0.0), masked_batch(1, 0.5), masked_batch(2, 0.3), masked_batch(3, 0.7)]
-    names = pool.run(settled, key, batches, run, world_size=2)
+    names = pool.run(settled, key, batches, SplitRun(2, sp_size, {**strategy, **dims}, trainer), world_size=2)
     wanted = {"answers": "answers", "completion_mask": "completion_mask>0"}[key]
     assert names == [wanted] * 2
 
