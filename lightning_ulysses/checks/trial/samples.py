@@ -90,8 +90,9 @@ class Samples:
 
     @property
     def has_targets(self) -> bool:
-        """Whether any tensor of the whole batch holds some."""
-        return any(count for name, count in self._batch.counts_of_group().items() if name != "tokens")
+        """Whether any tensor of the whole batch holds some; also where there is none that could."""
+        counts = [count for name, count in self._batch.counts_of_group().items() if name != "tokens"]
+        return any(counts) or not counts
 
     def first(self) -> Sample:
         """An excerpt with targets in as many rows and slices as possible."""
