@@ -29,7 +29,7 @@ BOUND = 1e-6
 def fit(rank: int, world: int, stage: int, folder: str, resumed: str | None) -> Tensor:
     """The weights at the end, (numbers,)."""
     L.seed_everything(1, verbose=False)
-    run = SplitRun(world, world, {"stage": stage, "check_model": False}, {"max_steps": 6})
+    run = SplitRun(world, world, {"stage": stage, "targets": "labels", "check_model": False}, {"max_steps": 6})
     module = Tiny(96, heads=4)
     trainer = split_trainer(run, [Ends("" if resumed else f"{folder}/{world}-{stage}.ckpt")])
     trainer.fit(module, DataLoader(Tokens(8), batch_size=None), ckpt_path=resumed)

@@ -207,6 +207,7 @@ def names_of_rows(whole: Recording, parts: Sequence[tuple[Recording, LocalBatch]
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
+    a, b = a.detach(), b.detach()
     return float((a.double() - b.double()).norm() / a.double().norm().clamp_min(1e-30)) if a.numel() else 0.0
 
 
