@@ -23,6 +23,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from lightning_ulysses.attention.attend import attend
 from lightning_ulysses.attention.explicit import Extras
 from lightning_ulysses.attention.flash import flash_kernel
+from lightning_ulysses.attention.fused_extras import why_by_formula
 from lightning_ulysses.attention.kernel import Kernel
 from lightning_ulysses.attention.packed import attend_packed
 from lightning_ulysses.batch.clock import Clock
@@ -129,6 +130,21 @@ def test_fewer_key_heads_on_a_gpu_are_as_close_as_copies(device: str) -> None:
     inputs = [torch.randn(1, heads, 300, 64).to(device) for heads in (8, 2, 2)]
     exact = with_gradients(partial(attend, spec=MaskSpec(True)), [t.double().cpu() for t in inputs])
     assert max(errors(with_gradients(partial(attend, spec=MaskSpec(True)), inputs), exact)) < 5e-3
+
+
+@pytest.mark.parametrize("device", [on("cuda", 1)])
+@pytest.mark.parametrize("name", ["softcap", "sinks", "slopes"])
+def test_softcap_sinks_and_alibi_in_one_kernel(device: str, name: str) -> None:
+    numbers = torch.linspace(0.1, 0.8, 8)
+    made = {"softcap": Extras(1.5), "sinks": Extras(sinks=numbers), "slopes": Extras(alibi_slopes=numbers)}[name]
+    on_gpu = Extras(made.softcap, *(None if t is None else t.to(device) for t in (made.sinks, made.alibi_slopes)))
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, heads, EDGES[-1], 64).to(device, torch.bfloat16) for heads in (8, 2, 2)]
+    assert why_by_formula(*inputs, Kernel(None, 0.0, on_gpu)) is None
+    for spec in (MaskSpec(True, documents=(tuple(pairwise(EDGES)),) * 2), MaskSpec(True, window=16), MaskSpec(False)):
+        exact = with_gradients(partial(attend, spec=spec, extras=made), [t.double().cpu() for t in inputs])
+        found = with_gradients(partial(attend, spec=spec, extras=on_gpu), inputs)
+        assert max(errors(found, exact)) < 0.02
 
 
 @pytest.mark.parametrize("device", [on("cuda", 1)])

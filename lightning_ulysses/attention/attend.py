@@ -13,8 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lightning_ulysses.attention import device
 from lightning_ulysses.attention.draws import own_draws
 from lightning_ulysses.attention.explicit import Extras
+from lightning_ulysses.attention.fused_extras import attend_fused, why_by_formula
 from lightning_ulysses.attention.grouped import heads_of
 from lightning_ulysses.attention.kernel import Kernel
 from lightning_ulysses.attention.packed import VariableLength, attend_packed, variable_length
@@ -204,6 +206,11 @@ def attend(
     rows = rows_of(spec, q.shape[0], q.shape[2])
     if bias is not None:
         return kernel(q, k, v, mask=_with_bias(bias, spec, rows, q.shape[2]))
+    if kernel.extras and device.is_gpu(q) and (flash is None or flash.lacks(q, v, kernel)):
+        reason = why_by_formula(q, k, v, kernel)
+        if reason is None:
+            return attend_fused(q, k, v, kernel, rows, spec.causal, spec.reach)
+        kernel = replace(kernel, slow=reason)
     function = variable_length(q, v, kernel, rows, spec, flash)
     if function is not None:
         window = spec.reach or (-1, 0 if spec.causal else -1)

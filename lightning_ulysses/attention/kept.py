@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 from lightning_ulysses.attention.attend import Softmax
 from lightning_ulysses.attention.call import Meaning
 from lightning_ulysses.attention.chunked_call import ChunkedCall
+from lightning_ulysses.attention.device import is_gpu
 from lightning_ulysses.attention.repeated import Trace, run
 from lightning_ulysses.attention.ulysses import Exchange
 from lightning_ulysses.context import LocalBatch
@@ -200,7 +201,7 @@ class Ledger:
         """Whether the output of a call is kept; the same on all ranks, which exchange together."""
         if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in call):
             return False
-        reason = _reason(meaning)
+        reason = _reason(meaning, call[0])
         if reason is not None:
             self.note(reason)
         return reason is None
@@ -253,14 +254,17 @@ class Ledger:
         return entry.work, out, [self._keeper.unpack(each) for each in entry.kept]
 
 
-def _reason(meaning: Meaning) -> str | None:
-    """Why a call must be computed twice, or None."""
+def _reason(meaning: Meaning, q: Tensor) -> str | None:
+    """Why a call with queries (B, H, S_r, D) must be computed twice, or None."""
     if not isinstance(meaning, Softmax):
         return f"attention by {type(meaning).__name__.lower()} functions"
     extras = meaning.extras
     tensors = [meaning.bias, *((extras.sinks, extras.alibi_slopes) if extras else ())]
     if any(tensor is not None and tensor.requires_grad for tensor in tensors):
         return "attention with a learned bias or learned sinks"
+    # Their kernel is compiled, which torch's dispatcher does not see.
+    if extras and meaning.flash is None and is_gpu(q):
+        return "attention with a softcap, sinks or ALiBi"
     return None
 
 

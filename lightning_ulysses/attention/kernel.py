@@ -58,11 +58,13 @@ class Kernel:
         dropout_p: Dropout probability of the attention weights.
         extras: Features that ``scaled_dot_product_attention`` lacks. With any of them, attention is computed by its
             formula.
+        slow: Why no fused kernel takes the extras on a GPU.
     """
 
     scale: float | None
     dropout_p: float
     extras: Extras | None = None
+    slow: str = "softcap, sinks or ALiBi with a bias, or to a memory"
 
     def __call__(
         self, q: Tensor, k: Tensor, v: Tensor, causal: bool = False, mask: Tensor | None = None, offset: int = 0
@@ -70,7 +72,7 @@ class Kernel:
         """Computes q (B, H, S_q, D), k (B, heads, S_k, D), v (B, heads, S_k, D_v) -> (B, H, S_q, D_v)."""
         if self.extras:
             if device.is_gpu(q):
-                note_kernel(q, "its formula", "softcap, sinks or ALiBi, which only flash-attn's kernels take")
+                note_kernel(q, "its formula", self.slow)
             return explicit_attention(
                 q,
                 k,

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from lightning_ulysses.attention.fused_extras import FusedExtras
 
 
 def bytes_kept(function: Any, *args: Any, **kwargs: Any) -> int:
@@ -26,17 +29,83 @@ def bytes_kept(function: Any, *args: Any, **kwargs: Any) -> int:
     return sum(saved.values())
 
 
+class Flex:
+    """The compiled ``flex_attention``, which computes what the blocks of its mask say and no gradient on CPUs.
+
+    Attributes:
+        calls: The shapes of the queries of each call.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, ...]] = []
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        score_mod: Any,
+        block_mask: Any,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        return_aux: Any = None,
+    ) -> Any:
+        ratio = q.shape[1] // k.shape[1]
+        assert enable_gqa == (ratio > 1) and not ratio & (ratio - 1)
+        self.calls.append(tuple(q.shape))
+        k, v = (t.repeat_interleave(ratio, dim=1) for t in (k, v))
+        place = torch.arange(q.shape[2])
+        # Indices of row, head, query and key, as the functions get them.
+        grid = (
+            torch.arange(len(q))[:, None, None, None],
+            torch.arange(q.shape[1])[:, None, None],
+            place[:, None],
+            place,
+        )
+        scores = q @ k.transpose(2, 3) * (q.shape[3] ** -0.5 if scale is None else scale)
+        if score_mod is not None:
+            scores = score_mod(scores, *grid)
+        keep = self._keep(block_mask, grid, q.shape[2])
+        scores = scores.masked_fill(~keep, -math.inf)
+        # A query that sees no key gets zeros, as from the kernel.
+        out = scores.masked_fill(~keep.any(-1, keepdim=True), 0).softmax(-1).masked_fill(~keep, 0) @ v
+        if return_aux is None:
+            return out
+        assert return_aux.lse
+        return out, SimpleNamespace(lse=scores.logsumexp(-1))
+
+    @staticmethod
+    def _keep(mask: Any, grid: Any, length: int) -> Tensor:
+        assert mask.seq_lengths == (length, length)
+        size, _ = mask.BLOCK_SIZE
+        seen = mask.mask_mod(*grid)
+        keep = torch.zeros_like(seen)
+        for row in range(len(seen)):
+            at = min(row, len(mask.kv_indices) - 1)
+            for block in range(mask.kv_indices.shape[2]):
+                queries = slice(block * size, (block + 1) * size)
+                partial = mask.kv_indices[at, 0, block, : mask.kv_num_blocks[at, 0, block]]
+                whole = mask.full_kv_indices[at, 0, block, : mask.full_kv_num_blocks[at, 0, block]]
+                for index, is_whole in [*((each, False) for each in partial), *((each, True) for each in whole)]:
+                    keys = slice(int(index) * size, (int(index) + 1) * size)
+                    keep[row, :, queries, keys] = True if is_whole else seen[row, :, queries, keys]
+        return keep
+
+
 class CudaSdpa:
     """``scaled_dot_product_attention`` with CUDA's choice of a kernel (torch ``sdp_utils.cpp``).
 
     Attributes:
         chosen: The kernels so far.
         cudnn: For each call, whether cuDNN was allowed.
+        flex: The kernel for extras.
     """
 
     def __init__(self) -> None:
         self.chosen: list[str] = []
         self.cudnn: list[bool] = []
+        self.flex = Flex()
 
     def choose(self, q: Tensor, k: Tensor, v: Tensor, **settings: Any) -> str:
         """Flash takes neither masks nor float32, and the efficient kernel no groups of heads."""
@@ -138,6 +207,9 @@ def gpu_paths() -> Iterator[tuple[TorchVarlen, CudaSdpa]]:
         mock.patch(f"{attention}.device.has_flash", lambda tensor: tensor.dtype != torch.float32),
         mock.patch(f"{attention}.packed._varlen", return_value=varlen),
         mock.patch(f"{attention}.kernel._sdpa", sdpa),
+        mock.patch(f"{attention}.kept.is_gpu", _is_gpu),
+        mock.patch(f"{attention}.fused_extras._flex", side_effect=lambda: sdpa.flex),
+        mock.patch(f"{attention}.fused_extras._KNOWN", FusedExtras()),
         mock.patch(f"{attention}.kernel.sdpa_kernel_name", sdpa.choose),
     ):
         yield varlen, sdpa

@@ -183,12 +183,14 @@ def test_each_kernel_is_named_once(live: SequenceContext, gpu: tuple[TorchVarlen
         attend(*tensors(33, 4, 2, torch.bfloat16), MaskSpec(True, documents=(runs,)))
         attend(*tensors(33, 4, 2, torch.float32), MaskSpec(True, documents=(runs,)))
         attend(*tensors(33, 4, 4, torch.bfloat16), MaskSpec(True), extras=Extras(2.0))
-    assert len(said) == 4
-    fast, slow, each, formula = said
+        attend(*tensors(33, 4, 4, torch.bfloat16), MaskSpec(True), extras=Extras(2.0), dropout_p=0.1)
+    assert len(said) == 5
+    fast, slow, each, fused, formula = said
     assert "variable-length flash kernel." in fast and "slower" not in fast
     assert "calls for each document" in slow and "torch.float32" in slow
     assert "efficient" in each and "slower" not in each
-    assert "its formula" in formula and "flash-attn" in formula
+    assert "flex_attention" in fused and "slower" not in fused
+    assert "its formula" in formula and "dropout" in formula
 
 
 @pytest.mark.parametrize("index", [(0, 0, 0, 1, 1), (0, 1, 1, 2), (0, 0)])
