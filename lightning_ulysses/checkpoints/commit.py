@@ -18,6 +18,9 @@ from lightning_ulysses.checkpoints.manifest import is_complete, read
 _HERE = -100
 _EXCHANGE = 2
 
+# The end of the name of what is being deleted. What a killed process left of it goes with the next save.
+_REMOVING = ".removing"
+
 
 def _beside(path: Path, what: str) -> Path:
     return path.with_name(f"{path.stem}.{what}{path.suffix}")
@@ -43,7 +46,7 @@ def prepare(path: Path) -> Path:
         move(path)
     elif not os.path.lexists(path) and is_complete(former):
         os.rename(former, path)
-    for left in (saving, former):
+    for left in (saving, former, *path.parent.glob(f".*{_REMOVING}")):
         if left.exists():
             shutil.rmtree(left)
     return saving
@@ -81,7 +84,7 @@ def discard(path: Path) -> None:
         path.unlink()
     elif path.is_dir():
         # Not a name that Lightning takes for a last checkpoint.
-        away = path.with_name(f".{path.name}.removing")
+        away = path.with_name(f".{path.name}{_REMOVING}")
         if away.exists():
             shutil.rmtree(away)
         os.rename(path, away)

@@ -157,6 +157,11 @@ def test_removing_one_never_leaves_half_of_it(tmp_path: Path, monkeypatch: pytes
         with pytest.raises(Killed):
             commit.discard(tmp_path / "last.ckpt")
     assert not (tmp_path / "last.ckpt").exists()
+    # What is left of it goes with the next one that is saved.
+    assert os.listdir(tmp_path) == [".last.ckpt.removing"]
+    save(tmp_path / "other.ckpt", 3)
+    assert os.listdir(tmp_path) == ["other.ckpt"]
+    commit.discard(tmp_path / "other.ckpt")
     save(tmp_path / "last.ckpt", 3)
     os.symlink("last.ckpt", tmp_path / "link.ckpt")
     commit.discard(tmp_path / "link.ckpt")
