@@ -88,6 +88,12 @@ class CheckpointedStrategy(DeepSpeedStrategy):
         return checkpoint
 
     @override
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        assert self.lightning_module is not None
+        upstream_lightning.begin_new_epoch(self.lightning_module.trainer)
+
+    @override
     def remove_checkpoint(self, filepath: str | Path) -> None:
         if self.is_global_zero:
             discard(Path(filepath))

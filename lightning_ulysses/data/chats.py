@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -56,6 +57,36 @@ def read_messages(messages: Any, number: int | str, column: str = "messages", le
     return found
 
 
+def _without_nothing(value: Any) -> Any:
+    """A nested value without keys that have none, which tables add."""
+    if isinstance(value, Mapping):
+        return {key: _without_nothing(each) for key, each in value.items() if each is not None}
+    return [_without_nothing(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def read_tools(tools: Any, number: int | str) -> list[dict[str, Any]] | None:
+    """The functions that an assistant may call: JSON schemas, or their text. None without any.
+
+    Raises:
+        BadRow: If they are neither.
+    """
+    if not tools:
+        return None
+    found = tools
+    if isinstance(tools, str):
+        try:
+            found = json.loads(tools)
+        except ValueError:
+            found = None
+    if not isinstance(found, (list, tuple)) or not all(isinstance(each, Mapping) for each in found):
+        raise BadRow(
+            f"row {number} with the tools {str(tools)[:80]!r}",
+            "a list of JSON schemas of functions, or the text of such a list",
+            "change the column, or drop the row",
+        )
+    return [_without_nothing(each) for each in found]
+
+
 class ChatWriter:
     """Writes the messages of one row with a tokenizer's chat template.
 
@@ -63,14 +94,23 @@ class ChatWriter:
         tokenizer: A tokenizer with a chat template.
         messages: What `read_messages` returned.
         number: The row, for messages.
+        tools: What `read_tools` returned.
 
     Raises:
         BadRow: If the template refuses the chat.
     """
 
-    def __init__(self, tokenizer: Any, messages: Sequence[Message], number: int | str) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        messages: Sequence[Message],
+        number: int | str,
+        tools: list[dict[str, Any]] | None = None,
+    ) -> None:
         self.tokenizer = tokenizer
         self.number = number
+        # Left out where there are none, since a template may ask whether the argument is there.
+        self._tools = {} if tools is None else {"tools": tools}
         self.messages = self._with_content(list(messages))
 
     def _with_content(self, messages: list[Message]) -> list[Message]:
@@ -87,7 +127,7 @@ class ChatWriter:
 
     def _apply(self, messages: Sequence[Message], **settings: Any) -> Any:
         try:
-            return self.tokenizer.apply_chat_template(list(messages), **settings)
+            return self.tokenizer.apply_chat_template(list(messages), **self._tools, **settings)
         except Exception as error:
             raise BadRow(
                 f"row {self.number}, a chat that the template refuses ({type(error).__name__}: {str(error)[:200]})",
@@ -130,16 +170,23 @@ class ChatWriter:
         )
 
 
-def encode_chat(tokenizer: Any, row: Any, number: int | str) -> Encoded:
+def encode_chat(tokenizer: Any, row: Any, number: int | str, tools: Any = None) -> Encoded:
     """A chat with the assistant's messages as targets.
+
+    Args:
+        tokenizer: A tokenizer with a chat template.
+        row: The messages.
+        number: The row, for messages.
+        tools: See `read_tools`.
 
     Raises:
         BadRow: If the row is no chat, or the template cannot write it.
         UlyssesError: For a tokenizer without a chat template.
     """
     check_template(tokenizer, number)
-    writer = ChatWriter(tokenizer, read_messages(row, number), number)
-    if _has_marks(tokenizer.chat_template):
+    functions = read_tools(tools, number)
+    writer = ChatWriter(tokenizer, read_messages(row, number), number, functions)
+    if _has_marks(tokenizer.chat_template, functions is not None):
         return _marked(writer)
     ids = writer.ids(writer.messages)
     labels = [IGNORED] * len(ids)
@@ -154,9 +201,14 @@ def encode_chat(tokenizer: Any, row: Any, number: int | str) -> Encoded:
     return {"input_ids": ids, "labels": labels}
 
 
-def _has_marks(template: Any) -> bool:
-    """Whether a chat template marks what the assistant says. Of several, the default one writes the rows."""
-    text = template.get("default") if isinstance(template, Mapping) else template
+def _has_marks(template: Any, has_tools: bool = False) -> bool:
+    """Whether a chat template marks what the assistant says.
+
+    Of several, the default one writes the rows, or one that is named for tools writes those with tools.
+    """
+    text = template
+    if isinstance(template, Mapping):
+        text = template["tool_use"] if has_tools and "tool_use" in template else template.get("default")
     # Without what is commented out.
     return re.search(r"{%[-+]?\s*generation\s*[-+]?%}", re.sub(r"{#.*?#}", "", str(text), flags=re.DOTALL)) is not None
 
@@ -169,8 +221,15 @@ def _marked(writer: ChatWriter) -> Encoded:
     return {"input_ids": ids, "labels": labels}
 
 
-def encode_answer(tokenizer: Any, prompt: Any, completion: Any, number: int | str) -> Encoded:
+def encode_answer(tokenizer: Any, prompt: Any, completion: Any, number: int | str, tools: Any = None) -> Encoded:
     """Messages of a prompt, and the messages of a completion as targets. The prompt may be empty.
+
+    Args:
+        tokenizer: A tokenizer with a chat template.
+        prompt: The messages before.
+        completion: The messages that are targets.
+        number: The row, for messages.
+        tools: See `read_tools`.
 
     Raises:
         BadRow: If either is no list of messages, or the template cannot write them.
@@ -178,7 +237,8 @@ def encode_answer(tokenizer: Any, prompt: Any, completion: Any, number: int | st
     """
     check_template(tokenizer, number)
     asked = read_messages(prompt, number, "prompt", least=0)
-    writer = ChatWriter(tokenizer, [*asked, *read_messages(completion, number, "completion")], number)
+    answered = read_messages(completion, number, "completion")
+    writer = ChatWriter(tokenizer, [*asked, *answered], number, read_tools(tools, number))
     ids, before = writer.ids(writer.messages), writer.before(len(asked))
     if ids[: len(before)] != before:
         raise writer.no_prefix()

@@ -114,9 +114,9 @@ class RowEncoder:
         if self.kind == "tokens":
             encoded = _given(row, number)
         elif self.kind == "chat":
-            encoded = encode_chat(self.tokenizer, row.get("messages"), number)
+            encoded = encode_chat(self.tokenizer, row.get("messages"), number, row.get("tools"))
         elif self.kind == "completion":
-            encoded = self._completion(row.get("prompt"), row.get("completion"), number)
+            encoded = self._completion(row, number)
         else:
             text = _text(row.get(self.text_column), self.text_column, number)
             ids = self._ended(self._texts.one(text)) if text else []
@@ -127,12 +127,13 @@ class RowEncoder:
         end = self._end
         return [*ids, end] if self.append_eos and end is not None and ids and ids[-1] != end else ids
 
-    def _completion(self, prompt: Any, completion: Any, number: int | str) -> Encoded:
+    def _completion(self, row: Mapping[str, Any], number: int | str) -> Encoded:
         """Texts, joined as tokens so that no token spans prompt and completion; or lists of messages."""
+        prompt, completion = row["prompt"], row["completion"]
         columns = {"prompt": prompt, "completion": completion}
         chats = [name for name, value in columns.items() if isinstance(value, (list, tuple))]
         if len(chats) == 2:
-            return encode_answer(self.tokenizer, prompt, completion, number)
+            return encode_answer(self.tokenizer, prompt, completion, number, row.get("tools"))
         if chats:
             (other,) = columns.keys() - set(chats)
             raise BadRow(

@@ -12,6 +12,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.core.optimizer import _init_optimizers_and_lr_schedulers, _MockOptimizer
+from lightning.pytorch.loops.fit_loop import RestartStage
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_ulysses.patching.handle import Handle
@@ -59,6 +60,19 @@ def progress(trainer: pl.Trainer) -> dict[str, Any]:
     return {"epoch": int(current.processed), "is_last": bool(trainer.fit_loop.epoch_loop.batch_progress.is_last_batch)}
 
 
+def begin_new_epoch(trainer: pl.Trainer) -> None:
+    """Has a run that is resumed where an epoch ended begin the next one as one that is begun.
+
+    Lightning goes on as within an epoch: it neither counts the next one nor calls ``on_train_epoch_start``. Its counts
+    are then wrong up to the end, and a run that is resumed from the end of a later epoch repeats that epoch's batches
+    (``loops/fit_loop.py``, ``on_advance_start``).
+    """
+    loop = trainer.fit_loop
+    total: Any = loop.epoch_progress.total
+    if total.processed == total.started and loop.restarted_mid_epoch:
+        loop._restart_stage = RestartStage.NONE
+
+
 # Counters of batches; a checkpoint taken after a batch does not have it in "completed" yet.
 _COUNTS = ("ready", "started", "processed")
 
@@ -74,7 +88,8 @@ def settle_progress(checkpoint: dict[str, Any], dp_size: int, is_iteration_based
     """Has the loops go on at the place that the train dataloader has saved.
 
     A checkpoint within an accumulation window goes back to the window's first batch. The epoch of a dataset without
-    length is over, which Lightning does not see (``loops/fit_loop.py``, ``loops/training_epoch_loop.py``).
+    length is over, which Lightning does not see, nor in a run that ends by ``max_steps`` (``loops/fit_loop.py``,
+    ``loops/training_epoch_loop.py``).
 
     Args:
         checkpoint: Changed in place.
@@ -90,6 +105,9 @@ def settle_progress(checkpoint: dict[str, Any], dp_size: int, is_iteration_based
         if is_within and not state["is_over"] and any(current[name] != state["batches"] for name in _COUNTS):
             _return_to(fit_loop, state["batches"])
         elif is_within and not state.get("has_length", True) and current["completed"] < current["processed"]:
+            _end_epoch(fit_loop, is_iteration_based)
+        elif is_iteration_based and state["is_over"] and epoch["completed"] < epoch["processed"] == epoch["started"]:
+            # Lightning would run an epoch without batches first, and count it.
             _end_epoch(fit_loop, is_iteration_based)
     rescale_progress(checkpoint, dp_size)
 
@@ -119,12 +137,17 @@ def _end_epoch(fit_loop: dict[str, Any], is_iteration_based: bool) -> None:
         counts.update(dict.fromkeys((*_COUNTS, "completed"), counts["started"]))
     progress["is_last_batch"] = False
     progress["current"].update(dict.fromkeys((*_COUNTS, "completed"), 0))
+    total, others = progress["total"], fit_loop["epoch_loop.state_dict"]
+    if is_iteration_based and total["completed"] == total["processed"]:
+        # As if the last batch were pending: otherwise Lightning skips what it takes for an evaluation.
+        total["completed"] -= 1
+        others["_batches_that_stepped"] -= 1
     if is_iteration_based:
         # Lightning adds the pending batch, since it takes this for a restart within an epoch.
         progress["current"]["completed"] = -1
     else:
-        progress["total"]["completed"] = progress["total"]["processed"]
-        fit_loop["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
+        total["completed"] = total["processed"]
+        others["_batches_that_stepped"] += 1
 
 
 def rescale_progress(checkpoint: dict[str, Any], dp_size: int) -> None:

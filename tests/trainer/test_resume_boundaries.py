@@ -56,6 +56,7 @@ class Saves(L.Callback):
         self.steps: list[tuple[int, int, int, Tensor]] = []
         self.folder, self.moments = folder, moments or []
         self.saved: dict[Moment, int] = {}
+        self.epochs: list[int] = []
 
     def _maybe(self, trainer: Any, hook: str) -> None:
         moment = hook, trainer.fit_loop.total_batch_idx
@@ -65,6 +66,9 @@ class Saves(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.last = trainer.global_step
+
+    def on_train_epoch_start(self, trainer: Any, module: Any) -> None:
+        self.epochs.append(trainer.current_epoch)
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         self._maybe(trainer, "batch_start")
@@ -129,6 +133,45 @@ def test_every_boundary(pool: ProcessPool, tmp_path: Path, data: Any, moments: A
             assert [step[:3] for step in resumed] == [step[:3] for step in straight], moment
             for one, other in zip(resumed, straight, strict=True):
                 assert torch.equal(one[3], other[3]), (moment, one[:3])
+
+
+def again(rank: int, folder: str, data: Any, hook: str, settings: dict[str, Any]) -> list[Any]:
+    """Steps and begun epochs of a run that is resumed at the end of each epoch, beside those of a straight one."""
+    whole = Saves()
+    straight = fit(whole, data, settings, None)
+    epochs, steps, path = [], [], None
+    for last in (6, 13, None):
+        moment = (hook, last) if last is not None else None
+        saves = Saves(folder, [moment] if moment else [])
+        found = fit(saves, data, settings, path)
+        # Up to where the next run goes on.
+        steps += found[: saves.saved[moment]] if moment else found
+        epochs.append(saves.epochs)
+        path = path_of(folder, moment) if moment else None
+    return [(straight, steps), (whole.epochs, epochs)]
+
+
+@pytest.mark.parametrize(
+    ("data", "hook", "settings"),
+    [
+        (Sized(), "batch_end", EPOCHS),
+        (Sized(), "batch_end", STEPS),
+        (Sized(), "validation_end", STEPS),
+        (Sized(), "epoch_end", STEPS),
+        (Sized(), "epoch_end", EPOCHS),
+        (Endless(), "batch_end", STEPS),
+    ],
+)
+def test_resumed_at_the_end_of_each_epoch(
+    pool: ProcessPool, tmp_path: Path, data: Any, hook: str, settings: dict[str, Any]
+) -> None:
+    for steps, (whole, epochs) in pool.run(again, str(tmp_path), data, hook, settings, world_size=2):
+        straight, resumed = steps
+        assert [step[:3] for step in resumed] == [step[:3] for step in straight]
+        for one, other in zip(resumed, straight, strict=True):
+            assert torch.equal(one[3], other[3]), one[:3]
+        # Each run begins the epochs that are left.
+        assert epochs == [whole, whole[1:], whole[2:]]
 
 
 class Fails(Saves):

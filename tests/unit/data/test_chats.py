@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -69,6 +70,40 @@ def test_tool_calls_without_content(template: str, written: str) -> None:
     # Tables give every message every key, and a JSON line may leave the content out.
     calls = {key: value for key, value in CALLS.items() if key != "content"}
     assert encode(template, {"messages": [{**QUESTION, "tool_calls": None}, calls]}) == (whole, said)
+
+
+SCHEMA = {"type": "function", "function": {"name": "f", "strict": None}}
+WITH_TOOLS = "{% if tools is defined and tools %}[{{ tools[0].function }}]{% endif %}" + PLAIN
+
+
+@pytest.mark.parametrize("tools", [[SCHEMA], (SCHEMA,), json.dumps([SCHEMA])])
+def test_tools_of_a_row(tools: Any) -> None:
+    for row, kind in (
+        ({"messages": [QUESTION, CALLS], "tools": tools}, "chat"),
+        ({"prompt": [QUESTION], "completion": [CALLS], "tools": tools}, "completion"),
+    ):
+        whole, said = encode(WITH_TOOLS, row, kind)  # type: ignore[arg-type]
+        # Keys without a value come from tables.
+        assert whole == "[{'name': 'f'}]<user>hi|<assistant>[{'name': 'f'}]|" and said == "[{'name': 'f'}]|"
+
+
+@pytest.mark.parametrize("tools", [None, [], ""])
+def test_rows_without_tools(tools: Any) -> None:
+    assert encode(WITH_TOOLS, {"messages": [QUESTION, ANSWER], "tools": tools})[0] == "<user>hi|<assistant>yes|"
+
+
+@pytest.mark.parametrize("tools", ["f", ["f"], {"name": "f"}, 3])
+def test_tools_that_are_none(tools: Any) -> None:
+    with pytest.raises(UlyssesError, match="row 7 with the tools"):
+        encode(WITH_TOOLS, {"messages": [QUESTION, ANSWER], "tools": tools})
+
+
+def test_a_template_for_tools() -> None:
+    tokenizer = ByT5Tokenizer()
+    tokenizer.chat_template = {"default": MARKED, "tool_use": WITH_TOOLS}
+    encoded = RowEncoder(tokenizer, "chat")({"messages": [QUESTION, ANSWER], "tools": [SCHEMA]}, 0)
+    assert str(byt5.decode(encoded["input_ids"])).startswith("[{'name'")
+    assert byt5.decode([token for token in encoded["labels"] if token != -100]) == "<assistant>yes|"
 
 
 MARKED = (
