@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -41,6 +41,28 @@ class Meaning(Protocol):
         """
 
 
+class TokenCall(Protocol):
+    """A call in which tokens meet, as a trial sees it."""
+
+    @property
+    def what(self) -> str:
+        """How messages call it."""
+
+    @property
+    def operands(self) -> Mapping[str, Tensor]:
+        """The tensors that carry tokens, each (..., S_r, D), by what messages call them."""
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """The tokens that see others, and those that are seen."""
+
+    def check(self, batch: LocalBatch) -> None:
+        """Raises `UlyssesError` if the call cannot be exchanged in a batch."""
+
+    def form(self) -> Any:
+        """What the caller would get, with any numbers."""
+
+
 def _unchanged(out: Tensor) -> Any:
     return out
 
@@ -71,3 +93,27 @@ class AttentionCall:
     takes_memory: bool = True
     memory: Callable[[], Tensor] | None = None
     write: Callable[[Tensor], Any] = _unchanged
+
+    @property
+    def what(self) -> str:
+        """See `TokenCall`."""
+        return "attention call"
+
+    @property
+    def operands(self) -> Mapping[str, Tensor]:
+        """See `TokenCall`."""
+        return {"queries": self.q, "keys": self.k, "values": self.v}
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """See `TokenCall`."""
+        return self.q.shape[-2], self.k.shape[-2]
+
+    def check(self, batch: LocalBatch) -> None:
+        """See `TokenCall`."""
+        self.meaning(batch, None)
+
+    def form(self) -> Any:
+        """See `TokenCall`."""
+        # (B, H, S_r, D_v) in the caller's own form
+        return self.write(self.q.new_empty(*self.q.shape[:-1], self.v.shape[-1]))

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_ulysses.attention.call import AttentionCall, Meaning
+from lightning_ulysses.attention.call import AttentionCall, Meaning, TokenCall
 from lightning_ulysses.attention.chunked import HeadChunks, chunked_call, exchanged_by_chunks
 from lightning_ulysses.attention.kept import KeptAttention
 from lightning_ulysses.attention.mask_table import MaskTable
@@ -26,7 +26,7 @@ class AttentionTally:
     """A note on a run.
 
     Attributes:
-        calls: Number of attention calls that were exchanged or attended to a memory.
+        calls: Number of calls that were exchanged or attended to a memory, of functions of `mixing` as well.
         attends_memory: Whether the model attended to a memory during its trial.
     """
 
@@ -49,16 +49,28 @@ def route(context: SequenceContext, batch: LocalBatch | None, call: AttentionCal
     Raises:
         UlyssesError: If the call cannot be exchanged exactly.
     """
+    return seen(context, call, plain, lambda: _answer(context, batch, call, plain))
+
+
+def seen(context: SequenceContext, call: TokenCall, plain: Callable[[], Any], answer: Callable[[], Any]) -> Any:
+    """Answers a call, in a trial as that says, and lets a watch see it.
+
+    Args:
+        context: Where the step stands.
+        call: The call.
+        plain: Runs the caller's original function with the caller's arguments.
+        answer: Answers the call in a step.
+    """
     # First, since a trial may run without a batch.
     if context.place.trial is not None:
         return context.place.trial.answer(call, plain)
     place = context.place
     if place.watch is None:
-        return _answer(context, batch, call, plain)
+        return answer()
     # What is called may itself call a function that is taken over.
     with context.at(replace(place, watch=None)):
-        answer = _answer(context, batch, call, plain)
-    return place.watch.note(call, answer)
+        found = answer()
+    return place.watch.note(call, found)
 
 
 def _answer(context: SequenceContext, batch: LocalBatch | None, call: AttentionCall, plain: Callable[[], Any]) -> Any:

@@ -125,7 +125,7 @@ def _pack_heads(send: Tensor, tensors: tuple[Tensor, ...], ranges: tuple[Ranges,
             column.copy_(tensor[:, slice(*ends[peer])].permute(2, 0, 1, 3))
 
 
-def _scatter_heads(
+def scatter_heads(
     tensors: tuple[Tensor, ...],
     ranges: tuple[Ranges, ...],
     shares: tuple[int, ...],
@@ -223,7 +223,7 @@ def _pack_tokens(
         column[before:].copy_(tokens[before + own :])
 
 
-def _gather_heads(
+def gather_heads(
     tensors: tuple[Tensor, ...],
     ranges: tuple[Ranges, ...],
     totals: tuple[int, ...],
@@ -308,7 +308,7 @@ class _SeqToHeads(torch.autograd.Function):
         ctx.ranges = (layout.query_ranges, *(layout.kv_ranges for _ in tensors[1:]))
         ctx.totals = tuple(tensor.shape[1] for tensor in tensors)
         ctx.shares, ctx.rank, ctx.group = shares, rank, group
-        return _scatter_heads(tensors, ctx.ranges, shares, rank, group)
+        return scatter_heads(tensors, ctx.ranges, shares, rank, group)
 
     @staticmethod
     @once_differentiable
@@ -316,9 +316,9 @@ class _SeqToHeads(torch.autograd.Function):
         where = ctx.shares, ctx.rank, ctx.group
         if _is_bulky(grads, ctx.totals, ctx.shares):
             each = zip(grads, ctx.ranges, ctx.totals, strict=True)
-            results = [_gather_heads((grad,), (ends,), (total,), *where)[0] for grad, ends, total in each]
+            results = [gather_heads((grad,), (ends,), (total,), *where)[0] for grad, ends, total in each]
         else:
-            results = [*_gather_heads(grads, ctx.ranges, ctx.totals, *where)]
+            results = [*gather_heads(grads, ctx.ranges, ctx.totals, *where)]
         return None, None, None, None, *results
 
 
@@ -329,12 +329,12 @@ class _HeadsToSeq(torch.autograd.Function):
         ctx: Any, layout: HeadLayout, shares: tuple[int, ...], rank: int, group: dist.ProcessGroup, out: Tensor
     ) -> Tensor:
         ctx.ranges, ctx.shares, ctx.rank, ctx.group = (layout.query_ranges,), shares, rank, group
-        return _gather_heads((out,), ctx.ranges, (layout.num_heads,), shares, rank, group)[0]
+        return gather_heads((out,), ctx.ranges, (layout.num_heads,), shares, rank, group)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return None, None, None, None, *_scatter_heads((grad,), ctx.ranges, ctx.shares, ctx.rank, ctx.group)
+        return None, None, None, None, *scatter_heads((grad,), ctx.ranges, ctx.shares, ctx.rank, ctx.group)
 
 
 def seq_to_heads(

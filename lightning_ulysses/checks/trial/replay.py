@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from lightning_ulysses.attention.call import AttentionCall
+from lightning_ulysses.attention.call import TokenCall
 from lightning_ulysses.checks.trial.blocks import BlockFinder
 from lightning_ulysses.checks.trial.outputs import ModuleOutputs
 from lightning_ulysses.context import LocalBatch, SequenceContext
@@ -26,7 +26,8 @@ class Recording:
     """What one run of a step did with attention.
 
     Attributes:
-        inputs: For each call q, k and v as they reached it, detached.
+        inputs: For each call the tensors with tokens that reached it, detached, by what messages call them.
+        whats: What messages call each call.
         outputs: For each call the tensor that it returned, a leaf of the graph.
         gradients: Of the loss with respect to ``outputs``; see `differentiate`.
         loss: The loss.
@@ -35,7 +36,8 @@ class Recording:
         modules: What modules returned.
     """
 
-    inputs: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    inputs: list[dict[str, Tensor]] = field(default_factory=list)
+    whats: list[str] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     gradients: list[Tensor] = field(default_factory=list)
     loss: Tensor | None = None
@@ -43,11 +45,12 @@ class Recording:
     returned: Any = None
     modules: ModuleOutputs = field(default_factory=ModuleOutputs)
 
-    def note(self, call: AttentionCall, answer: Any, value: Tensor | None = None) -> Any:
+    def note(self, call: TokenCall, answer: Any, value: Tensor | None = None) -> Any:
         """Keeps the first tensor in ``answer``, or ``value`` in its place, as a leaf."""
-        self.inputs.append((call.q.detach(), call.k.detach(), call.v.detach()))
+        self.inputs.append({name: tensor.detach() for name, tensor in call.operands.items()})
+        self.whats.append(call.what)
         # Dropout inside of attention draws differently in each kind of run, and what follows must not.
-        _reseed(len(self.inputs), call.q)
+        _reseed(len(self.inputs), _some(call))
         leaves, spec = tree_flatten(answer)
         index = _first_tensor(leaves)
         # Outside of any graph that the caller may have switched off, so that its own grad mode decides what follows.
@@ -104,16 +107,17 @@ class Recorder:
         """For each call of attention the name of the module that made it, where blocks are told."""
         return self.blocks.callers if self.blocks is not None else []
 
-    def answer(self, call: AttentionCall, plain: Callable[[], Any]) -> Any:
+    def answer(self, call: TokenCall, plain: Callable[[], Any]) -> Any:
         """See `context.Trial`."""
+        queries, keys = call.lengths
         if self.blocks is not None:
-            self.blocks.attends(call.q.shape[-2], call.k.shape[-2])
-        self.sees_memory |= call.q.shape[-2] != call.k.shape[-2]
-        before = _random_state(call.q)
+            self.blocks.attends(queries, keys)
+        self.sees_memory |= queries != keys
+        before = _random_state(_some(call))
         # What is called may itself call a function that is taken over.
         with self.context.plain():
             answer = plain()
-        self.draws.append(not torch.equal(before, _random_state(call.q)))
+        self.draws.append(not torch.equal(before, _random_state(_some(call))))
         return self.recording.note(call, answer)
 
 
@@ -134,7 +138,7 @@ class Replay:
     narrowed: list[int | None] = field(default_factory=list)
     recording: Recording = field(default_factory=Recording)
 
-    def answer(self, call: AttentionCall, plain: Callable[[], Any]) -> Any:
+    def answer(self, call: TokenCall, plain: Callable[[], Any]) -> Any:
         """See `context.Trial`.
 
         Raises:
@@ -143,11 +147,11 @@ class Replay:
         """
         kept = self.whole.outputs[len(self.recording.outputs)].detach()
         region = self.context.split
-        if region is not None and call.k.shape[-2] == self.context.share:
+        if region is not None and call.lengths[1] == self.context.share:
             # A mask that makes no sense on a slice is refused here, as it would be in the step.
-            call.meaning(region, None)
-        # (B, H, S_r, D_v) in the caller's own form, to see where the sequence is in it.
-        form = call.write(call.q.new_empty(*call.q.shape[:-1], call.v.shape[-1]))
+            call.check(region)
+        # To see where the sequence is in it.
+        form = call.form()
         leaves, _ = tree_flatten(form)
         dim = cut_dim(kept, leaves[_first_tensor(leaves)])
         self.narrowed.append(dim)
@@ -179,7 +183,7 @@ class Rehearsal:
         rank = self.context.mesh.sp_rank
         return [None if region is None else region.layout.spans[rank] for region in self.regions]
 
-    def note(self, call: AttentionCall, answer: Any) -> Any:
+    def note(self, call: TokenCall, answer: Any) -> Any:
         """See `context.Watch`.
 
         Raises:
@@ -193,6 +197,10 @@ class Rehearsal:
         self.returned.append(own.detach())
         self.regions.append(region)
         return self.recording.note(call, answer, kept if span is None else narrowed(kept, cut_dim(kept, own), span))
+
+
+def _some(call: TokenCall) -> Tensor:
+    return next(iter(call.operands.values()))
 
 
 def _first_tensor(leaves: list[Any]) -> int:

@@ -33,13 +33,11 @@ HALF = 0.1
 # The same for single tokens, and for the weights of slices beside the nearest ones.
 TOKENS_IN_HALF, COUNTS_IN_HALF = 0.2, 1e-2
 
-_INPUTS = {"q": "queries", "k": "keys", "v": "values"}
 
-
-def attention_call(number: int, callers: Sequence[str]) -> str:
-    """A call of attention as messages call it."""
-    name = callers[number] if number < len(callers) else ""
-    return f"attention call {number}" + (f", in {name}" if name else "")
+def named_call(number: int, recorder: Recorder) -> str:
+    """A call of attention, or of another function in which tokens meet, as messages call it."""
+    name = recorder.callers[number] if number < len(recorder.callers) else ""
+    return f"{recorder.recording.whats[number]} {number}" + (f", in {name}" if name else "")
 
 
 @dataclass(frozen=True)
@@ -152,7 +150,8 @@ def disagreement(
         return "a loss without a gradient"
     for number, region in enumerate(part.regions):
         cut = None if region is None else region.layout.spans[mesh.sp_rank]
-        pairs = [*zip(_INPUTS.values(), whole.inputs[number], part.recording.inputs[number], strict=True)]
+        own = part.recording.inputs[number]
+        pairs = [(name, tensor, own[name]) for name, tensor in whole.inputs[number].items()]
         if not recorder.draws[number]:
             pairs.append(("output", whole.outputs[number], part.returned[number]))
         # Outside of regions, the gradient of one rank may be that of its slice alone.
@@ -162,7 +161,7 @@ def disagreement(
             a = narrowed(a, cut_dim(a, b), cut) if cut is not None else a
             distance = _distance(a, b) if a.shape == b.shape else float("inf")
             if not distance <= bound:
-                return Change(f"the {name} of {attention_call(number, recorder.callers)}", distance)
+                return Change(f"the {name} of {named_call(number, recorder)}", distance)
     losses = (whole.loss, part.recording.loss) if is_joined else (None, None)
     is_same = losses[0] is None or losses[1] is None or _distance(losses[0], losses[1]) <= bound
     return None if is_same else "the loss"
@@ -213,12 +212,13 @@ def _distance(a: Tensor, b: Tensor) -> float:
 
 def _first_moved(whole: Recorder, part: Recording, span: slice, bound: float) -> Change | None:
     for number, (one, other) in enumerate(zip(whole.recording.inputs, part.inputs, strict=True)):
-        for name, a, b in zip("qkv", one, other, strict=True):
+        for name, a in one.items():
+            b = other[name]
             # (B, H, S, D) -> (B, H, S_r, D); keys of a memory are whole in both runs.
             a = narrowed(a, a.dim() - 2, span) if a.shape[-2] != b.shape[-2] else a
             distance = _distance(a, b) if a.shape == b.shape else float("inf")
             if not distance <= bound:
-                return Change(f"the {_INPUTS[name]} of {attention_call(number, whole.callers)}", distance)
+                return Change(f"the {name} of {named_call(number, whole)}", distance)
     return None
 
 

@@ -27,6 +27,8 @@ def supply_inputs(context: SequenceContext, model: PreTrainedModel, numbering: N
     takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     takes_cache = "use_cache" in signature.parameters
     name = type(model).__name__
+    # A state space tells tokens apart by their order, and has no heads of attention.
+    attends = getattr(model.config, "num_attention_heads", None) is not None
     # transformers uses the loss of causal language models for a class without a loss type.
     shifts = (getattr(model, "loss_type", None) or "ForCausalLM").startswith("ForCausalLM")
 
@@ -41,7 +43,7 @@ def supply_inputs(context: SequenceContext, model: PreTrainedModel, numbering: N
             if "position_ids" in signature.parameters:
                 positions = _positions(batch, tokens, context.mesh.sp_rank)
                 added["position_ids"] = numbering.supplied(positions) if numbering.is_used else positions
-            elif context.mesh.sp_size > 1:
+            elif context.mesh.sp_size > 1 and attends:
                 raise UlyssesError(
                     f"{name}, whose forward takes no position_ids",
                     "a model that can be told the positions of its tokens",
