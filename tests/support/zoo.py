@@ -15,6 +15,7 @@ from typing import Any
 import lightning as L
 import torch
 from guests import GUESTS, Guest
+from hybrids import HYBRIDS
 from models import VOCAB, token_batch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -150,40 +151,7 @@ ENTRIES = [
         exact=False,
         why="an encoder-decoder model",
     ),
-    Entry(
-        "Mamba",
-        sizes={"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
-        exact=False,
-        why="takes no position_ids",
-    ),
-    Entry(
-        "Jamba",
-        sizes={
-            **GROUPED,
-            "num_experts": 2,
-            "attn_layer_period": 2,
-            "attn_layer_offset": 1,
-            "expert_layer_period": 2,
-            "expert_layer_offset": 1,
-            "use_mamba_kernels": False,
-            "mamba_d_state": 4,
-        },
-        why="state spaces on the whole sequence, attention layers split",
-    ),
-    Entry(
-        "Qwen3Next",
-        sizes={
-            **HEADS,
-            **EXPERTS,
-            "num_experts": 4,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 2,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-            "layer_types": ["linear_attention", "full_attention"],
-        },
-        why="linear attention on the whole sequence, other layers split",
-    ),
+    *(Entry(**settings) for settings in HYBRIDS),
 ]
 ZOO = {entry.name: entry for entry in ENTRIES}
 
