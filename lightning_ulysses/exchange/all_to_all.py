@@ -270,9 +270,9 @@ def gather_heads(
         parts = [
             # (elements,) -> (S_r, B, sum of heads * D) -> each (S_r, B, heads, D)
             side_by_side(chunk.view(share, batch, row), width, sizes)
-            for chunk, row, width in zip(recv.split(recv_sizes), rows, widths, strict=True)
-            # Empty for the own chunk, which is inserted below.
-            if chunk.numel()
+            for peer, (chunk, row, width) in enumerate(zip(recv.split(recv_sizes), rows, widths, strict=True))
+            # The own chunk is inserted below.
+            if peer in peers
         ]
         if own is not None:
             parts.insert(rank, own)

@@ -8,15 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_ulysses.context import LocalBatch, SequenceContext
 from lightning_ulysses.exchange.all_to_all import heads_to_seq
 from lightning_ulysses.exchange.bundle import bundle_to_heads
 from lightning_ulysses.exchange.gather import join_sequence
+from lightning_ulysses.exchange.halo import Fetch, fetched
 from lightning_ulysses.exchange.mesh import SequenceMesh
-from lightning_ulysses.exchange.preceding import preceding
 from lightning_ulysses.geometry.heads import HeadLayout, head_layout
 from lightning_ulysses.mixing.call import MixerCall, as_given, by_heads
 from lightning_ulysses.mixing.table import INDEX
@@ -68,24 +67,21 @@ def exchanged(call: MixerCall, batch: LocalBatch, context: SequenceContext) -> T
 def _convolved(call: MixerCall, batch: LocalBatch, context: SequenceContext) -> Tensor:
     mesh, layout, rank = context.mesh, batch.layout, context.mesh.sp_rank
     assert mesh.sp_group is not None
+    weight = call.args[1] if len(call.args) > 1 else call.kwargs["weight"]
+    seen = tuple((max(span.start - weight.shape[-1] + 1, 0), span.stop) for span in layout.spans)
+    fetch = Fetch((*layout.starts, layout.seq_len), seen, rank, mesh.sp_group)
+    begin, end = seen[rank]
     # (B, C, S_r)
     x = call.given[call.mixer.like]
-    weight = call.args[1] if len(call.args) > 1 else call.kwargs["weight"]
-    before = preceding(x, 2, weight.shape[-1] - 1, layout.shares, rank, mesh.sp_group)
-    count = before.shape[2]
-    if x.stride(1) == 1:
-        # Kernels know this order in memory: (B, C, n + S_r) -> (B, n + S_r, C) and back
-        longer = torch.cat([before.mT, x.mT], dim=1).mT
-    else:
-        longer = torch.cat([before, x], dim=2)
+    # Kernels ask for one order in memory or the other: (B, S_r, C) -> (B, n + S_r, C) -> (B, C, n + S_r)
+    longer = fetched(x.mT, 1, fetch).mT if x.stride(1) == 1 else fetched(x, 2, fetch)
     values: dict[str, Any] = {call.mixer.like: longer}
     index = call.kwargs.get(INDEX)
     if isinstance(index, Tensor):
-        span = layout.spans[rank]
-        values[INDEX] = whole_index(index, batch, mesh)[:, span.start - count : span.stop].contiguous()
+        values[INDEX] = whole_index(index, batch, mesh)[:, begin:end].contiguous()
     with context.plain():
         # (B, C, n + S_r) -> (B, C, S_r)
-        return call.run(values)[:, :, count:]
+        return call.run(values)[:, :, layout.starts[rank] - begin :]
 
 
 def _scanned(call: MixerCall, batch: LocalBatch, context: SequenceContext) -> Tensor:
