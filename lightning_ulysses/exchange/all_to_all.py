@@ -215,7 +215,8 @@ def _pack_tokens(
     sizes = [tensor.shape[3] for tensor in tensors]
     before, own = sum(shares[:rank]), shares[rank]
     # (elements,) -> (tokens of all others, B, sum of heads * D) -> each (tokens of all others, B, heads, D)
-    rows = send.view(-1, tensors[0].shape[0], sum(w * d for w, d in zip(widths, sizes, strict=True)))
+    width = sum(w * d for w, d in zip(widths, sizes, strict=True))
+    rows = send.view(sum(shares) - own, tensors[0].shape[0], width)
     for column, tensor in zip(side_by_side(rows, widths, sizes), tensors, strict=True):
         # (B, heads, S, D) -> (S, B, heads, D)
         tokens = tensor.permute(2, 0, 1, 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from lightning_ulysses.exchange.all_to_all import Ranges, gather_heads, scatter_
 
 def _overlap(ends: Ranges) -> bool:
     """Whether some head goes to several ranks, whose gradients are summed."""
-    return any(before[1] > after[0] for before, after in zip(ends, ends[1:], strict=False))
+    return any(before[1] > after[0] for before, after in pairwise(ends))
 
 
 def wire_dtype(dtypes: Sequence[torch.dtype], ranges: Sequence[Ranges]) -> torch.dtype:

@@ -32,7 +32,7 @@ AREAS = {
     "The step": ("checks/step.py", "checks/trial", "context.py", "sequence.py", "sequence_parallel.py"),
     "Batches": ("batch", "geometry/documents.py", "geometry/layout.py", "geometry/batch_keys.py"),
     "Attention": ("attention", "geometry/heads.py", "geometry/mask_spec.py", "geometry/shares.py"),
-    "Models": ("interceptors",),
+    "Models": ("interceptors", "mixing"),
     "Plans and divided tensors": ("regions", "divided", "geometry/split_plan.py"),
     "Loss": ("loss",),
     "Memory": ("memory",),

@@ -46,7 +46,7 @@ class Case:
 
 
 def gated(keys: int, values: int, rows: int = 2) -> dict[str, tuple[Any, ...]]:
-    shapes: dict[str, tuple[Any, ...]] = {name: (rows, "S", keys, 4) for name in "qk"}
+    shapes: dict[str, tuple[Any, ...]] = dict.fromkeys("qk", (rows, "S", keys, 4))
     return {**shapes, "v": (rows, "S", values, 6), "g": (rows, "S", values), "beta": (rows, "S", values)}
 
 
@@ -60,7 +60,7 @@ def space(heads: int, groups: int) -> dict[str, tuple[Any, ...]]:
 
 
 def selective(channels: int, *shape: Any) -> dict[str, tuple[Any, ...]]:
-    every: dict[str, tuple[Any, ...]] = {name: (2, channels, "S") for name in ("u", "delta", "z")}
+    every: dict[str, tuple[Any, ...]] = dict.fromkeys(("u", "delta", "z"), (2, channels, "S"))
     return {**every, "B": shape, "C": shape}
 
 
@@ -94,7 +94,7 @@ CASES = {
     ),
     "selective scan without B": Case(
         "selective_scan_fn",
-        {name: (2, 7, "S") for name in ("u", "delta")},
+        dict.fromkeys(("u", "delta"), (2, 7, "S")),
         {**SCAN, "B": (7, 5), "C": (7, 5)},
         DELTA,
     ),
@@ -225,7 +225,8 @@ def mixed(rank: int, ours: str, other: str) -> list[Any]:
 
 
 @pytest.mark.parametrize(
-    ("ours", "other"), [("bfloat16", "float32"), ("float32", "bfloat16"), ("float16", "bfloat16"), ("float32", "float64")]
+    ("ours", "other"),
+    [("bfloat16", "float32"), ("float32", "bfloat16"), ("float16", "bfloat16"), ("float32", "float64")],
 )
 def test_dtypes_travel_together(pool: ProcessPool, ours: str, other: str) -> None:
     """Bit by bit. Heads that several ranks have are summed in their own dtype, or in a wider one."""
