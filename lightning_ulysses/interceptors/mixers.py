@@ -26,19 +26,19 @@ from lightning_ulysses.patching.handle import Handle
 _MASK = "create_recurrent_attention_mask"
 
 
-def _functions(names: Any) -> Iterator[tuple[str, Callable[..., Any]]]:
-    """Functions with these names in imported modules, each once."""
+def _functions(names: Any) -> Iterator[tuple[str, Callable[..., Any], str]]:
+    """Functions with these names in imported modules, each once, with the name of the module."""
     met: set[int] = set()
     # A copy: another thread may import meanwhile.
-    for module in [*sys.modules.copy().values()]:
+    for file, module in sys.modules.copy().items():
         held = getattr(module, "__dict__", None)
-        if not isinstance(held, dict) or str(held.get("__name__")).partition(".")[0] == "lightning_ulysses":
+        if not isinstance(held, dict) or file.partition(".")[0] == "lightning_ulysses":
             continue
         for name in names:
             found = held.get(name)
             if callable(found) and id(found) not in met:
                 met.add(id(found))
-                yield name, found
+                yield name, found, file
 
 
 def _exchanged(context: SequenceContext, name: str, mixer: Mixer, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -49,9 +49,11 @@ def _exchanged(context: SequenceContext, name: str, mixer: Mixer, original: Call
     return mixes
 
 
-def _taken_apart(context: SequenceContext, name: str, fused: Fused, original: Callable[..., Any]) -> Callable[..., Any]:
+def _taken_apart(
+    context: SequenceContext, name: str, fused: Fused, original: Callable[..., Any], file: str
+) -> Callable[..., Any]:
     # A function of transformers that has no kernel returns None, and its caller computes the parts one by one.
-    has_parts = str(getattr(original, "__module__", "")).startswith("transformers")
+    has_parts = file.partition(".")[0] in ("transformers", "transformers_modules")
 
     @context.takes_over(original)
     def nothing(*args: Any, **kwargs: Any) -> Any:
@@ -93,9 +95,9 @@ def install(context: SequenceContext, root: nn.Module) -> Handle:
     handle = Handle()
     if context.mesh.sp_size == 1:
         return handle
-    new = {original: _exchanged(context, name, TABLE[name], original) for name, original in _functions(TABLE)}
-    new |= {original: _taken_apart(context, name, FUSED[name], original) for name, original in _functions(FUSED)}
-    new |= {original: _masked(context, original) for _, original in _functions([_MASK])}
+    new = {found: _exchanged(context, name, TABLE[name], found) for name, found, _ in _functions(TABLE)}
+    new |= {found: _taken_apart(context, name, FUSED[name], found, file) for name, found, file in _functions(FUSED)}
+    new |= {found: _masked(context, found) for _, found, _ in _functions([_MASK])}
     if new:
         rebind_all(handle, root, new)
     return handle

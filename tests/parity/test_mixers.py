@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,10 +14,11 @@ from exact import fit_broken
 from hybrids import HYBRIDS
 from models import token_batch
 from nightly import sampled
-from scans import kernels_in
+from scans import halved, kernels_in
 from torch import Tensor
 from zoo import BOUND, ZOO, Specimen, shifted, targets_of
 
+from lightning_ulysses.mixing.table import TABLE
 from lightning_ulysses.testing import SplitRun, compare, fit_single, fit_split
 from lightning_ulysses.testing.processes import ProcessPool
 
@@ -57,6 +60,8 @@ class WithKernels(Specimen):
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
+        # As in the strategy's steps; stand-ins know no states.
+        self.model.config.use_cache = False
         self.file = type(self.model).__module__
         self.stack = ExitStack()
 
@@ -124,6 +129,28 @@ def test_documents(pool: ProcessPool, name: str) -> None:
         assert compare(result, reference).largest <= BOUND, compare(result, reference)
 
 
+@pytest.mark.parametrize("name", EXACT)
+def test_tokens_of_other_slices_matter(name: str) -> None:
+    """What the other tests compare: in one process, each function on halves of the sequence makes another step."""
+    module, batch = Specimen(name), plain_batch(0)
+    module.model.config.use_cache = False
+    file = sys.modules[type(module.model).__module__]
+
+    def gradient() -> Tensor:
+        module.zero_grad()
+        module.training_step(batch, 0).backward()
+        # Each (...) -> (elements,)
+        return torch.cat([parameter.grad.flatten() for parameter in module.parameters() if parameter.grad is not None])
+
+    wanted = gradient()
+    # Functions for one token at a time belong to generation.
+    functions = [each for each in TABLE if hasattr(file, each) and "recurrent" not in each]
+    assert "causal_conv1d_fn" in functions
+    for function in functions:
+        with mock.patch.object(file, function, halved(function, getattr(file, function))):
+            assert (gradient() - wanted).norm() > 1e-2 * wanted.norm(), function
+
+
 def alone(part: Tensor, dim: int, fetch: Any) -> Tensor:
     """The slice without the tokens before it: zeros in their place, as at the beginning of a sequence."""
     begin, end = fetch.wanted[fetch.rank]
@@ -150,7 +177,7 @@ def test_without_the_exchange_it_is_another_step(pool: ProcessPool, name: str, t
     make, batches = partial(Specimen, name), [plain_batch(0)]
     reference = fit_single(make, [[shifted(batch) for batch in batches]], partial(targets_of, name))
     for result in pool.run(fit_broken, make, batches, SplitRun(), target, broken, world_size=2):
-        assert compare(result, reference).largest > 1e-4
+        assert compare(result, reference).largest > 1e-2
 
 
 class FewHeads(Specimen):

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import nn
+
 _SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 _GROUPED = {**_SIZES, "num_key_value_heads": 2}
 _HEADS = {**_GROUPED, "head_dim": 8}
@@ -37,6 +40,9 @@ _MAMBA2 = {
     "mamba_d_state": 4,
     "mamba_chunk_size": 8,
 }
+#: Settings of all of them: with small weights, hardly anything comes of the tokens of other slices.
+STRONG = {"initializer_range": 0.2}
+
 #: Arguments of `zoo.Entry`.
 HYBRIDS: list[dict[str, Any]] = [
     {"family": "Qwen3Next", "sizes": {**_GATED, **_EXPERTS, "num_experts": 4}, "why": "gated delta rule, experts"},
@@ -212,3 +218,11 @@ HYBRIDS: list[dict[str, Any]] = [
         "why": "position_bias",
     },
 ]
+
+
+def decay_slowly(model: nn.Module) -> None:
+    """Has states remember many tokens."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("A_log"):
+                parameter.copy_(torch.linspace(-3, 0, parameter.numel()).view_as(parameter))

@@ -16,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_ulysses.mixing.call import MixerCall
+from lightning_ulysses.mixing.table import TABLE
+
 
 def _begins(length: int, rows: int, edges: Any, numbers: Tensor | None) -> Tensor:
     """(B, S) bool: where a document begins."""
@@ -186,6 +189,22 @@ STANDS_FOR = {
     "mamba_selective_scan": selective_scan_fn,
     "causal_conv1d_fn": causal_conv1d_fn,
 }
+
+
+def halved(name: str, original: Any) -> Any:
+    """A function of the table that runs on both halves of the sequence by themselves."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        call = MixerCall(name, TABLE[name], original, args, kwargs)
+        half, length = call.lengths[0] // 2, call.lengths[0]
+        dims = {key: letters.index("s") for key, letters in call.dims.items() if "s" in letters}
+        parts = [
+            call.run({key: call.given[key].narrow(dim, begin, count) for key, dim in dims.items()})
+            for begin, count in ((0, half), (half, length - half))
+        ]
+        return call.write(torch.cat(parts, dim=dims[call.mixer.like]))
+
+    return run
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import Any
 import lightning as L
 import torch
 from guests import GUESTS, Guest
-from hybrids import HYBRIDS
+from hybrids import HYBRIDS, STRONG, decay_slowly
 from models import VOCAB, token_batch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -151,7 +151,7 @@ ENTRIES = [
         exact=False,
         why="an encoder-decoder model",
     ),
-    *(Entry(**settings) for settings in HYBRIDS),
+    *(Entry(**{**given, "sizes": {**given["sizes"], **STRONG}}) for given in HYBRIDS),
 ]
 ZOO = {entry.name: entry for entry in ENTRIES}
 
@@ -173,6 +173,7 @@ class Specimen(L.LightningModule):
         kind = getattr(transformers, entry.kind)
         config._attn_implementation = "sdpa" if kind._supports_sdpa else "eager"
         self.model = kind(config)
+        decay_slowly(self.model)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss: Tensor = self.model(**batch).loss
