@@ -4,8 +4,9 @@
 
 A layer is a causal convolution and a scan, of the sizes of a known model, forward and backward. The scan itself is left
 out on both sides. The separate way sends each tensor by itself, the channels of the convolution there and back among
-them. Bytes are those that a rank sends to others. Both ways run in the same processes in turns, each behind a barrier;
-a time is that of the slowest rank, the least of the repetitions; processor time, the same of a rank's own. Steps of whole models: benchmarks/scaling.py --model.
+them. Bytes are those that a rank sends to others. Both ways run in the same processes in turns, each behind a barrier.
+A time is that of the slowest rank, the least of the repetitions, and so is the processor time of a rank.
+Steps of whole models: benchmarks/scaling.py --model.
 """
 
 from __future__ import annotations
