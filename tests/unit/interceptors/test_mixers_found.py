@@ -30,7 +30,7 @@ def modules(**functions: Any) -> Iterator[tuple[ModuleType, ModuleType]]:
     library, model = ModuleType("mamba_ssm_library"), ModuleType("a_model")
     for name, function in functions.items():
         setattr(library, name, function)
-        setattr(model, f"{name}_alias", function)
+        setattr(model, name, function)
     with mock.patch.dict(sys.modules, {"mamba_ssm_library": library, "a_model": model}):
         yield library, model
 
@@ -42,12 +42,14 @@ def whole(*args: Any, **kwargs: Any) -> str:
 def test_functions_are_replaced_wherever_they_are_held_and_put_back() -> None:
     context = SequenceContext(SPLIT)
     with modules(chunk_kda=whole) as (library, model):
+        # Its name in this module holds the replacement, too.
+        original = whole
         handle = mixers.install(context, nn.Identity())
-        assert library.chunk_kda is model.chunk_kda_alias is not whole
+        assert library.chunk_kda is model.chunk_kda is not original
         # Nothing is split here.
         assert library.chunk_kda() == "as it is"
         handle.remove()
-        assert library.chunk_kda is model.chunk_kda_alias is whole
+        assert library.chunk_kda is model.chunk_kda is original
 
 
 def test_one_process_replaces_nothing() -> None:
@@ -84,18 +86,18 @@ def test_fused_kernels_of_transformers_are_taken_apart() -> None:
 
 @pytest.mark.parametrize("share", [1, 3])
 def test_padding_of_a_slice_of_one_token_is_padding(share: int) -> None:
-    from transformers import MambaConfig
-    from transformers.models.mamba import modeling_mamba
+    from transformers import BambaConfig
+    from transformers.models.bamba import modeling_bamba
 
     context, padding = SequenceContext(SPLIT), torch.zeros(2, share, dtype=torch.long)
-    given = {"config": MambaConfig(), "inputs_embeds": torch.zeros(2, share, 4), "attention_mask": padding}
+    given = {"config": BambaConfig(), "inputs_embeds": torch.zeros(2, share, 4), "attention_mask": padding}
     handle = mixers.install(context, nn.Identity())
     with context.step(LocalBatch(SequenceLayout(2 * share, 2))):
-        found = modeling_mamba.create_recurrent_attention_mask(**given)
+        found = modeling_bamba.create_recurrent_attention_mask(**given)
     handle.remove()
     assert torch.equal(found, padding)
     # transformers takes a single token for one that is being generated.
-    assert (modeling_mamba.create_recurrent_attention_mask(**given) is None) == (share == 1)
+    assert (modeling_bamba.create_recurrent_attention_mask(**given) is None) == (share == 1)
 
 
 def test_the_table_has_the_functions_of_transformers() -> None:
