@@ -181,12 +181,18 @@ def causal_conv1d_fn(
     return total if activation is None else F.silu(total)
 
 
+def no_fused_kernel(*args: Any, **kwargs: Any) -> None:
+    """transformers calls the others then."""
+
+
 #: By the names of transformers' functions, for which they stand.
 STANDS_FOR = {
     "torch_chunk_gated_delta_rule": chunk_gated_delta_rule,
     "chunk_kimi_delta_attention": chunk_kda,
     "mamba2_chunk_scan": mamba_chunk_scan_combined,
     "mamba_selective_scan": selective_scan_fn,
+    "mamba_inner_fn": no_fused_kernel,
+    "mamba2_split_conv1d_scan_combined": no_fused_kernel,
     "causal_conv1d_fn": causal_conv1d_fn,
 }
 
