@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_ulysses.memory.deferred_logits import DeferredLogits, Source, signature_of
+from lightning_ulysses.memory.exact_sums import ExactSums
 from lightning_ulysses.memory.head import Head
 from lightning_ulysses.memory.tiles import Conditions, GradientSums, Unwritten, aliased, as_call, spans
 
@@ -77,12 +78,16 @@ class _Losses(torch.autograd.Function):
         sums = GradientSums(work.parameters)
         for numbers in work.tiles() if len(work.kept) else []:
             tile = rows[numbers].detach().requires_grad_(needs_rows)
-            with aliased(work.head.module, work.parameters) as own_parameters, torch.enable_grad():
+            with (
+                aliased(work.head.module, work.parameters) as own,
+                torch.enable_grad(),
+                ExactSums(sums, own),
+            ):
                 losses = work.losses(tile, numbers)
-            wanted = [tile, *own_parameters] if needs_rows else own_parameters
+            wanted = [tile, *own] if needs_rows else own
             found = list(torch.autograd.grad(losses, wanted, gradient[numbers], allow_unused=True))
-            if of_rows is not None and (own := found.pop(0)) is not None:
-                of_rows[numbers] = own
+            if of_rows is not None and (part := found.pop(0)) is not None:
+                of_rows[numbers] = part
             sums.add(found)
         return None, of_rows, *sums.result(fills=True)
 

@@ -124,6 +124,17 @@ class GradientSums:
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._parameters = parameters
         self._sums: list[Tensor | None] = [None] * len(parameters)
+        self._places: dict[int, int] = {}
+
+    def stand_for(self, others: Sequence[Tensor]) -> None:
+        """Names the tensors that stand for the parameters in the next tile."""
+        self._places = {id(other): index for index, other in enumerate(others)}
+
+    def add_to(self, other: Tensor, gradient: Tensor) -> None:
+        """Adds a gradient of one parameter, which nobody else holds, by the tensor that stands for the parameter."""
+        index = self._places[id(other)]
+        total = self._sums[index]
+        self._sums[index] = gradient if total is None else total.add_(gradient)
 
     def add(self, gradients: Sequence[Tensor | None]) -> None:
         """Adds what one tile gives, in the order of the parameters."""
