@@ -29,10 +29,16 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool, sums: GradientSums
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        transposed: bool,
+        sums: GradientSums,
+        places: tuple[int, int | None],
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, bias)
-        ctx.transposed, ctx.sums = transposed, sums
+        ctx.save_for_backward(x, weight)
+        ctx.transposed, ctx.sums, ctx.places = transposed, sums, places
         # Cast as mixed precision does; `weight` itself is the parameter.
         used = _cast(weight, x.dtype)
         own_bias = None if bias is None else _cast(bias, x.dtype)
@@ -41,17 +47,17 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        x, weight, bias = ctx.saved_tensors
+        x, weight = ctx.saved_tensors
+        place, of_bias = ctx.places
         used = _cast(weight, x.dtype)
         # (..., D_out) -> (n, D_out) and (..., D) -> (n, D)
         above, rows = gradient.flatten(0, -2), x.flatten(0, -2)
         with torch.autocast(x.device.type, enabled=False):
-            if weight.requires_grad:
-                ctx.sums.add_to(weight, _product(rows, above) if ctx.transposed else _product(above, rows))
-            if bias is not None and bias.requires_grad:
-                ctx.sums.add_to(bias, above.sum(0, dtype=torch.float32))
+            ctx.sums.add_to(place, _product(rows, above) if ctx.transposed else _product(above, rows))
+            if of_bias is not None:
+                ctx.sums.add_to(of_bias, above.sum(0, dtype=torch.float32))
             of_x = F.linear(gradient, used if ctx.transposed else used.t()) if ctx.needs_input_grad[0] else None
-        return of_x, None, None, None, None
+        return of_x, None, None, None, None, None
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -70,9 +76,8 @@ class ExactSums(TorchFunctionMode):
 
     def __init__(self, sums: GradientSums, parameters: Sequence[Tensor]) -> None:
         super().__init__()
-        sums.stand_for(parameters)
         self._sums = sums
-        self._own = {id(parameter) for parameter in parameters}
+        self._places = {id(parameter): index for index, parameter in enumerate(parameters)}
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replaces a linear layer whose weight is one of the parameters."""
@@ -83,11 +88,12 @@ class ExactSums(TorchFunctionMode):
         x, weight, bias, transposed = given
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        is_own = id(weight) in self._own and (bias is None or not bias.requires_grad or id(bias) in self._own)
-        if not is_own or dtype not in (torch.bfloat16, torch.float16) or x.dim() < 2:
+        place, of_bias = self._places.get(id(weight)), self._places.get(id(bias))
+        is_foreign = bias is not None and bias.requires_grad and of_bias is None
+        if place is None or is_foreign or dtype not in (torch.bfloat16, torch.float16) or x.dim() < 2:
             return func(*args, **kwargs)
         with torch.autocast(kind, enabled=False):
-            return _Linear.apply(x.to(dtype), weight, bias, transposed, self._sums)
+            return _Linear.apply(x.to(dtype), weight, bias, transposed, self._sums, (place, of_bias))
 
 
 def _read(func: Any, args: Any, kwargs: Any) -> tuple[Tensor, Tensor, Tensor | None, bool] | None:

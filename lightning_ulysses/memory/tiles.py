@@ -124,15 +124,9 @@ class GradientSums:
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._parameters = parameters
         self._sums: list[Tensor | None] = [None] * len(parameters)
-        self._places: dict[int, int] = {}
 
-    def stand_for(self, others: Sequence[Tensor]) -> None:
-        """Names the tensors that stand for the parameters in the next tile."""
-        self._places = {id(other): index for index, other in enumerate(others)}
-
-    def add_to(self, other: Tensor, gradient: Tensor) -> None:
-        """Adds a gradient of one parameter, which nobody else holds, by the tensor that stands for the parameter."""
-        index = self._places[id(other)]
+    def add_to(self, index: int, gradient: Tensor) -> None:
+        """Adds a gradient of one parameter, which nobody else holds."""
         total = self._sums[index]
         self._sums[index] = gradient if total is None else total.add_(gradient)
 
@@ -144,9 +138,16 @@ class GradientSums:
             total = self._sums[index]
             if total is None:
                 # A copy: autograd may hand out one tensor twice.
-                self._sums[index] = gradient.to(_precise(gradient.dtype), copy=True)
+                self._sums[index] = gradient.to(precise(gradient.dtype), copy=True)
             else:
                 total.add_(gradient)
+
+    def unrounded(self) -> list[Tensor]:
+        """The sums, zeros for a parameter that no tile used."""
+        return [
+            torch.zeros_like(parameter, dtype=precise(parameter.dtype)) if total is None else total
+            for total, parameter in zip(self._sums, self._parameters, strict=True)
+        ]
 
     def result(self, fills: bool = False) -> list[Tensor | None]:
         """The sums, each in the type of its parameter.
@@ -160,5 +161,6 @@ class GradientSums:
         ]
 
 
-def _precise(dtype: torch.dtype) -> torch.dtype:
+def precise(dtype: torch.dtype) -> torch.dtype:
+    """The type in which values of a type are summed."""
     return torch.float32 if dtype.itemsize < 4 else dtype

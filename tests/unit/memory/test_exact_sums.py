@@ -118,7 +118,7 @@ def test_other_heads_are_close() -> None:
 
 @pytest.mark.parametrize(
     ("where", "what", "replacement", "least"),
-    [(exact_sums, "_read", lambda *given: None, 1.15), (tiles, "_precise", lambda dtype: dtype, 2)],
+    [(exact_sums, "_read", lambda *given: None, 1.15), (tiles, "precise", lambda dtype: dtype, 2)],
 )
 def test_rounding_is_seen(where: object, what: str, replacement: Callable[..., object], least: float) -> None:
     """The controls: what tiles give is rounded, or their sum."""
