@@ -5,8 +5,8 @@
 All sides train the same Llama by SGD on the same sequences, at ZeRO-2 in float32, with torch's attention. Sides run in
 turn, each round in processes of their own. A step is one sequence. Processor time is that of both processes.
 
-Cases: `plain`, causal; `packed`, eight documents in each row, which ALST with torch's attention attends across; `parts`,
-plain with checkpointed blocks, MLP and loss on tiles (and norms, ours alone).
+Cases: `plain`, causal; `packed`, eight documents in each row, which ALST with torch's attention attends across;
+`parts`, plain with checkpointed blocks, MLP and loss on tiles (and norms, ours alone).
 """
 
 from __future__ import annotations
@@ -275,8 +275,9 @@ def measure(side: str, arguments: list[str]) -> dict[str, tuple[float, float]]:
     running = []
     for rank in ("0", "1"):
         environment = {
-            **os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": port,
-            "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": here, "TORCHELASTIC_RUN_ID": "none", "GROUP_RANK": "0",
+            **os.environ, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": here, "TORCHELASTIC_RUN_ID": "none",
+            "GROUP_RANK": "0",
         }  # fmt: skip
         running.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
