@@ -20,6 +20,7 @@ from lightning_ulysses.exchange.mesh import ALONE
 from lightning_ulysses.memory.head import Head, KnownLogits
 from lightning_ulysses.memory.replaced import Replaced
 from lightning_ulysses.memory.tiled_loss import defer
+from lightning_ulysses.memory.trying import is_watched
 from lightning_ulysses.patching.outside_graphs import eager
 
 Reduction = Literal["mean", "sum", "none"]
@@ -94,9 +95,9 @@ def tiled_cross_entropy(
         # (..., V) -> (N, V) and (...) -> (N,)
         return F.cross_entropy(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), **options)
 
-    # A trial of the step sees all logits of its few tokens. So does a sequence that is divided over ranks. A head under
-    # `tiled_loss` defers its logits by itself.
-    is_plain = type(hidden) in (Tensor, nn.Parameter) and hidden.numel() > 0
+    # A trial of the step sees all logits of its few tokens, as do hooks of the head and a sequence that is divided over
+    # ranks. A head under `tiled_loss` defers its logits by itself.
+    is_plain = type(hidden) in (Tensor, nn.Parameter) and hidden.numel() > 0 and not is_watched(module)
     if context.place.takes_calls or not is_plain or isinstance(vars(module).get("_call_impl"), Replaced):
         found = loss(module(hidden))
     else:

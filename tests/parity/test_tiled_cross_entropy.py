@@ -12,7 +12,8 @@ from models import HandWritten, count_targets, pair_batch
 from torch import Tensor, nn
 
 import lightning_ulysses
-from lightning_ulysses.testing import SplitRun, compare, fit_single
+from lightning_ulysses import UlyssesError
+from lightning_ulysses.testing import SplitRun, compare, fit_single, fit_split
 from lightning_ulysses.testing.processes import ProcessPool
 
 
@@ -56,18 +57,25 @@ CASES: dict[str, tuple[Any, list[Any], SplitRun, int]] = {
     "stage 2, softcap": (partial(Tiled, "softcap"), batches(2), run(2), 2),
     "stage 2, each loss by itself": (partial(Tiled, "masked"), batches(1), run(2), 1),
     "stage 3, accumulation": (Tiled, batches(2), run(3, 2), 1),
-    "stage 3, a head that is tried": (partial(Tiled, "two layers"), batches(2), run(3), 2),
+    "stage 2, a head that is tried": (partial(Tiled, "two layers"), batches(2), run(2), 2),
+    "stage 3, a head that is tried": (
+        partial(Tiled, "two layers"), batches(2), run(3, memory={"tiled_loss": ["head"], "tile_tokens": 5}), 2,
+    ),
     "stage 3, each loss by itself": (partial(Tiled, "masked"), batches(1), run(3), 1),
     "a slice without a label": (Tiled, [pair_batch(1, 32, 1, "first_half")], run(2), 1),
     "split inside": (Tiled, batches(1), run(2, split="blocks"), 1),
-    "beside the setting": (Tiled, batches(1), run(3, memory={"tiled_loss": ["head"], "tile_tokens": 5}), 1),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_step(pool: ProcessPool, name: str) -> None:
     make, data, run, steps = CASES[name]
     check(pool, make, data, run, steps)
+
+
+def test_a_head_that_is_gathered_in_parts_is_refused(pool: ProcessPool) -> None:
+    with pytest.raises(UlyssesError, match=r"set memory in the strategy|set_z3_leaf_module"):
+        fit_split(pool, partial(Tiled, "two layers"), batches(1), run(3))
 
 
 def test_without_weights_it_is_off(pool: ProcessPool) -> None:

@@ -95,6 +95,13 @@ def test_a_tile_of_logits_at_a_time() -> None:
     assert sum(sizes) == int((y != -100).sum()) + 1 and max(sizes) == 8
 
 
+def test_hooks_of_the_head_see_logits() -> None:
+    head, seen = nn.Linear(D, V), list[torch.Size]()
+    head.register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    tiled_cross_entropy(torch.randn(2, 13, D), head, targets((2, 13), V), tile_tokens=4).backward()
+    assert seen == [(2, 13, V)]
+
+
 def test_where_the_head_is_tiled_already() -> None:
     torch.manual_seed(0)
     root = Holder("head", nn.Linear(D, V))
