@@ -12,9 +12,8 @@ from models import HandWritten, count_targets, pair_batch
 from torch import Tensor, nn
 
 import lightning_ulysses
-from lightning_ulysses import UlyssesError
 from lightning_ulysses.testing import SplitRun, compare, fit_single, fit_split
-from lightning_ulysses.testing.processes import ProcessPool
+from lightning_ulysses.testing.processes import ProcessPool, RemoteError
 
 
 class Tiled(HandWritten):
@@ -74,7 +73,7 @@ def test_step(pool: ProcessPool, name: str) -> None:
 
 
 def test_a_head_that_is_gathered_in_parts_is_refused(pool: ProcessPool) -> None:
-    with pytest.raises(UlyssesError, match=r"set memory in the strategy|set_z3_leaf_module"):
+    with pytest.raises(RemoteError, match=r"set memory in the strategy|set_z3_leaf_module"):
         fit_split(pool, partial(Tiled, "two layers"), batches(1), run(3))
 
 
