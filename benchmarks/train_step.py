@@ -184,6 +184,15 @@ def alst(args: argparse.Namespace, case: dict[str, Any], clock: Clock) -> None:
     finally:
         ALL_ATTENTION_FUNCTIONS["sdpa"] = before
         engine.destroy()
+        forget_groups()
+
+
+def forget_groups() -> None:
+    """DeepSpeed makes its sequence group once for a process, and refuses to make it again."""
+    import deepspeed.runtime.sequence_parallel.parallel_state_sp as state
+
+    for name in [name for name in vars(state) if name.startswith("_") and name.isupper()]:
+        setattr(state, name, None)
 
 
 def engine_loss(engine: Any, batch: dict[str, Any], group: Any, is_tiled: bool) -> Any:
@@ -245,6 +254,7 @@ def trainer(args: argparse.Namespace, case: dict[str, Any], clock: Clock) -> Non
                 fit.train()
         finally:
             ALL_ATTENTION_FUNCTIONS["sdpa"] = before
+            forget_groups()
 
 
 SIDES: dict[str, Callable[[argparse.Namespace, dict[str, Any], Clock], None]] = {

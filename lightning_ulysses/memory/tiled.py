@@ -168,8 +168,11 @@ class TiledModule:
         self._check_arguments(args[1:], kwargs)
         check_ready(self._part, self._name, self._module)
 
+        # Not `args`: under a checkpoint, whoever holds `call` would hold `x` until the backward.
+        others = args[1:]
+
         def call(rows: Tensor) -> Any:
-            return self._plain(rows, *args[1:], **kwargs)
+            return self._plain(rows, *others, **kwargs)
 
         size = self._size(call, x)
         if rows_of(x) <= size:

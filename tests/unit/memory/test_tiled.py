@@ -125,6 +125,26 @@ def test_gradients_under_a_checkpoint(reentrant: bool) -> None:
     assert worst(root, plain) <= 1e-14
 
 
+@pytest.mark.parametrize("part", ["tiled_mlp", "tiled_loss"])
+def test_nothing_is_kept_under_a_checkpoint(part: str) -> None:
+    """Not even the input, which the checkpoint computes again."""
+    root, held = Holder("mlp", nn.Linear(8, 8) if part == "tiled_loss" else Gated()), []
+
+    def block(x: Tensor) -> Tensor:
+        x = x.tanh()
+        held.append(weakref.ref(x.untyped_storage()))
+        output = root(x)
+        return nn.functional.cross_entropy(output[0], torch.zeros(20).long()) if part == "tiled_loss" else output
+
+    x = torch.randn(1, 20, 8, requires_grad=True)
+    with tiled(root, **{part: ["mlp"], "tile_tokens": 3}):
+        root(x.detach())
+        output = checkpoint(block, x, use_reentrant=False)
+        assert held[0]() is None
+        output.sum().backward()
+        assert len(held) == 2
+
+
 def test_keeps_the_input_only() -> None:
     def kept(root: nn.Module) -> int:
         found: dict[int, int] = {p.untyped_storage().data_ptr(): 0 for p in root.parameters()}
