@@ -157,29 +157,23 @@ class Stopwatch:
         print(MARK + json.dumps(found), flush=True)
 
 
-def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Each length twice, from the shortest to the longest."""
-    import torch
-
-    length = args.from_len
-    while length <= args.to_len:
-        for _ in range(2):
-            row = torch.randint(0, SHAPES[args.shape]["vocab_size"], (1, length))
-            yield {"input_ids": row, "labels": row}
-        length *= 2
-
-
 def child(args: argparse.Namespace) -> None:
     """One shape and side; prints a line for each length."""
     import lightning as L
     import torch
-    from torch.utils.data import DataLoader, IterableDataset
+    from torch.utils.data import DataLoader, Dataset
 
     from lightning_ulysses.cost.flops import model_operations
 
-    class Rows(IterableDataset):  # type: ignore[type-arg]
-        def __iter__(self) -> Iterator[dict[str, Any]]:
-            return rows(args)
+    class Rows(Dataset):  # type: ignore[type-arg]
+        """Each length twice, from the shortest to the longest."""
+
+        def __len__(self) -> int:
+            return 2 * (int(math.log2(args.to_len // args.from_len)) + 1)
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            row = torch.randint(0, SHAPES[args.shape]["vocab_size"], (args.from_len * 2 ** (index // 2),))
+            return {"input_ids": row, "labels": row}
 
     class Module(L.LightningModule):
         def __init__(self) -> None:
@@ -201,6 +195,9 @@ def child(args: argparse.Namespace) -> None:
         def training_step(self, batch: dict[str, Any], batch_idx: int) -> Any:
             return self.loss(batch)
 
+        def optimizer_zero_grad(self, *given: Any) -> None:
+            """DeepSpeed does it in its step. Here, it would delete what ALST's loss has made in the forward."""
+
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), lr=1e-4)
 
@@ -214,7 +211,7 @@ def child(args: argparse.Namespace) -> None:
     )  # fmt: skip
     parts = alst_parts(module.model) if args.side == "alst" else contextlib.nullcontext(module.loss)
     with parts as module.loss, contextlib.suppress(torch.OutOfMemoryError):
-        trainer.fit(module, DataLoader(Rows(), batch_size=None))
+        trainer.fit(module, DataLoader(Rows(), batch_size=1))
 
 
 def longest(found: list[dict[str, Any]], memory: int) -> int | None:
