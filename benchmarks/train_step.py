@@ -1,6 +1,6 @@
 """Whole training steps on two processes: ours, DeepSpeed's ALST recipe, and the Trainer of Hugging Face over it.
 
-    python benchmarks/train_step.py [--rounds 3] [--sides ours alst trainer]
+    python benchmarks/train_step.py [--rounds 3] [--sides ours alst]
 
 All sides train the same Llama by SGD on the same sequences, at ZeRO-2 in float32, with torch's attention. Sides run in
 turn, each round in processes of their own. A step is one sequence. Processor time is that of both processes.
@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -175,12 +175,12 @@ def alst(args: argparse.Namespace, case: dict[str, Any], clock: Clock) -> None:
     own = DataLoader(rows(args, case)[rank::2], batch_size=1)  # type: ignore[arg-type]
     loader = UlyssesSPDataLoaderAdapter(own, rank, group, 2, torch.device("cpu"))
     try:
-        for batch in loader:
-            clock()
-            # Through the engine, as its hooks expect.
-            loss = engine_loss(engine, batch, group, bool(case.get("parts")))
-            engine.backward(loss)
-            engine.step()
+        # Also in the backward, where checkpointed blocks run again.
+        with tiled_mlp() if case.get("parts") else nullcontext():
+            for batch in loader:
+                clock()
+                engine.backward(engine_loss(engine, batch, group, bool(case.get("parts"))))
+                engine.step()
     finally:
         ALL_ATTENTION_FUNCTIONS["sdpa"] = before
         engine.destroy()
@@ -202,8 +202,7 @@ def engine_loss(engine: Any, batch: dict[str, Any], group: Any, is_tiled: bool) 
         inputs = {name: value for name, value in batch.items() if name != "shift_labels"}
         logits = engine(**inputs).logits
         return alst_loss(_Given(engine.module, logits), {"shift_labels": labels}, group, False)
-    with tiled_mlp():
-        return alst_loss(engine.module, batch, group, True)
+    return alst_loss(engine.module, batch, group, True)
 
 
 class _Given:
@@ -313,7 +312,7 @@ def measure(side: str, arguments: list[str]) -> dict[str, tuple[float, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", help=argparse.SUPPRESS)
-    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=list(SIDES))
+    parser.add_argument("--sides", nargs="+", default=["ours", "alst"], choices=list(SIDES))
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10)
