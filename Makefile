@@ -4,6 +4,7 @@
 # make test   lint, then the tests
 # make nightly  lint, then the tests with all cases of long sweeps
 # make quick  the tests that start no processes, under a minute
+# make gpu-bench  what one GPU can do, in less than ten minutes
 # make docs   the site of docs/ into site/
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ export PATH := $(BIN):$(PATH)
 export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: env demo lint format test nightly quick docs
+.PHONY: env demo lint format test nightly quick gpu-bench docs
 .DEFAULT_GOAL := test
 
 env: $(STAMP)
@@ -50,6 +51,9 @@ nightly: lint
 
 quick: $(STAMP)
 	$(BIN)/pytest --numprocesses 2 --dist worksteal -m 'not processes and not nightly'
+
+gpu-bench: $(STAMP)
+	$(BIN)/python benchmarks/gpu.py
 
 $(VENV)/.docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'

@@ -11,6 +11,7 @@ from lightning_ulysses.attention import ulysses_attention
 from lightning_ulysses.callbacks import TokenCountMonitor
 from lightning_ulysses.data import CostModel, PackedStream, PackingCollator, SequenceDataModule, SequenceShardSampler
 from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.memory import tiled_cross_entropy
 from lightning_ulysses.sequence import gather_sequence, sequence_positions, unsharded
 from lightning_ulysses.strategy import UlyssesDeepSpeedStrategy
 from lightning_ulysses.upstream.flavour import register_refusals
@@ -27,6 +28,7 @@ __all__ = [
     "UlyssesError",
     "gather_sequence",
     "sequence_positions",
+    "tiled_cross_entropy",
     "ulysses_attention",
     "unsharded",
 ]

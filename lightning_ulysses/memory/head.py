@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_ulysses.config import MemoryConfig
@@ -16,6 +17,8 @@ from lightning_ulysses.memory.trying import check_ready, is_watched, try_rows
 from lightning_ulysses.patching.handle import Handle
 
 Step = Callable[[Tensor], Tensor]
+#: Width and type of logits, by whether the module trains, the type of hidden states, and mixed precision.
+KnownLogits = dict[Any, tuple[int, torch.dtype]]
 
 
 class Head:
@@ -28,6 +31,7 @@ class Head:
         config: Sizes of tiles.
         defer: Makes the logits that stand for those of hidden states (..., D), of a width and a type.
         forget: Called after the module was tried, for whoever keeps count of the module calls of a step.
+        known: Of the logits, where it was tried before.
     """
 
     def __init__(
@@ -38,6 +42,7 @@ class Head:
         config: MemoryConfig,
         defer: Callable[[Head, Tensor, int, torch.dtype], Any],
         forget: Callable[[], None] | None = None,
+        known: KnownLogits | None = None,
     ) -> None:
         self.name = name
         self.config = config
@@ -50,8 +55,7 @@ class Head:
         self._call: Callable[..., Any] = module._call_impl
         self._plain: Callable[..., Any] = module.forward
         self._work: Callable[[Tensor], Any] | None = None
-        # Width and type of logits, by whether the module trains, the type of hidden states, and mixed precision.
-        self._logits: dict[Any, tuple[int, torch.dtype]] = {}
+        self._logits: KnownLogits = {} if known is None else known
 
     def install(self) -> Handle:
         """Has calls of the module return deferred logits, before any hook of the module runs."""
@@ -121,10 +125,20 @@ class Head:
         if is_watched(self._module):
             self.note("a hook of the module")
             return self._call(hidden)
+        return self.deferred(hidden)
+
+    def deferred(self, hidden: Tensor) -> Any:
+        """Stands for the logits of hidden states (..., D)."""
         return self._defer(self, hidden, *self._known(hidden))
 
     def _known(self, hidden: Tensor) -> tuple[int, torch.dtype]:
-        """Width and type of the logits of ``hidden``, tried on a few tokens at first."""
+        """Width and type of the logits of ``hidden``; tried on a few tokens at first, unless it is a linear layer."""
+        weight: Any = getattr(self._module, "weight", None)
+        if getattr(self._plain, "__func__", None) is nn.Linear.forward and type(self._module) is nn.Linear:
+            with torch.no_grad():
+                # ZeRO-3 may have the weight elsewhere.
+                logits = F.linear(hidden.new_empty(1, 1), weight.new_empty(1, 1))
+            return self._module.out_features, logits.dtype
         kind = hidden.device.type
         cast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         key = (self._module.training, hidden.dtype, *cast)

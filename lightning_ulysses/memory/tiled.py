@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from lightning_ulysses.config import MemoryConfig
 from lightning_ulysses.context import SequenceContext
 from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.memory.exact_sums import ExactSums
 from lightning_ulysses.memory.replaced import Replaced
 from lightning_ulysses.memory.tiles import Conditions, GradientSums, aliased, as_call, rows_of, spans
 from lightning_ulysses.memory.trying import check_ready, try_rows
@@ -64,12 +65,16 @@ class _Anchor(torch.autograd.Function):
         sums = GradientSums(work.parameters)
         for begin, end in work.tiles:
             tile = rows[begin:end].detach().requires_grad_(needs_x)
-            with aliased(work.module, work.parameters) as own_parameters, torch.enable_grad():
+            with (
+                aliased(work.module, work.parameters) as own,
+                torch.enable_grad(),
+                ExactSums(sums, own),
+            ):
                 output = work(tile)
-            wanted = [tile, *own_parameters] if needs_x else own_parameters
+            wanted = [tile, *own] if needs_x else own
             found = list(torch.autograd.grad(output, wanted, upstream[begin:end], allow_unused=True))
-            if of_rows is not None and (own := found.pop(0)) is not None:
-                of_rows[begin:end] = own
+            if of_rows is not None and (part := found.pop(0)) is not None:
+                of_rows[begin:end] = part
             sums.add(found)
         return None, None if of_rows is None else of_rows.view_as(x), *sums.result()
 
@@ -163,8 +168,11 @@ class TiledModule:
         self._check_arguments(args[1:], kwargs)
         check_ready(self._part, self._name, self._module)
 
+        # Not `args`: under a checkpoint, whoever holds `call` would hold `x` until the backward.
+        others = args[1:]
+
         def call(rows: Tensor) -> Any:
-            return self._plain(rows, *args[1:], **kwargs)
+            return self._plain(rows, *others, **kwargs)
 
         size = self._size(call, x)
         if rows_of(x) <= size:

@@ -211,6 +211,12 @@ def check_place(names: Names) -> None:
     torch.testing.assert_close(names["h"], module.embed(x) + module.place.weight[:6])
 
 
+def check_tiled_loss(names: Names) -> None:
+    logits = 30.0 * torch.tanh(names["self"].head(names["hidden"]) / 30.0)
+    wanted = F.cross_entropy(logits.flatten(0, 1), names["labels"].flatten())
+    torch.testing.assert_close(names["loss"], wanted)
+
+
 def check_pack(names: Names) -> None:
     batch = names["batch"]
     assert batch["input_ids"][0, :5].tolist() == [5, 6, 7, 8, 9]

@@ -146,6 +146,11 @@ def given_place(folder: str) -> Names:
     return {"self": HandWritten(), "x": torch.arange(12).view(2, 6), **given_package(folder)}
 
 
+def given_hidden(folder: str) -> Names:
+    hidden, labels = torch.randn(2, 6, 32), torch.tensor([[1, 2, 3, -100, 5, 6], [-100, 2, 3, 4, 5, 6]])
+    return {"self": HandWritten(), "hidden": hidden, "labels": labels, "lightning_ulysses": lightning_ulysses}
+
+
 def given_ray(folder: str) -> Names:
     """Stands for ray.train.lightning, whose class differs from its parent in these two."""
     from lightning.pytorch.strategies import DeepSpeedStrategy
