@@ -1,0 +1,102 @@
+"""What was measured before, so that a plan that is asked for again is there at once."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lightning_ulysses
+from lightning_ulysses.planning.lab import Lab, Scene
+from lightning_ulysses.planning.models import Facts, Made, Source
+
+
+@dataclass(frozen=True)
+class Peak:
+    """A rehearsal in numbers; see `lab.Rehearsal`."""
+
+    peak: int
+    per_block: int
+    host: int
+    blocks: int
+    causes: dict[str, int]
+
+
+def folder() -> Path:
+    """Where measurements are kept: ``lightning_ulysses`` in the user's cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning_ulysses"
+
+
+def _stamp() -> str:
+    """Changes with the package and with torch."""
+    root = Path(lightning_ulysses.__file__).parent
+    files = sorted(root.rglob("*.py"))
+    stats = [(str(path.relative_to(root)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return hashlib.sha256(repr((torch.__version__, stats)).encode()).hexdigest()
+
+
+class Measurements:
+    """Facts and rehearsals of one model, from a file where they are known.
+
+    Args:
+        source: The model.
+        place: The folder of the files; None to keep nothing.
+    """
+
+    def __init__(self, source: Source, place: Path | None) -> None:
+        self._source = source
+        self._made: Made | None = None
+        self._lab: Lab | None = None
+        name = hashlib.sha256(f"{_stamp()} {source.key}".encode()).hexdigest()
+        self._path = None if place is None else place / f"plan-{name[:32]}.json"
+        self._known: dict[str, Any] = {}
+        if self._path is not None:
+            # An unreadable file is written anew.
+            with contextlib.suppress(OSError, ValueError):
+                self._known = json.loads(self._path.read_text())
+
+    @property
+    def facts(self) -> Facts:
+        """Sizes of the model."""
+        found = self._remember("facts", lambda: asdict(self._load().facts))
+        return Facts(**{each.name: found[each.name] for each in fields(Facts)})
+
+    def peak(self, scene: Scene) -> Peak:
+        """The rehearsal of a step."""
+        return Peak(**self._remember(repr(scene), lambda: asdict(self._rehearse(scene))))
+
+    def _load(self) -> Made:
+        if self._made is None:
+            self._made = self._source.load()
+        return self._made
+
+    def _rehearse(self, scene: Scene) -> Peak:
+        if self._lab is None:
+            made = self._load()
+            self._lab = Lab(made.make, made.step)
+        found = self._lab.rehearse(scene)
+        return Peak(found.peak, found.per_block, found.host, found.blocks, found.by_cause())
+
+    def _remember(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        if key not in self._known:
+            self._known[key] = measure()
+            self._write()
+        found: dict[str, Any] = self._known[key]
+        return found
+
+    def _write(self) -> None:
+        if self._path is None:
+            return
+        # A folder that cannot be written to costs time, and nothing else.
+        with contextlib.suppress(OSError):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            other = self._path.with_suffix(f".{os.getpid()}")
+            other.write_text(json.dumps(self._known))
+            other.replace(self._path)
