@@ -19,6 +19,10 @@ from lightning_ulysses.patching.handle import Handle
 Step = Callable[[Tensor], Tensor]
 
 
+def _has_rows(hidden: Any) -> bool:
+    return hidden.dim() > 1 and hidden.numel() > 0 and hidden.is_floating_point()
+
+
 class Head:
     """Defers the logits of one module.
 
@@ -113,8 +117,7 @@ class Head:
     def _called(self, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if len(args) == 1 and not kwargs else None
         place = self._context.place
-        is_one = isinstance(hidden, Tensor) and is_plain(hidden) and not isinstance(hidden, nn.Parameter)
-        has_rows = is_one and hidden.dim() > 1 and hidden.numel() > 0 and hidden.is_floating_point()
+        has_rows = is_plain(hidden) and not isinstance(hidden, nn.Parameter) and _has_rows(hidden)
         # Without gradients in training, a reentrant checkpoint runs the forward, whose outputs must be real.
         is_graph = torch.is_grad_enabled() or not self._module.training
         if not has_rows or not is_graph or place.takes_calls or place.batch is None:

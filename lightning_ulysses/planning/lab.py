@@ -14,19 +14,21 @@ from torch._subclasses import FakeTensorMode
 
 from lightning_ulysses import memory
 from lightning_ulysses.config import MemoryConfig
-from lightning_ulysses.context import LocalBatch, SequenceContext
+from lightning_ulysses.context import LocalBatch, SequenceContext, activate, current_context
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.exchange.mesh import SequenceMesh
 from lightning_ulysses.geometry.layout import SequenceLayout
 from lightning_ulysses.interceptors.install_all import install_interceptors
 from lightning_ulysses.memory.blocks import find_blocks
+from lightning_ulysses.memory.host import footprint
 from lightning_ulysses.planning.meter import Held, Meter, Workspace, labelled
-from lightning_ulysses.planning.stand_ins import AbsentGroup, HostBytes, on_fake_tensors
+from lightning_ulysses.planning.stand_ins import CUDA, AbsentGroup, HostBytes, on_fake_tensors
 from lightning_ulysses.planning.workspaces import flash_attention
 
 Step = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 
-_KEPT = "kept for the backward"
+#: The cause of what waits for the backward.
+KEPT = "kept for the backward"
 _LABELS = (("attention", re.compile(r"attention$", re.I)), ("mlp", re.compile(r"(mlp|ffn|feedforward|moe\w*)$", re.I)))
 
 
@@ -64,36 +66,33 @@ class Rehearsal:
     Attributes:
         peak: Bytes on the device at the peak, without parameters, gradients that ZeRO keeps, and optimizer states.
         per_block: Bytes at the peak for each further block of the model.
-        host: Bytes on the host.
-        held: What lived at the peak, the largest first.
         blocks: Repeated blocks of the model that ran; 0 if it has none.
+        causes: Bytes at the peak, by what they were made for.
+        buffers: Sizes of buffers on the host, and how many there are of each.
+        held: What lived at the peak, the largest first.
     """
 
     peak: int
     per_block: int
-    host: int
-    held: list[Held]
     blocks: int
+    causes: dict[str, int]
+    buffers: list[tuple[int, int]]
+    held: list[Held] = field(default_factory=list)
 
-    def of(self, blocks: int) -> tuple[int, int]:
-        """Peak and bytes on the host of a model with so many blocks."""
-        if not self.blocks:
-            return self.peak, self.host
+    def on_device(self, blocks: int) -> int:
+        """The peak of a model with so many blocks."""
+        return self.peak + self.per_block * (blocks - self.blocks) if self.blocks else self.peak
+
+    def on_host(self, blocks: int, factor: float = 1.0) -> int:
+        """Bytes on the host of a model with so many blocks, on a sequence ``factor`` times as long."""
+        number = sum(count * footprint(max(round(size * factor), 1), CUDA) for size, count in self.buffers)
         # The last block's stays on the device.
-        host = self.host * (blocks - 1) // max(self.blocks - 1, 1)
-        return self.peak + self.per_block * (blocks - self.blocks), host
+        return number * (blocks - 1) // (self.blocks - 1) if self.blocks > 1 else number
 
-    def by_cause(self, blocks: int | None = None) -> dict[str, int]:
-        """Bytes at the peak, by what they were made for.
-
-        Args:
-            blocks: Of the model; those that ran by default.
-        """
-        causes: dict[str, int] = {_KEPT: self.of(blocks or self.blocks)[0] - self.peak}
-        for each in self.held:
-            cause = _KEPT if each.is_kept else each.made.label
-            causes[cause] = causes.get(cause, 0) + each.bytes
-        return causes
+    def by_cause(self, blocks: int) -> dict[str, int]:
+        """Bytes at the peak of a model with so many blocks, by what they were made for."""
+        further = self.on_device(blocks) - self.peak
+        return {**self.causes, KEPT: self.causes.get(KEPT, 0) + further}
 
 
 def call_with_labels(module: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -140,7 +139,12 @@ class Lab:
             measure_step(self.model, self._step, scene, meter)
         starts = meter.marks
         per_block = starts[-1] - starts[-2] if len(starts) > 1 else 0
-        return Rehearsal(meter.peak, per_block, host.bytes, meter.at_peak(), len(starts))
+        held = meter.at_peak()
+        causes: dict[str, int] = {}
+        for each in held:
+            cause = KEPT if each.is_kept else each.made.label
+            causes[cause] = causes.get(cause, 0) + each.bytes
+        return Rehearsal(meter.peak, per_block, len(starts), causes, sorted(host.sizes.items()), held)
 
 
 def _drop(parameter: Tensor) -> None:
@@ -168,7 +172,10 @@ def measure_step(model: nn.Module, step: Step, scene: Scene, meter: Meter) -> No
     context = SequenceContext(mesh)
     tokens = torch.zeros(scene.rows, layout.shares[scene.rank], dtype=torch.long)
     batch = LocalBatch(layout, {"input_ids": tokens, "labels": tokens, "shift_labels": tokens}, rows=scene.rows)
+    before = current_context()
     with ExitStack() as stack:
+        activate(context)
+        stack.callback(activate, before)
         stack.callback(install_interceptors(context, model, False).remove)
         if scene.memory.is_on:
             stack.callback(memory.install(context, model, scene.memory).remove)

@@ -179,7 +179,7 @@ def _made(name: str, make: Callable[[], nn.Module], step: Step, total: int) -> M
         model = make()
     blocks = blocks_of(model, MemoryConfig())
     numel = _numel(model) + (_numel(blocks[0]) if blocks else 0) * (total - len(blocks))
-    configs = [config for inner in model.modules() if (config := getattr(inner, "config", None)) is not None]
+    configs = [each for inner in model.modules() if (each := getattr(inner, "config", None)) is not None]
     config: Any = configs[0].get_text_config() if configs and hasattr(configs[0], "get_text_config") else None
     heads = int(getattr(config, "num_attention_heads", None) or 0)
     hidden = int(getattr(config, "hidden_size", None) or 0)

@@ -49,9 +49,9 @@ def svg(plan: Plan, at: At) -> str:
         edge = [place(length, size) for length, size in zip(every, above, strict=True)]
         back = [place(length, size) for length, size in zip(every[::-1], below[::-1], strict=True)]
         shapes.append(f'<polygon fill="{colour}" points="{" ".join([*edge, *back])}"/>')
-        y = _TOP + 14 * number
-        legend.append(f'<rect x="{_LEFT + _WIDTH + 12}" y="{y}" width="10" height="10" fill="{colour}"/>')
-        legend.append(f'<text x="{_LEFT + _WIDTH + 28}" y="{y + 9}">{escape(name)}</text>')
+        row = _TOP + 14 * number
+        legend.append(f'<rect x="{_LEFT + _WIDTH + 12}" y="{row}" width="10" height="10" fill="{colour}"/>')
+        legend.append(f'<text x="{_LEFT + _WIDTH + 28}" y="{row + 9}">{escape(name)}</text>')
         below = above
     begin, end = place(0, limit).split(","), place(every[-1], limit).split(",")
     marks = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lightning_ulysses.config import MemoryConfig, read_memory
@@ -16,10 +16,10 @@ from lightning_ulysses.planning.costs import (
     step_time,
     ulysses_volume,
 )
-from lightning_ulysses.planning.lab import Scene
+from lightning_ulysses.planning.lab import Rehearsal, Scene
 from lightning_ulysses.planning.models import Facts
 from lightning_ulysses.planning.store import Measurements
-from lightning_ulysses.planning.zero import Sharding, StateBytes, state_bytes
+from lightning_ulysses.planning.zero import Sharding, state_bytes
 
 _TILES: dict[str, Any] = {"tiled_loss": True, "tiled_mlp": True, "tiled_norm": True}
 #: Parts from what costs least time to what takes least memory.
@@ -32,7 +32,8 @@ LADDER: tuple[dict[str, Any], ...] = (
     {**_TILES, "checkpoint": "block+attention", "offload": "cpu", "head_chunks": "auto"},
     {**_TILES, "checkpoint": "block", "offload": "cpu", "head_chunks": "auto"},
 )
-_KEPT = "activations: kept for the backward"
+# A guess that is so far beyond a limit needs no rehearsal.
+_FAR = 1.1
 _STAGES = ((1, False, False), (2, False, False), (3, False, False), (3, True, False), (3, True, True))
 
 
@@ -80,6 +81,7 @@ class Choice:
         exchange_bytes: What one rank sends in a step.
         gathered_bytes: What it would receive if keys and values were gathered instead.
         flops: Operations of a step on one GPU.
+        is_estimate: Whether activations were not rehearsed for this P but follow from those of another one.
     """
 
     sp_size: int
@@ -95,6 +97,7 @@ class Choice:
     exchange_bytes: float
     gathered_bytes: float
     flops: float
+    is_estimate: bool = False
 
     @property
     def peak_gpu_bytes(self) -> int:
@@ -147,7 +150,11 @@ def make_plan(measurements: Measurements, machine: Machine, seq_len: int, fixed:
     found: list[Choice] = []
     # Larger groups leave their machine only if they must.
     for group in (inside, outside):
-        found += [_Search(measurements, machine, seq_len, fixed, sp_size).run() for sp_size in group]
+        larger = None
+        for sp_size in reversed(group):
+            search = _Search(measurements, machine, seq_len, fixed, sp_size, larger)
+            found.append(search.run())
+            larger = larger or search
         if any(choice.limit is None for choice in found):
             break
     return Plan(facts, machine, seq_len, tuple(sorted(found, key=_order)))
@@ -183,17 +190,55 @@ def _order(choice: Choice) -> tuple[float, ...]:
     return 1.0, choice.limit.needed / choice.limit.available
 
 
-class _Search:
-    """Looks for the fastest way for one P. Only what has to be known is rehearsed."""
+@dataclass(frozen=True)
+class _Line:
+    """Activations of one way to run, which grow linearly with S on the device."""
 
-    def __init__(self, measurements: Measurements, machine: Machine, seq_len: int, fixed: Fixed, sp_size: int) -> None:
-        self._measurements, self._facts = measurements, measurements.facts
+    at: Rehearsal
+    twice: Rehearsal
+    seq_len: int
+    blocks: int
+
+    def device(self, seq_len: float) -> float:
+        """Bytes at the peak."""
+        at, twice = (found.on_device(self.blocks) for found in (self.at, self.twice))
+        return at + (twice - at) * (seq_len / self.seq_len - 1)
+
+    def host(self, seq_len: float) -> int:
+        """Bytes of one process on the host."""
+        return self.at.on_host(self.blocks, seq_len / self.seq_len)
+
+
+class _Search:
+    """Looks for the fastest way for one P. Only what has to be known is rehearsed.
+
+    Args:
+        measurements: Of the model.
+        machine: What there is.
+        seq_len: S.
+        fixed: What is decided.
+        sp_size: P.
+        larger: The search for a larger P.
+    """
+
+    def __init__(
+        self,
+        measurements: Measurements,
+        machine: Machine,
+        seq_len: int,
+        fixed: Fixed,
+        sp_size: int,
+        larger: _Search | None = None,
+    ) -> None:
+        self._measurements, self._facts, self._larger = measurements, measurements.facts, larger
         self._machine, self._seq_len, self._fixed, self._sp_size = machine, seq_len, fixed, sp_size
         self._ladder = [read_memory(parts) for parts in ([fixed.memory] if fixed.memory is not None else LADDER)]
 
     def run(self) -> Choice:
         """The fastest that fits, or the one that takes least."""
         low, high = 0, len(self._ladder) - 1
+        if (guess := self._by_proportion()) is not None:
+            return guess
         best = self._of(high)
         if best.limit is None:
             # Each step of the ladder takes less memory and more time than the one before.
@@ -206,48 +251,50 @@ class _Search:
                     low = middle + 1
         return self._with_longest(best)
 
+    def _by_proportion(self) -> Choice | None:
+        """What takes least, if the same slices on a larger P tell that it is far from fitting; else None."""
+        if self._larger is None or self._sp_size == 1:
+            return None
+        memory, stretched = self._ladder[-1], self._seq_len * self._larger._sp_size / self._sp_size
+        line = self._larger._line(memory)
+        causes = {"activations, by proportion": int(line.device(stretched))}
+        shardings = self._shardings()
+        choices = [self._choice(memory, each, causes, line.host(stretched)) for each in shardings]
+        best = min(choices, key=_order)
+        if best.limit is None or best.limit.needed < _FAR * best.limit.available:
+            return None
+        reached = self._longest(best, line, self._larger._sp_size / self._sp_size)
+        return replace(best, longest_seq_len=reached, is_estimate=True)
+
     def _of(self, step: int) -> Choice:
         memory = self._ladder[step]
-        choices = [self._choice(memory, sharding) for sharding in self._shardings()]
+        found, blocks = self._rehearsal(memory), self._facts.blocks
+        causes = {f"activations: {cause}": number for cause, number in found.by_cause(blocks).items() if number}
+        choices = [self._choice(memory, each, causes, found.on_host(blocks)) for each in self._shardings()]
         return min(choices, key=_order)
 
     def _shardings(self) -> list[Sharding]:
         fixed, found = self._fixed, []
-        for stage, optimizer, parameters in _STAGES:
+        for given in _STAGES:
             wanted = (fixed.stage, fixed.offload_optimizer, fixed.offload_parameters)
-            given = (stage, optimizer, parameters)
             if all(one is None or one == other for one, other in zip(wanted, given, strict=True)):
-                found.append(Sharding(stage, self._machine.gpus, optimizer, parameters))
+                found.append(Sharding(given[0], self._machine.gpus, given[1], given[2]))
         stage = 2 if fixed.stage is None else fixed.stage
-        return found or [
-            Sharding(stage, self._machine.gpus, bool(fixed.offload_optimizer), bool(fixed.offload_parameters))
-        ]
+        other = Sharding(stage, self._machine.gpus, bool(fixed.offload_optimizer), bool(fixed.offload_parameters))
+        return found or [other]
 
-    def _scene(self, memory: MemoryConfig, seq_len: int | None = None) -> Scene:
-        return Scene(seq_len or self._seq_len, self._sp_size, memory)
+    def _rehearsal(self, memory: MemoryConfig, times: int = 1) -> Rehearsal:
+        return self._measurements.rehearsal(Scene(times * self._seq_len, self._sp_size, memory))
 
-    def _activations(self, memory: MemoryConfig, seq_len: int) -> tuple[int, int]:
-        """Bytes of activations on one GPU, and of what waits on the host."""
-        found, blocks = self._measurements.peak(self._scene(memory, seq_len)), self._facts.blocks
-        if not found.blocks:
-            return found.peak, found.host
-        host = found.host * (blocks - 1) // max(found.blocks - 1, 1)
-        return found.peak + found.per_block * (blocks - found.blocks), host
+    def _line(self, memory: MemoryConfig) -> _Line:
+        return _Line(self._rehearsal(memory), self._rehearsal(memory, 2), self._seq_len, self._facts.blocks)
 
-    def _states(self, sharding: Sharding) -> StateBytes:
-        return state_bytes(self._facts.numel, self._facts.largest, sharding)
-
-    def _choice(self, memory: MemoryConfig, sharding: Sharding) -> Choice:
+    def _choice(self, memory: MemoryConfig, sharding: Sharding, causes: dict[str, int], waiting: int) -> Choice:
         facts, machine, seq_len = self._facts, self._machine, self._seq_len
-        peak, waiting = self._activations(memory, seq_len)
-        states, neighbours = self._states(sharding), machine.neighbours
-        gpu = {
-            **states.device,
-            **activations_by_cause(self._measurements, facts, self._scene(memory)),
-            "reserve": machine.reserve,
-        }
+        states, neighbours = state_bytes(facts.numel, facts.largest, sharding), machine.neighbours
+        gpu = {**states.device, **causes, "reserve": machine.reserve}
         # The optimizer steps when no activation lives.
-        excess = states.step - peak - states.device.get("gathered parameters", 0)
+        excess = states.step - sum(causes.values()) - states.device.get("gathered parameters", 0)
         if excess > 0:
             gpu["gradients in float32, in the optimizer's step"] = excess
         host = {cause: number * neighbours for cause, number in states.host.items()}
@@ -272,23 +319,26 @@ class _Search:
         )
 
     def _with_longest(self, choice: Choice) -> Choice:
-        """The choice with the most tokens that fit: peaks grow linearly with S."""
-        memory, machine = read_memory(choice.parts), self._machine
-        at, twice = (self._activations(memory, length) for length in (self._seq_len, 2 * self._seq_len))
-        rest = choice.peak_gpu_bytes - at[0]
-        host = choice.peak_host_bytes - at[1] * machine.neighbours
-        longest = min(
-            _reach(self._seq_len, at[0], twice[0], machine.gpu_memory - rest),
-            _reach(self._seq_len, at[1], twice[1], (machine.host_memory - host) // machine.neighbours),
-        )
-        values = {each.name: getattr(choice, each.name) for each in fields(Choice)}
-        return Choice(**{**values, "longest_seq_len": max(int(longest), 0)})
+        return replace(choice, longest_seq_len=self._longest(choice, self._line(read_memory(choice.parts))))
 
+    def _longest(self, choice: Choice, line: _Line, stretch: float = 1.0) -> int:
+        """The most tokens that fit: found by halving, since buffers on the host grow in steps."""
+        facts, machine = self._facts, self._machine
+        states = state_bytes(facts.numel, facts.largest, choice.sharding)
+        rest, host = sum(states.device.values()) + machine.reserve, sum(states.host.values()) * machine.neighbours
 
-def _reach(seq_len: int, at: int, twice: int, available: int) -> float:
-    """The length at which a line through two peaks, at S and 2 S, meets what is available."""
-    slope = (twice - at) / seq_len
-    return seq_len + (available - at) / slope if slope > 0 else float(2**40)
+        def fits(seq_len: int) -> bool:
+            device = rest + line.device(seq_len * stretch)
+            return (
+                device <= machine.gpu_memory
+                and host + line.host(seq_len * stretch) * machine.neighbours <= machine.host_memory
+            )
+
+        low, high = 0, 2**40
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle - 1)
+        return low
 
 
 def _limit(gpu: int, host: int, machine: Machine) -> Limit | None:
@@ -309,28 +359,20 @@ def shown(memory: MemoryConfig) -> dict[str, Any]:
 
 def causes_at(measurements: Measurements, plan: Plan) -> Callable[[int], dict[str, int]]:
     """Bytes of one GPU by cause over S, for the best choice, on the line through the peaks at S and at 2 S."""
-    best, seq_len = plan.best, plan.seq_len
+    best, seq_len, blocks = plan.best, plan.seq_len, plan.facts.blocks
     memory = read_memory(best.parts)
     here, there = (
-        activations_by_cause(measurements, plan.facts, Scene(length, best.sp_size, memory))
+        measurements.rehearsal(Scene(length, best.sp_size, memory)).by_cause(blocks)
         for length in (seq_len, 2 * seq_len)
     )
-    states = {cause: number for cause, number in best.gpu.items() if cause not in here}
+    rest = {cause: number for cause, number in best.gpu.items() if not cause.startswith("activations")}
 
     def at(length: int) -> dict[str, int]:
         part = (length - seq_len) / seq_len
-        found = {cause: here.get(cause, 0) for cause in (*here, *there)}
-        return states | {
-            cause: max(int(number + part * (there.get(cause, 0) - number)), 0) for cause, number in found.items()
+        grown = {
+            f"activations: {cause}": here.get(cause, 0) + part * (there.get(cause, 0) - here.get(cause, 0))
+            for cause in (*here, *there)
         }
+        return rest | {cause: max(int(number), 0) for cause, number in grown.items()}
 
     return at
-
-
-def activations_by_cause(measurements: Measurements, facts: Facts, scene: Scene) -> dict[str, int]:
-    """Bytes at the peak of the whole model by cause."""
-    found = measurements.peak(scene)
-    further = found.per_block * (facts.blocks - found.blocks) if found.blocks else 0
-    causes = {f"activations: {cause}": number for cause, number in found.causes.items() if number}
-    causes[_KEPT] = causes.get(_KEPT, 0) + further
-    return {cause: number for cause, number in causes.items() if number}

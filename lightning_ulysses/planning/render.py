@@ -53,6 +53,7 @@ def _choice(plan: Plan, choice: Choice) -> dict[str, Any]:
         "offload_parameters": choice.sharding.offload_parameters,
         "parts": choice.parts,
         "fits": choice.limit is None,
+        "is_estimate": choice.is_estimate,
         "gpu_bytes": choice.gpu,
         "host_bytes": choice.host,
         "longest_seq_len": choice.longest_seq_len,

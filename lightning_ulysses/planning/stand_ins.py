@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -10,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_ulysses.attention import attend, device, kernel, repeated
+from lightning_ulysses.attention import device, kernel, repeated
 from lightning_ulysses.interceptors import highest_position
 from lightning_ulysses.memory import checkpoint, checkpointed, head, offload, tiled, tiled_loss
 from lightning_ulysses.memory.host import footprint
@@ -18,7 +21,10 @@ from lightning_ulysses.memory.tiles import as_call
 from lightning_ulysses.memory.trying import run_rows
 from lightning_ulysses.patching.handle import Handle
 
-_CUDA = torch.device("cuda")
+# The package has a function of this name.
+_ATTEND = importlib.import_module("lightning_ulysses.attention.attend")
+#: The device that is stood for.
+CUDA = torch.device("cuda")
 
 
 class AbsentGroup:
@@ -37,11 +43,11 @@ class HostBytes:
     """Copies to a host that has no memory: their buffers are counted.
 
     Attributes:
-        bytes: Of all buffers, as `memory.host` would allocate them.
+        sizes: Of all buffers, before `memory.host` rounds them, and how many there are of each.
     """
 
     def __init__(self) -> None:
-        self.bytes = 0
+        self.sizes: Counter[int] = Counter()
 
     def start(self, target: Tensor, source: Tensor) -> None:
         """See `memory.offload.Copies`."""
@@ -51,12 +57,12 @@ class HostBytes:
 
     def buffer(self, size: int) -> Tensor:
         """See `memory.offload.Copies`."""
-        self.bytes += self.footprint(size)
+        self.sizes[size] += 1
         return torch.empty(self.footprint(size), dtype=torch.uint8, device="meta")
 
     def footprint(self, size: int) -> int:
         """See `memory.offload.Copies`."""
-        return footprint(size, _CUDA)
+        return footprint(size, CUDA)
 
 
 def _is_gpu(tensor: Tensor) -> bool:
@@ -111,7 +117,7 @@ def on_fake_tensors(host: HostBytes, *, all_tiles: bool = False) -> Iterator[Non
         handle.patch(device, "is_gpu", _is_gpu)
         handle.patch(device, "has_flash", _has_flash)
         handle.patch(kernel, "sdpa_kernel_name", _kernel_name)
-        handle.patch(attend, "own_draws", lambda mesh, device: nullcontext())
+        handle.patch(_ATTEND, "own_draws", lambda mesh, device: nullcontext())
         handle.patch(repeated._Surroundings, "forget_unused", _forget)
         handle.patch(offload, "copies_for", lambda device: host)
         handle.patch(checkpoint, "check_room", lambda each, processes: None)
@@ -119,6 +125,10 @@ def on_fake_tensors(host: HostBytes, *, all_tiles: bool = False) -> Iterator[Non
         handle.patch(tiled, "try_rows", _kept_by_row)
         handle.patch(head, "try_rows", _kept_by_row)
         handle.patch(tiled_loss, "with_target", _every_row)
+        masks: Any = sys.modules.get("transformers.masking_utils")
+        if masks is not None:
+            # It would build a mask of S x S where it cannot read positions.
+            handle.patch(masks, "find_packed_sequence_indices", lambda position_ids: None)
         if not all_tiles:
             handle.patch(tiled, "spans", _some(tiled.spans))
             handle.patch(tiled_loss, "spans", _some(tiled_loss.spans))

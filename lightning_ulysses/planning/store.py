@@ -7,26 +7,15 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import lightning_ulysses
-from lightning_ulysses.planning.lab import Lab, Scene
+from lightning_ulysses.planning.lab import Lab, Rehearsal, Scene
 from lightning_ulysses.planning.models import Facts, Made, Source
-
-
-@dataclass(frozen=True)
-class Peak:
-    """A rehearsal in numbers; see `lab.Rehearsal`."""
-
-    peak: int
-    per_block: int
-    host: int
-    blocks: int
-    causes: dict[str, int]
 
 
 def folder() -> Path:
@@ -68,21 +57,20 @@ class Measurements:
         found = self._remember("facts", lambda: asdict(self._load().facts))
         return Facts(**{each.name: found[each.name] for each in fields(Facts)})
 
-    def peak(self, scene: Scene) -> Peak:
-        """The rehearsal of a step."""
-        return Peak(**self._remember(repr(scene), lambda: asdict(self._rehearse(scene))))
+    def rehearsal(self, scene: Scene) -> Rehearsal:
+        """The rehearsal of a step, without what lived at the peak."""
+        return Rehearsal(**self._remember(repr(scene), lambda: asdict(replace(self._rehearse(scene), held=[]))))
 
     def _load(self) -> Made:
         if self._made is None:
             self._made = self._source.load()
         return self._made
 
-    def _rehearse(self, scene: Scene) -> Peak:
+    def _rehearse(self, scene: Scene) -> Rehearsal:
         if self._lab is None:
             made = self._load()
             self._lab = Lab(made.make, made.step)
-        found = self._lab.rehearse(scene)
-        return Peak(found.peak, found.per_block, found.host, found.blocks, found.by_cause())
+        return self._lab.rehearse(scene)
 
     def _remember(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         if key not in self._known:

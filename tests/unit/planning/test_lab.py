@@ -118,7 +118,9 @@ def test_the_first_two_tiles_take_what_all_tiles_take():
 def test_four_blocks_tell_what_more_of_them_take(parts):
     wanted = scene(parts, seq_len=1024, sp_size=4)
     more = lab("Llama", layers=6).rehearse(wanted)
-    assert lab("Llama", layers=BLOCKS).rehearse(wanted).of(6) == pytest.approx((more.peak, more.host), rel=1e-3)
+    found = lab("Llama", layers=BLOCKS).rehearse(wanted)
+    assert found.on_device(6) == pytest.approx(more.peak, rel=1e-3)
+    assert found.on_host(6) == more.on_host(6)
 
 
 def test_a_tensor_that_is_held_is_counted():
@@ -155,7 +157,7 @@ def test_bytes_on_the_host_are_those_that_offload_takes(monkeypatch):
         pools.append(original(*args))
         return pools[-1]
 
-    found = lab("Llama", layers=4).rehearse(wanted).host
+    found = lab("Llama", layers=4).rehearse(wanted).on_host(4)
     monkeypatch.setattr(offload, "HostPool", pool)
     with on_fake_tensors(HostBytes()):
         monkeypatch.setattr(offload, "copies_for", lambda device: Pinned())
