@@ -3,8 +3,8 @@
     python benchmarks/memory.py [--shape 8b | 32b] [--seq_len 1048576] [--sp_size 8] [--top 0]
 
 Tensors have no memory, so any machine will do. u is one hidden state of one rank in bfloat16. ALST's row has
-DeepSpeed's TiledMLP with its rule for tiles, a checkpoint of each block that is offloaded, and torch's tiled loss, since
-DeepSpeed's asks for values of tensors. Norms are those of transformers; with Liger's, ALST takes less.
+DeepSpeed's TiledMLP with its rule for tiles, a checkpoint of each block that is offloaded, and torch's tiled loss,
+since DeepSpeed's asks for values of tensors. Norms are those of transformers; with Liger's, ALST takes less.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-import lightning_ulysses
 from lightning_ulysses.planning.lab import Lab, Rehearsal, Scene
 from lightning_ulysses.planning.models import Facts, Made, Source
 
@@ -25,7 +24,7 @@ def folder() -> Path:
 
 def _stamp() -> str:
     """Changes with the package and with torch."""
-    root = Path(lightning_ulysses.__file__).parent
+    root = Path(__file__).parents[1]
     files = sorted(root.rglob("*.py"))
     stats = [(str(path.relative_to(root)), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     return hashlib.sha256(repr((torch.__version__, stats)).encode()).hexdigest()
