@@ -105,7 +105,8 @@ def plan(args: argparse.Namespace) -> None:
         with redirect_stdout(sys.stderr):
             measurements = Measurements(find_model(args.model), None if args.no_cache else folder())
             found = make_plan(measurements, machine, args.seq_len, _fixed(args.config))
-            _draw(args, measurements, found)
+            if args.html or args.svg or args.png:
+                _draw(args, measurements, found)
     except UlyssesError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None

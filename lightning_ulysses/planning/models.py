@@ -125,7 +125,7 @@ def from_config(path: Path) -> Made:
         each.use_cache = False
     config._attn_implementation = "sdpa"
     name = (values.get("architectures") or [values.get("_name_or_path") or path.parent.name])[0]
-    return _made(str(name), lambda: AutoModelForCausalLM.from_config(config), call_with_labels, total)
+    return _made(str(name), lambda: AutoModelForCausalLM.from_config(config), total)
 
 
 def from_class(given: str) -> Made:
@@ -158,7 +158,7 @@ def from_class(given: str) -> Made:
         _shorten(made)
         return made
 
-    return _made(name, make, _training_step if hasattr(kind, "training_step") else call_with_labels, total)
+    return _made(name, make, total)
 
 
 def _training_step(module: Any, batch: Mapping[str, Tensor]) -> Tensor:
@@ -174,7 +174,7 @@ def _shorten(module: nn.Module) -> None:
             del inner[BLOCKS:]
 
 
-def _made(name: str, make: Callable[[], nn.Module], step: Step, total: int) -> Made:
+def _made(name: str, make: Callable[[], nn.Module], total: int) -> Made:
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = make()
     blocks = blocks_of(model, MemoryConfig())
@@ -199,7 +199,7 @@ def _made(name: str, make: Callable[[], nn.Module], step: Step, total: int) -> M
         # Causal: half of the pairs.
         per_pair=2.0 * total * heads * head_dim,
     )
-    return Made(facts, make, step)
+    return Made(facts, make, _training_step if hasattr(model, "training_step") else call_with_labels)
 
 
 def _numel(module: nn.Module) -> int:

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
+from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.planning.lab import Lab, Rehearsal, Scene
 from lightning_ulysses.planning.models import Facts, Made, Source
 
@@ -69,7 +71,14 @@ class Measurements:
         if self._lab is None:
             made = self._load()
             self._lab = Lab(made.make, made.step)
-        return self._lab.rehearse(scene)
+        try:
+            return self._lab.rehearse(scene)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise UlyssesError(
+                f"a plan for {self.facts.name}, whose step reads values of tensors ({error})",
+                "a model whose shapes follow from those of its inputs; experts that sort their tokens do not",
+                "plan a dense model with the same sizes: what waits for the backward is the same under checkpoints",
+            ) from error
 
     def _remember(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         if key not in self._known:
