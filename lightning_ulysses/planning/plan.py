@@ -34,6 +34,9 @@ LADDER: tuple[dict[str, Any], ...] = (
 )
 # A guess that is so far beyond a limit needs no rehearsal.
 _FAR = 1.1
+# Up to so many times S, a line through the peaks at S and 2 S is followed.
+_NEAR = 4
+_ENDLESS = 2**40
 _STAGES = ((1, False, False), (2, False, False), (3, False, False), (3, True, False), (3, True, True))
 
 
@@ -286,8 +289,9 @@ class _Search:
     def _rehearsal(self, memory: MemoryConfig, times: int = 1) -> Rehearsal:
         return self._measurements.rehearsal(Scene(times * self._seq_len, self._sp_size, memory))
 
-    def _line(self, memory: MemoryConfig) -> _Line:
-        return _Line(self._rehearsal(memory), self._rehearsal(memory, 2), self._seq_len, self._facts.blocks)
+    def _line(self, memory: MemoryConfig, times: int = 1) -> _Line:
+        at, twice = self._rehearsal(memory, times), self._rehearsal(memory, 2 * times)
+        return _Line(at, twice, times * self._seq_len, self._facts.blocks)
 
     def _choice(self, memory: MemoryConfig, sharding: Sharding, causes: dict[str, int], waiting: int) -> Choice:
         facts, machine, seq_len = self._facts, self._machine, self._seq_len
@@ -319,7 +323,12 @@ class _Search:
         )
 
     def _with_longest(self, choice: Choice) -> Choice:
-        return replace(choice, longest_seq_len=self._longest(choice, self._line(read_memory(choice.parts))))
+        memory = read_memory(choice.parts)
+        longest = self._longest(choice, self._line(memory))
+        # From far away, tiles that were not full yet would mislead.
+        if _NEAR * self._seq_len < longest < _ENDLESS:
+            longest = self._longest(choice, self._line(memory, longest // self._seq_len))
+        return replace(choice, longest_seq_len=longest)
 
     def _longest(self, choice: Choice, line: _Line, stretch: float = 1.0) -> int:
         """The most tokens that fit: found by halving, since buffers on the host grow in steps."""
@@ -334,7 +343,7 @@ class _Search:
                 and host + line.host(seq_len * stretch) * machine.neighbours <= machine.host_memory
             )
 
-        low, high = 0, 2**40
+        low, high = 0, _ENDLESS
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if fits(middle) else (low, middle - 1)

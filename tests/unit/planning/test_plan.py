@@ -77,8 +77,9 @@ def test_what_fits_is_below_its_limits_and_what_is_longest_at_them(measurements,
     assert best.limit is None
     assert best.peak_gpu_bytes <= MACHINE.gpu_memory
     assert best.peak_host_bytes <= MACHINE.host_memory
-    fixed = Fixed(best.sp_size, best.sharding.stage, False, False, best.parts)
-    for factor, fits in ((0.98, True), (1.02, False)):
+    states = best.sharding
+    fixed = Fixed(best.sp_size, states.stage, states.offload_optimizer, states.offload_parameters, best.parts)
+    for factor, fits in ((0.95, True), (1.05, False)):
         plan = make_plan(measurements, MACHINE, int(best.longest_seq_len * factor), fixed)
         assert (plan.best.limit is None) == fits
 
