@@ -14,11 +14,16 @@ from lightning_ulysses.config import MemoryConfig
 from lightning_ulysses.context import SequenceContext
 from lightning_ulysses.memory.replaced import Replaced
 from lightning_ulysses.memory.trying import check_ready, is_watched, try_rows
+from lightning_ulysses.notes import is_plain
 from lightning_ulysses.patching.handle import Handle
 
 Step = Callable[[Tensor], Tensor]
 #: Width and type of logits, by whether the module trains, the type of hidden states, and mixed precision.
 KnownLogits = dict[Any, tuple[int, torch.dtype]]
+
+
+def _has_rows(hidden: Any) -> bool:
+    return hidden.dim() > 1 and hidden.numel() > 0 and hidden.is_floating_point()
 
 
 class Head:
@@ -116,10 +121,10 @@ class Head:
     def _called(self, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if len(args) == 1 and not kwargs else None
         place = self._context.place
-        is_plain = type(hidden) is Tensor and hidden.dim() > 1 and hidden.numel() > 0 and hidden.is_floating_point()
+        has_rows = is_plain(hidden) and not isinstance(hidden, nn.Parameter) and _has_rows(hidden)
         # Without gradients in training, a reentrant checkpoint runs the forward, whose outputs must be real.
         is_graph = torch.is_grad_enabled() or not self._module.training
-        if not is_plain or not is_graph or place.takes_calls or place.batch is None:
+        if not has_rows or not is_graph or place.takes_calls or place.batch is None:
             return self._call(*args, **kwargs)
         assert isinstance(hidden, Tensor)
         if is_watched(self._module):

@@ -15,6 +15,11 @@ from lightning_ulysses.memory.head import Head
 from lightning_ulysses.memory.tiles import Conditions, GradientSums, Unwritten, aliased, as_call, precise, spans
 
 
+def with_target(target: Tensor, ignore_index: int) -> Tensor:
+    """The numbers (n,) of the rows that have a target."""
+    return (target != ignore_index).nonzero().squeeze(-1)
+
+
 class _Work:
     """The losses of rows: those without a target are never computed.
 
@@ -34,7 +39,7 @@ class _Work:
         self.ndim = max(logits.source.hidden.dim(), 2)
         self.target = target
         # (n,), the rows that have a target
-        self.kept = (target != options["ignore_index"]).nonzero().squeeze(-1)
+        self.kept = with_target(target, options["ignore_index"])
         # Logits in float32 are the largest tensors of a tile.
         self.size = self.head.config.rows(4 * logits.shape[-1])
         #: Of the losses.

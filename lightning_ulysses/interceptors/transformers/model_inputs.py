@@ -146,4 +146,4 @@ def shifted_labels(
 def _same(tensor: Tensor, shard: Tensor | None) -> bool:
     if shard is None or tensor.shape != shard.shape:
         return False
-    return tensor.is_set_to(shard) or torch.equal(tensor, shard.to(tensor.device))
+    return tensor is shard or tensor.is_set_to(shard) or torch.equal(tensor, shard.to(tensor.device))

@@ -323,3 +323,23 @@ def test_a_try_holds_no_parameter() -> None:
         parameter.data = torch.empty(0)
     gc.collect()
     assert [each() for each in held] == [None] * 4
+
+
+def test_a_checkpoint_around_tiles_frees_their_input():
+    module = Holder("mlp", Gated())
+    inputs = []
+
+    def block(x):
+        inner = x * 2
+        inputs.append(weakref.ref(inner.untyped_storage()))
+        return module(inner)
+
+    with tiled(module, tiled_mlp=True, tile_tokens=4):
+        x = torch.randn(1, 16, 8, requires_grad=True)
+        y = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+        assert inputs[0]() is None
+        y.sum().backward()
+    # Without a checkpoint the input is what is kept.
+    with tiled(module, tiled_mlp=True, tile_tokens=4):
+        y = block(x)
+        assert inputs[-1]() is not None
