@@ -68,7 +68,9 @@ class UlyssesDeepSpeedStrategy(
     reach on the whole batch.
 
     Args:
-        sp_size: P, processes that share one sequence; ``"auto"`` takes the processes of one node.
+        sp_size: P, processes that share one sequence; ``"auto"`` takes the processes of one node. With more of them
+            than query heads, keys and values are gathered over some; ``{"ulysses": 8, "gather": 4}`` has 8 exchange
+            heads and 4 such groups gather, which is P = 32.
         dp_shard_size: Groups that each train on sequences of their own; by default what is left of the world.
         dp_replicate_size: Only 1 is exact and accepted.
         stage: ZeRO stage 1, 2 or 3.
@@ -102,7 +104,7 @@ class UlyssesDeepSpeedStrategy(
 
     def __init__(
         self,
-        sp_size: int | Literal["auto"] = "auto",
+        sp_size: int | Literal["auto"] | dict[str, int] = "auto",
         dp_shard_size: int | None = None,
         dp_replicate_size: int = 1,
         stage: int = 2,

@@ -24,6 +24,35 @@ def clip(runs: Runs, begin: int, end: int) -> Runs:
     return tuple((left, right) for left, right in clipped if left < right)
 
 
+@dataclass(frozen=True)
+class Part:
+    """The queries of one document that a run holds, and the keys of it that they may see.
+
+    Attributes:
+        begin: The document's first token, in the row.
+        queries: How many queries.
+        keys: How many keys, from the document's first token on.
+        first: The key of the first query.
+    """
+
+    begin: int
+    queries: int
+    keys: int
+    first: int
+
+
+def parts_of(documents: Runs, first: int, last: int, causal: bool) -> list[Part]:
+    """The documents of a row that queries ``first:last`` belong to. Causal ones see no key after that of the last."""
+    parts = []
+    for begin, end in documents:
+        if begin < last and end > first:
+            stop = min(end, last)
+            parts.append(
+                Part(begin, stop - max(begin, first), (stop if causal else end) - begin, max(first - begin, 0))
+            )
+    return parts
+
+
 def _row(spec: MaskSpec, row: int, length: int) -> Row:
     """Documents and kept keys of one row. Chunks become documents, and added padding becomes keys that are dropped."""
     documents = spec.documents[row] if spec.documents is not None else ((0, length),)
