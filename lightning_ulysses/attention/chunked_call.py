@@ -96,7 +96,7 @@ class ChunkedCall:
         return _arriving(begin, len(self.chunks), self.wire.overlaps)
 
     def _all_tokens(self, new: tuple[Tensor, ...]) -> list[Tensor]:
-        """k and v of new heads: each (B, heads, tokens of the ranks that exchange heads, D) -> (B, heads, S, D)."""
+        """Keys and values of new heads for all tokens: each (B, heads, tokens, D) -> (B, heads, S, D)."""
         # Ranks that hold the same heads agree on whether there are any.
         return [*(self.keys.all_tokens(*new) if self.keys is not None and new[0].shape[1] else new)]
 

@@ -225,7 +225,8 @@ def flash_2(
     assert cu_seqlens_q.dtype == torch.int32 and max_seqlen_q == int(cu_seqlens_q.diff().max())
     assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
     window = (window_size[0], 0) if causal else window_size
-    return varlen_attention(q, k, v, cu_seqlens_q, window, softmax_scale, softcap=softcap, alibi_slopes=alibi_slopes)
+    extras = {"softcap": softcap, "alibi_slopes": alibi_slopes}
+    return varlen_attention(q, k, v, cu_seqlens_q, window, softmax_scale, cu_seqlens_k, **extras)
 
 
 def flash_3(
