@@ -60,7 +60,8 @@ def note_gathered(num_heads: int, ulysses: int, gather: int) -> None:
     report, key = context.notes.of(KernelReport), (f"{num_heads} heads", f"{ulysses}")
     if key not in report.said:
         report.said.add(key)
+        exchanges = f"groups of {ulysses} exchange heads, and " if ulysses > 1 else ""
         report.say(
-            f"Attention with {num_heads} query heads on P={ulysses * gather} ranks: {ulysses} exchange heads, and keys "
-            f"and values are gathered over {gather}."
+            f"Attention with H={num_heads} on P={ulysses * gather} ranks: {exchanges}keys and values are gathered over "
+            f"{gather} {'groups' if ulysses > 1 else 'ranks'}."
         )

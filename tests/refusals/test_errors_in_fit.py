@@ -11,7 +11,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from models import VOCAB, Block, HandWritten, LlamaModule, hand_written, llama, pair_batch, token_batch
+from models import VOCAB, Block, HandWritten, LlamaModule, llama, pair_batch, token_batch
 from torch import Tensor, nn
 
 from lightning_ulysses import UlyssesError
