@@ -67,7 +67,7 @@ class UlyssesDeepSpeedStrategy(
     and optimizer state over all processes. One optimizer step gives the parameters of one process on the whole batch.
 
     Args:
-        sp_size: P, processes that share one sequence; ``"auto"`` takes the processes of one node. Also its factors, such
+        sp_size: P, processes that share one sequence; ``"auto"`` takes the processes of one node. Also factors, such
             as ``{"ulysses": 8, "gather": 4}``: 8 exchange heads, and 4 such groups gather keys and values.
         dp_shard_size: Groups that each train on sequences of their own; by default what is left of the world.
         dp_replicate_size: Only 1 is exact and accepted.

@@ -11,15 +11,8 @@ from models import count_targets, hand_written, llama, pair_batch, token_batch
 from torch import Tensor
 
 from lightning_ulysses import PackingCollator
-from lightning_ulysses.testing import SplitRun, compare, fit_single
+from lightning_ulysses.testing import SplitRun, compare, fit_single, fit_split
 from lightning_ulysses.testing.processes import ProcessPool
-
-
-def pack(*lengths: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(len(lengths))
-    rows = [torch.randint(0, 61, (length,), generator=generator).tolist() for length in lengths]
-    batch: dict[str, Tensor] = PackingCollator()([{"input_ids": row} for row in rows])
-    return batch
 
 
 def padded(seed: int) -> dict[str, Tensor]:
@@ -37,9 +30,9 @@ def manual(seed: int) -> dict[str, Any]:
 CASES: dict[str, tuple[Any, list[Any], SplitRun]] = {
     "1 on 2": (hand_written(heads=1, kv_heads=1), [pair_batch(1, 33, 2, "uneven")], SplitRun(2, 2, {"stage": 1})),
     "2 on 3, no mask": (hand_written(heads=2, kv_heads=2, attention="full"), [pair_batch(1, 32)], SplitRun(3, 3)),
-    "3 on 4, packed, recomputed": (
+    "3 on 4, recomputed": (
         llama(heads=3, kv_heads=1),
-        [pack(12, 9, 12)],
+        [token_batch(1, 33, 1, "uneven")],
         SplitRun(4, 4, {"stage": 3, "memory": {"checkpoint": "block+attention"}}),
     ),
     "1 on 2, two groups, accumulated": (
@@ -60,6 +53,17 @@ CASES: dict[str, tuple[Any, list[Any], SplitRun]] = {
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_is_that_of_one_process(pool: ProcessPool, case: str) -> None:
     check(pool, *CASES[case])
+
+
+def test_packed_documents(pool: ProcessPool) -> None:
+    """Against a batch for each document."""
+    make, generator = llama(heads=3, kv_heads=1), torch.Generator().manual_seed(3)
+    rows = [torch.randint(0, 61, (length,), generator=generator) for length in (12, 1, 9, 12)]
+    alone = [{"input_ids": row[None], "labels": row[None]} for row in rows if len(row) > 1]
+    wanted = fit_single(make, [alone], count_targets)
+    packed: dict[str, Tensor] = PackingCollator()([{"input_ids": row.tolist()} for row in rows])
+    for result in fit_split(pool, make, [packed], SplitRun(4, 4)):
+        assert compare(result, wanted).largest <= BOUND, compare(result, wanted)
 
 
 def own_slice(whole: Tensor, dim: int, shares: tuple[int, ...], rank: int, group: Any) -> Tensor:

@@ -146,9 +146,12 @@ def varlen_attention(
     left, right = (len(k) if side is None or side < 0 else side for side in window)
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     place, key_place = torch.arange(len(q)), torch.arange(len(k))
-    number, key_number = (torch.bucketize(p, e[1:], right=True) for p, e in ((place, edges), (key_place, key_edges)))
-    # Counted from the end of the document.
-    distance = (place - edges[1:][number])[:, None] - (key_place - key_edges[1:][key_number])
+    number = key_number = torch.bucketize(place, edges[1:], right=True)
+    distance = place[:, None] - key_place
+    if key_edges is not edges:
+        key_number = torch.bucketize(key_place, key_edges[1:], right=True)
+        # Counted from the ends of the documents.
+        distance = distance + (key_edges - edges)[1:][number][:, None]
     keep = (number[:, None] == key_number) & (distance <= left) & (distance >= -right)
     # (tokens, H, D) -> (H, tokens, D)
     q, k, v = (t.transpose(0, 1) for t in (q, k, v))

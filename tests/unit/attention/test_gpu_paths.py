@@ -338,6 +338,16 @@ def test_what_a_version_lacks_is_computed_otherwise(version: str, settings: dict
         torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "spec", [MaskSpec(True), MaskSpec(True, window=8), MaskSpec(True, documents=(((0, 9), (9, 64)),))]
+)
+def test_a_run_of_queries_is_one_call(spec: MaskSpec, gpu: tuple[TorchVarlen, CudaSdpa]) -> None:
+    q, k, v = tensors(64, 4, 2, torch.bfloat16)
+    attend(q[:, :, 20:40], k, v, spec, first=20)
+    varlen, sdpa = gpu
+    assert varlen.calls == [1] and not sdpa.chosen
+
+
 def test_on_a_cpu_flash_attn_is_not_called() -> None:
     def fails(*args: Any, **kwargs: Any) -> None:
         raise AssertionError
