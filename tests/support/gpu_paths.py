@@ -195,7 +195,10 @@ class TorchVarlen:
     ) -> Tensor:
         assert cu_seq_q.dtype == torch.int32 and int(cu_seq_q[-1]) == len(q) and max_q == int(cu_seq_q.diff().max())
         assert enable_gqa == (q.shape[1] != k.shape[1])
-        assert cu_seq_k.dtype == torch.int32 and int(cu_seq_k[-1]) == len(k) and max_k == int(cu_seq_k.diff().max())
+        if cu_seq_k is cu_seq_q:
+            assert max_k == max_q and len(k) == len(q)
+        else:
+            assert int(cu_seq_k[-1]) == len(k) and max_k == int(cu_seq_k.diff().max())
         # Documents are the second axis of the kernel's grid.
         assert len(cu_seq_q) - 1 <= 65_535
         self.calls.append(len(cu_seq_q) - 1)
