@@ -20,7 +20,7 @@ from lightning_ulysses.attention.fused_extras import attend_fused, why_by_formul
 from lightning_ulysses.attention.grouped import heads_of
 from lightning_ulysses.attention.kernel import Kernel
 from lightning_ulysses.attention.packed import VariableLength, attend_packed, variable_length
-from lightning_ulysses.attention.rows import Row, clip, parts_of, rows_of
+from lightning_ulysses.attention.rows import Row, clip, parts_of, rows_of, tokens_of
 from lightning_ulysses.exchange.mesh import SequenceMesh
 from lightning_ulysses.geometry.layout import Runs
 from lightning_ulysses.geometry.mask_spec import MaskSpec
@@ -254,7 +254,7 @@ def attend(
         queries = _split(row[0], [part.queries for part in parts])
         # Keys of other documents are left out.
         begin, end = parts[0].begin, parts[-1].begin + parts[-1].keys
-        keys, values = (_split(t[:, :, begin:end], [part.keys for part in parts]) for t in row[1:])
+        keys, values = (_split(tokens_of(t, begin, end), [part.keys for part in parts]) for t in row[1:])
         found = []
         for number, part in enumerate(parts):
             runs = None if valid is None else clip(valid, part.begin, part.begin + part.keys)

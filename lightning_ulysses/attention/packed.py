@@ -19,7 +19,7 @@ from lightning_ulysses.attention import device
 from lightning_ulysses.attention.document_calls import DocumentCall, calls_on
 from lightning_ulysses.attention.kernel import Kernel, recurs
 from lightning_ulysses.attention.kernel_report import note_kernel
-from lightning_ulysses.attention.rows import Row
+from lightning_ulysses.attention.rows import Row, tokens_of
 from lightning_ulysses.geometry.layout import Runs
 from lightning_ulysses.geometry.mask_spec import MaskSpec
 
@@ -192,7 +192,7 @@ def _joined(tensor: Tensor, seen: Runs) -> Tensor:
     """The tokens of each row that are seen, one row after another; ``seen`` of the first row if all are equal."""
     if len(seen) == 1:
         # (B, heads, S, D) -> (B, tokens, heads, D) -> (B * tokens, heads, D)
-        return tensor[:, :, slice(*seen[0])].transpose(1, 2).flatten(0, 1)
+        return tokens_of(tensor, *seen[0]).transpose(1, 2).flatten(0, 1)
     # B times (heads, S, D) -> (tokens, heads, D)
     rows = [row[:, slice(*run)].transpose(0, 1) for row, run in zip(tensor, seen, strict=True)]
     return torch.cat(rows)

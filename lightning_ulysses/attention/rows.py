@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from lightning_ulysses.context import LocalBatch, current_context
 from lightning_ulysses.geometry.layout import Runs
 from lightning_ulysses.geometry.mask_spec import MaskSpec
@@ -51,6 +53,11 @@ def parts_of(documents: Runs, first: int, last: int, causal: bool) -> list[Part]
                 Part(begin, stop - max(begin, first), (stop if causal else end) - begin, max(first - begin, 0))
             )
     return parts
+
+
+def tokens_of(tensor: Tensor, begin: int, end: int) -> Tensor:
+    """(B, heads, S, D) -> (B, heads, end - begin, D); the tensor itself if that is all of it."""
+    return tensor if (begin, end) == (0, tensor.shape[2]) else tensor[:, :, begin:end]
 
 
 def _row(spec: MaskSpec, row: int, length: int) -> Row:
