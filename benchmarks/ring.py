@@ -149,7 +149,9 @@ def name(way: int, ranks: int) -> str:
 @contextmanager
 def counting(counts: list[int]) -> Iterator[None]:
     """Adds the bytes that this rank receives from others."""
-    swap, gather, pass_on = dist.all_to_all_single, dist.all_gather_into_tensor, _Ring._pass_on
+    swap, pass_on = dist.all_to_all_single, _Ring._pass_on
+    # torch 2.13 has renamed it.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
     def all_to_all(recv: Tensor, send: Tensor, recv_sizes: Any = None, send_sizes: Any = None, **more: Any) -> Any:
         own = dist.get_rank(more.get("group"))

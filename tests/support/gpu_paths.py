@@ -145,8 +145,10 @@ def varlen_attention(
     key_edges = edges if key_edges is None else key_edges
     left, right = (len(k) if side is None or side < 0 else side for side in window)
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-    place, key_place = torch.arange(len(q)), torch.arange(len(k))
+    place = key_place = torch.arange(len(q))
     number = key_number = torch.bucketize(place, edges[1:], right=True)
+    if key_edges is not edges:
+        key_place = torch.arange(len(k))
     distance = place[:, None] - key_place
     if key_edges is not edges:
         key_number = torch.bucketize(key_place, key_edges[1:], right=True)
