@@ -119,6 +119,12 @@ class MemoryConfig:
         return self.tile_tokens or max((self.tile_bytes or 256 * 2**20) // row_bytes, 1)
 
 
+def _are_sizes(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return value.keys() == {"ulysses", "gather"} and all(type(size) is int and size >= 1 for size in value.values())
+    return value == "auto" or (type(value) is int and value >= 1)
+
+
 def _are_names(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(each, str) and each for each in value)
 
@@ -141,7 +147,7 @@ def read_memory(given: MemoryConfig | Mapping[str, Any] | None) -> MemoryConfig:
 class UlyssesConfig:
     """The settings that are not DeepSpeed's. `UlyssesDeepSpeedStrategy` documents them."""
 
-    sp_size: int | Literal["auto"] = "auto"
+    sp_size: int | Literal["auto"] | Mapping[str, int] = "auto"
     dp_shard_size: int | None = None
     loss_weighting: Literal["tokens", "none"] = "tokens"
     check_model: bool = True
@@ -153,8 +159,12 @@ class UlyssesConfig:
 
     def __post_init__(self) -> None:
         self._check_types()
-        if self.sp_size != "auto" and (type(self.sp_size) is not int or self.sp_size < 1):
-            raise UlyssesError(f"sp_size={self.sp_size!r}", "'auto' or a positive number", "change sp_size")
+        if not _are_sizes(self.sp_size):
+            raise UlyssesError(
+                f"sp_size={self.sp_size!r}",
+                "'auto', a positive number, or two whose product it is, such as {'ulysses': 8, 'gather': 4}",
+                "change sp_size",
+            )
         if self.loss_weighting not in ("tokens", "none"):
             raise UlyssesError(
                 f"loss_weighting={self.loss_weighting!r}",

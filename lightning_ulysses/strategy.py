@@ -63,12 +63,12 @@ class UlyssesDeepSpeedStrategy(
 ):
     """Trains an unchanged LightningModule on sequences split over processes, exactly.
 
-    Every batch is cut along the sequence; attention exchanges slices of the sequence for heads; ZeRO shards parameters,
-    gradients and optimizer state over all processes. One optimizer step gives the parameters that one process would
-    reach on the whole batch.
+    Every batch is cut along the sequence; attention exchanges slices of it for heads; ZeRO shards parameters, gradients
+    and optimizer state over all processes. One optimizer step gives the parameters of one process on the whole batch.
 
     Args:
-        sp_size: P, processes that share one sequence; ``"auto"`` takes the processes of one node.
+        sp_size: P, processes that share one sequence; ``"auto"`` takes the processes of one node. Also factors, such
+            as ``{"ulysses": 8, "gather": 4}``: 8 exchange heads, and 4 such groups gather keys and values.
         dp_shard_size: Groups that each train on sequences of their own; by default what is left of the world.
         dp_replicate_size: Only 1 is exact and accepted.
         stage: ZeRO stage 1, 2 or 3.
@@ -102,7 +102,7 @@ class UlyssesDeepSpeedStrategy(
 
     def __init__(
         self,
-        sp_size: int | Literal["auto"] = "auto",
+        sp_size: int | Literal["auto"] | dict[str, int] = "auto",
         dp_shard_size: int | None = None,
         dp_replicate_size: int = 1,
         stage: int = 2,

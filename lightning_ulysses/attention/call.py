@@ -20,24 +20,36 @@ class Meaning(Protocol):
     def learned(self) -> tuple[Tensor, ...] | None:
         """Tensors beside q, k and v that need gradients. None for a user's function, which does not tell."""
 
+    @property
+    def grows(self) -> bool:
+        """Whether later queries see more keys, so that they cost more."""
+
     def given(self, learned: Sequence[Tensor]) -> Meaning:
         """The same computation with other tensors in the place of those that are `learned`."""
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, heads: slice, kv_index: tuple[int, ...] | None, mesh: SequenceMesh
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        heads: slice,
+        kv_index: tuple[int, ...] | None,
+        mesh: SequenceMesh,
+        first: int,
     ) -> Tensor:
         """Computes attention for the query heads of this rank.
 
         Args:
-            q: (B, H_r, S, D).
+            q: (B, H_r, S_q, D), a run of queries.
             k: (B, heads needed, S, D).
             v: (B, heads needed, S, D_v).
             heads: The range of these query heads among all H.
             kv_index: For each query head its key/value head if groups are uneven, else None.
             mesh: Sizes and ranks.
+            first: The place of the first query in the sequence.
 
         Returns:
-            (B, H_r, S, D_v).
+            (B, H_r, S_q, D_v).
         """
 
 

@@ -81,7 +81,7 @@ def _answer(context: SequenceContext, batch: LocalBatch | None, call: AttentionC
         if known is None or whole is None:
             return plain()
         return call.write(
-            call.meaning(whole, known).attend(call.q, call.k, call.v, slice(0, call.q.shape[1]), None, ALONE)
+            call.meaning(whole, known).attend(call.q, call.k, call.v, slice(0, call.q.shape[1]), None, ALONE, 0)
         )
     # On one rank only known masks are replaced, which stand for documents of a packed row.
     if context.mesh.sp_size == 1 and known is None:
