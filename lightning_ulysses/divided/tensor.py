@@ -162,6 +162,8 @@ class Divided(Tensor):
         if name in _FACTS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if name == "register_hook":
+            return _hooked(*args)
         if name in _OF_GRAPH:
             return func(*of_slices(args), **of_slices(kwargs))
         return _run(name, func, args, kwargs)
@@ -170,6 +172,20 @@ class Divided(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Refuses what does not ask `__torch_function__`."""
         raise NotImplementedError(f"{func} on a sequence that is divided over ranks")
+
+
+def _hooked(tensor: Divided, hook: Callable[[Tensor], Any]) -> Any:
+    """Calls ``hook`` with the gradient of the whole, divided alike, of which it may return another one."""
+    division, copies = tensor.division, tensor.division.mesh.sp_size
+
+    def hooked(gradient: Tensor) -> Any:
+        # The loss of the whole is that of each rank, and a slice gets the gradients of all of them.
+        answer = hook(Divided(gradient / copies, division))
+        if answer is None:
+            return None
+        return (answer.local if isinstance(answer, Divided) else division.cut(answer, division.dim)) * copies
+
+    return tensor.local.register_hook(hooked)
 
 
 def _lost(gradient: Tensor) -> None:
@@ -248,7 +264,7 @@ def _run(name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
 
 
 def _joined(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if name in ("backward", "register_hook", "__set__", "numpy", "data_ptr", "untyped_storage", "storage"):
+    if name in ("backward", "__set__", "numpy", "data_ptr", "untyped_storage", "storage"):
         raise NotImplementedError(f"{name} of a sequence that is divided over ranks")
     whole_args, whole_kwargs = joined((args, kwargs))
     answer = func(*whole_args, **whole_kwargs)
