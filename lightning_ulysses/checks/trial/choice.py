@@ -35,7 +35,6 @@ from lightning_ulysses.loss.logged import LoggedValues
 from lightning_ulysses.loss.weights import StepWeights
 from lightning_ulysses.patching.handle import Handle
 
-
 # Steps that are not named after their kind; those of Fabric are calls of a module.
 _STEPS = {"train": "training_step", "validate": "validation_step", "forward": "forward", "evaluation": "forward"}
 
