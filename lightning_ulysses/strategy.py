@@ -46,6 +46,7 @@ from lightning_ulysses.patching.handle import Handle
 from lightning_ulysses.sequence_parallel import SequenceParallel
 from lightning_ulysses.upstream import deepspeed as upstream_deepspeed
 from lightning_ulysses.upstream import lightning as upstream_lightning
+from lightning_ulysses.upstream.requirements import check_versions
 from lightning_ulysses.upstream.together import EndsTogether
 from lightning_ulysses.upstream.zero_buckets import agree_on_gradients
 from lightning_ulysses.upstream.zero_masters import MasterCopy
@@ -177,6 +178,7 @@ class UlyssesDeepSpeedStrategy(
 
     @override
     def setup_environment(self) -> None:
+        check_versions()
         check_accelerator(self.accelerator)
         if isinstance(self.accelerator, CPUAccelerator) and self.parallel_devices:
             # DeepSpeed and Lightning both tell processes apart by the device's index.

@@ -83,9 +83,10 @@ def train(rank: int, loop: Loop) -> tuple[StepResult, set[int]]:
     losses, norms = [], []
     for number, batch in enumerate(loader, 1):
         is_accumulating = number % loop.accumulate != 0
-        # A trial has few tokens, and comes in the first call.
+        # From the second step on, when the first one has decided where to split.
         hook = watched.register_forward_pre_hook(
-            lambda module, args, kwargs: seen.add(_tokens(args, kwargs)), with_kwargs=True
+            lambda module, args, kwargs, number=number: seen.update({_tokens(args, kwargs)} if number > 1 else ()),
+            with_kwargs=True,
         )
         with fabric.no_backward_sync(model, enabled=is_accumulating):
             loss = loop.loss(model, batch)
@@ -97,8 +98,10 @@ def train(rank: int, loop: Loop) -> tuple[StepResult, set[int]]:
         hook.remove()
         losses.append(float(loss.detach()))
         if not is_accumulating:
+            # Nothing to compare without clipping.
+            norms.append(1.0)
             if loop.clip is not None:
-                norms.append(float(fabric.clip_gradients(model, optimizer, max_norm=loop.clip)))
+                norms[-1] = float(fabric.clip_gradients(model, optimizer, max_norm=loop.clip))
             optimizer.step()
             optimizer.zero_grad()
     after = snapshot(module)
@@ -128,8 +131,9 @@ def plain(loop: Loop) -> list[StepResult]:
             loss = loop.loss(module, batch)
             (loss * weight).backward()
             losses[number % loop.dp_size].append(float(loss.detach()))
+        norms.append(1.0)
         if loop.clip is not None:
-            norms.append(float(nn.utils.clip_grad_norm_(module.parameters(), loop.clip)))
+            norms[-1] = float(nn.utils.clip_grad_norm_(module.parameters(), loop.clip))
         optimizer.step()
         optimizer.zero_grad()
     after = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
