@@ -119,6 +119,8 @@ class UlyssesFabricStrategy(upstream_lightning.IndexedDevice, DeepSpeedStrategy)
         super().__init__(stage=stage, config=config, **kwargs)
         assert isinstance(self.config, dict)
         settle_config(self.config, is_given=config is not None or self.DEEPSPEED_ENV_VAR in os.environ)
+        # Without it, DeepSpeed clips to a norm of 1, which no loop asked for.
+        self.config.setdefault("gradient_clipping", 0.0)
         self._backward_sync_control = upstream_fabric.SyncControl(self._set_boundary)
         self._window = own_loop.Window()
         self._run = RunName()
@@ -253,7 +255,7 @@ class UlyssesFabricStrategy(upstream_lightning.IndexedDevice, DeepSpeedStrategy)
         self._window.step(has_closure="closure" in kwargs)
         output = super().optimizer_step(optimizer, **kwargs)
         # Fabric's loops clip before each step, or not.
-        self.model.optimizer.clip_grad = float(self.config.get("gradient_clipping", 0.0))  # type: ignore[union-attr]
+        self.model.optimizer.clip_grad = float(self.config["gradient_clipping"])  # type: ignore[union-attr]
         return output
 
     @contextmanager
