@@ -196,8 +196,8 @@ def _raises(trainer: L.Trainer, module: L.LightningModule) -> Values:
     return {"error": False}
 
 
-def _hooks(kind: str, **settings: Any) -> Callable[[], L.LightningModule]:
-    return partial(getattr(modules, kind), **settings)
+def _hooks(name: str, /, **settings: Any) -> Callable[[], L.LightningModule]:
+    return partial(getattr(modules, name), **settings)
 
 
 CALLBACKS = {
