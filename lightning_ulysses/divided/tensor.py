@@ -190,7 +190,11 @@ def _hooked(tensor: Divided, hook: Callable[[Tensor], Any]) -> Any:
 
 def _lost(gradient: Tensor) -> None:
     # No function gives one to the tensor that only stands for a sequence, except one that does not ask it.
-    raise UlyssesError(
+    raise _own_function()
+
+
+def _own_function() -> UlyssesError:
+    return UlyssesError(
         "a torch.autograd.Function that was applied to a sequence which is divided over ranks",
         "the whole sequence, or functions of torch, whose gradients reach the slices",
         "apply it to lightning_ulysses.gather_sequence(x), or drop 'divided' from the plan",
@@ -256,7 +260,15 @@ def changes_first(name: str) -> bool:
     return (name.endswith("_") and not name.endswith("__")) or name in _INTO or name == "__setitem__"
 
 
+def _has_lost_graph(tensor: Divided) -> bool:
+    """Whether a function that does not ask made it from one with a graph: the graph is not that of the slice."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.requires_grad and not tensor.local.requires_grad
+
+
 def _run(name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if any(map(_has_lost_graph, divided_in(args, kwargs))):
+        raise _own_function()
     # Operators have the rules of functions; methods in place have their own.
     rule = Divided.rules.get(name) or Divided.rules.get(name.removeprefix("__").removesuffix("__"))
     answer = NotImplemented if rule is None else rule(func, args, kwargs)

@@ -59,7 +59,8 @@ def check_versions() -> None:
 
 @cache
 def _check(modules: frozenset[str]) -> None:
-    older, newer = [], []
+    older: list[tuple[Requirement, str]] = []
+    newer: list[tuple[Requirement, str]] = []
     for requirement in requirements():
         version = installed(requirement.name)
         if is_extra(requirement) and requirement.name.replace("-", "_") not in modules:

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
 BATCHES = [pair_batch(seed, 33, 2, "uneven") for seed in range(4)]
+EVEN = [pair_batch(seed, 33, 2) for seed in range(4)]
 
 
 class Logged(HandWritten):
@@ -130,10 +131,6 @@ class Plateau(Logged):
         optimizer = super().configure_optimizers()
         scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode="max", factor=0.1, patience=0)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": "val_loss"}}
-
-
-class Frozen(Logged):
-    """Trains what a callback leaves trainable, in groups that have all parameters from the start."""
 
 
 class OwnData(Logged):

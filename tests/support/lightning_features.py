@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import csv
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import feature_modules as modules
 import lightning as L
 import torch
-from feature_modules import BATCHES, Logged
+from feature_modules import BATCHES, EVEN, Logged
 from lightning.pytorch import callbacks as ready
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
@@ -63,8 +63,8 @@ class Feature:
     strategy: Values = field(default_factory=dict)
 
 
-def loader() -> DataLoader[Any]:
-    return DataLoader(BATCHES, batch_size=None)  # type: ignore[arg-type]
+def loader(batches: Sequence[Any] = BATCHES) -> DataLoader[Any]:
+    return DataLoader(list(batches), batch_size=None)  # type: ignore[arg-type]
 
 
 def fit(trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -73,8 +73,6 @@ def fit(trainer: L.Trainer, module: L.LightningModule) -> None:
 
 def run(rank: int, name: str, folder: str, is_split: bool) -> tuple[dict[str, Tensor], Values, str]:
     """Weights, what was seen, and the message of a refusal."""
-    from lightning_ulysses import UlyssesError
-
     feature = FEATURES[name]
     torch.manual_seed(0)
     module = feature.module()
@@ -91,7 +89,7 @@ def run(rank: int, name: str, folder: str, is_split: bool) -> tuple[dict[str, Te
         seen = (feature.use or fit)(trainer, module)
         weights = {name: value.detach().clone() for name, value in module.named_parameters()}
         return weights, {**feature.seen(trainer, module), **(seen if isinstance(seen, dict) else {})}, ""
-    except UlyssesError as error:
+    except Exception as error:
         return {}, {}, str(error)
     finally:
         torch.use_deterministic_algorithms(deterministic)
@@ -188,6 +186,11 @@ def _csv(folder: Path) -> Values:
     return {"logger": CSVLogger(folder, name=""), "log_every_n_steps": 1}
 
 
+def _evenly(trainer: L.Trainer, module: L.LightningModule) -> None:
+    """Batches that have equally many targets."""
+    trainer.fit(module, loader(EVEN))
+
+
 def _raises(trainer: L.Trainer, module: L.LightningModule) -> Values:
     try:
         fit(trainer, module)
@@ -224,7 +227,9 @@ CALLBACKS = {
         seen=_rates,
     ),
     "accumulation": Feature(
-        "`GradientAccumulationScheduler({0: 1, 1: 2})`",
+        "`GradientAccumulationScheduler`",
+        REFUSED,
+        "does not support `accumulate_grad_batches` changing",
         trainer=_callback(ready.GradientAccumulationScheduler, {0: 1, 1: 2}),
     ),
     "ema": Feature(
@@ -237,8 +242,11 @@ CALLBACKS = {
         trainer=_callback(partial(ready.EMAWeightAveraging, decay=0.5)),
         strategy={"stage": 3},
     ),
+    "averaging": Feature("`WeightAveraging`, stages 1 and 2", trainer=_callback(ready.WeightAveraging)),
     "swa": Feature(
         "`StochasticWeightAveraging`",
+        REFUSED,
+        "SWA does not currently support sharded models",
         trainer=_callback(ready.StochasticWeightAveraging, 0.05, 1, max_epochs=4),
     ),
     "timer": Feature("`Timer`", trainer=_callback(partial(ready.Timer, "00:01:00:00")), seen=_remaining),
@@ -253,15 +261,14 @@ CALLBACKS = {
         trainer=lambda folder: {"callbacks": [ready.TQDMProgressBar()], "enable_progress_bar": True},
     ),
     "stats": Feature(
-        "`DeviceStatsMonitor`",
-        DIFFERS,
-        "each rank's own device",
+        "`DeviceStatsMonitor`, of rank 0",
         trainer=lambda folder: {**_csv(folder), "callbacks": [ready.DeviceStatsMonitor(cpu_stats=False)]},
     ),
     "freezing": Feature(
-        "`BaseFinetuning` that unfreezes parameters of the optimizer's groups later",
+        "`BaseFinetuning`",
+        REFUSED,
+        "The Finetuning callback does not support running with the DeepSpeed strategy",
         trainer=_callback(modules.Unfreeze),
-        module=_hooks("Frozen"),
     ),
     "writer": Feature(
         "`BasePredictionWriter`",
@@ -304,8 +311,20 @@ FLAGS = {
         "gradient_clip_algorithm='value'",
         trainer=_flags(gradient_clip_val=0.01, gradient_clip_algorithm="value"),
     ),
-    "accumulate": Feature("`accumulate_grad_batches=3`", trainer=_flags(accumulate_grad_batches=3)),
-    "double": Feature("`precision='64-true'`", REFUSED, "precision", trainer=_flags(precision="64-true")),
+    "accumulate": Feature(
+        "`accumulate_grad_batches=3`, batches of equally many targets",
+        trainer=_flags(accumulate_grad_batches=3),
+        use=_evenly,
+    ),
+    "accumulate_uneven": Feature(
+        "`accumulate_grad_batches=3`, other batches",
+        DIFFERS,
+        "micro-batches count by their targets, so that the step is the mean over all of them",
+        trainer=_flags(accumulate_grad_batches=3),
+    ),
+    "double": Feature(
+        "`precision='64-true'`", REFUSED, "`precision` must be one of", trainer=_flags(precision="64-true")
+    ),
     "bf16": Feature(
         "`precision='bf16-mixed'`, `'bf16-true'`",
         DIFFERS,
@@ -471,7 +490,7 @@ def table() -> str:
 
 
 def _shown(feature: Feature) -> str:
-    return f"`{feature.why}`" if feature.verdict == REFUSED else feature.why
+    return feature.why.replace("`", "") if feature.verdict == REFUSED else feature.why
 
 
 if __name__ == "__main__":
