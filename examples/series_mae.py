@@ -54,10 +54,10 @@ class MaskedAutoencoder(L.LightningModule):
         self.encoder = nn.ModuleList(Block(width, heads) for _ in range(2))
         self.decoder = nn.ModuleList(Block(width, heads) for _ in range(1))
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """The mean squared error over patches that were left out."""
-        patches = batch.unflatten(1, (PATCHES, PATCH))  # (B, N, patch)
-        order = torch.rand(patches.shape[:2], device=batch.device).argsort(dim=1)  # (B, N)
+        patches = batch["series"].unflatten(1, (PATCHES, PATCH))  # (B, N, patch)
+        order = torch.rand(patches.shape[:2], device=patches.device).argsort(dim=1)  # (B, N)
         kept = order[:, :KEPT, None]
         h = self.embed(patches) + self.place
         # (B, N, width) -> (B, kept, width)
@@ -79,13 +79,13 @@ class MaskedAutoencoder(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=3e-3)
 
 
-def series(number: int) -> list[Tensor]:
+def series(number: int) -> list[dict[str, Tensor]]:
     """Rows (N * patch,), each a wave of a frequency and a phase of its own."""
     generator = torch.Generator().manual_seed(0)
     frequency = 1 + 3 * torch.rand(number, 1, generator=generator)
     phase = 2 * math.pi * torch.rand(number, 1, generator=generator)
     time = torch.linspace(0, 2 * math.pi, PATCH * PATCHES)
-    return list(torch.sin(frequency * time + phase))
+    return [{"series": row} for row in torch.sin(frequency * time + phase)]
 
 
 def main() -> None:

@@ -113,12 +113,16 @@ def broken(rank: int, loop: Loop, target: str, replacement: Any) -> Any:
         return train(rank, loop)
 
 
-def no_boundary(self: Any, module: Any, enabled: bool) -> Any:
-    return self._inside(False) if not enabled else self._inside(True)
-
-
 def of_slices(part: Tensor, division: Any) -> Tensor:
     return part
+
+
+def half(self: Any, count: float, total: float | None = None) -> float:
+    return 0.5
+
+
+def one(optimizer: Any) -> Tensor:
+    return torch.tensor(1.0)
 
 
 CONTROLS: dict[str, tuple[Loop, str, Any]] = {
@@ -126,12 +130,12 @@ CONTROLS: dict[str, tuple[Loop, str, Any]] = {
     "weights": (
         CASES["transformers, dp x sp, weighted by targets"],
         "lightning_ulysses.fabric.UlyssesFabricStrategy.target_weight",
-        lambda self, count, total=None: 0.5,
+        half,
     ),
     "clipping": (
         replace(GPT_ROWS, clip=0.01),
         "lightning_ulysses.upstream.deepspeed.gradient_norm",
-        lambda optimizer: torch.tensor(1.0),
+        one,
     ),
 }
 

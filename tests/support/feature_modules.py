@@ -123,7 +123,6 @@ class OwnSchedule(Logged):
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         scheduler.step()
-        self.log("lr", scheduler.get_last_lr()[0])
 
 
 class Plateau(Logged):
@@ -193,22 +192,29 @@ class OwnStep(Logged):
 
 
 class Manual(Logged):
-    def __init__(self, backwards: int) -> None:
+    def __init__(self, backwards: int, logs_late: bool = False) -> None:
         super().__init__()
-        self.backwards, self.automatic_optimization = backwards, False
+        self.backwards, self.logs_late, self.automatic_optimization = backwards, logs_late, False
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         for _ in range(self.backwards):
             loss = self._loss(batch)
+            if not self.logs_late:
+                self.log("loss", loss)
             self.manual_backward(loss)
         self.clip_gradients(optimizer, gradient_clip_val=0.05)
         optimizer.step()
-        self.log("loss", loss)
+        if self.logs_late:
+            self.log("loss", loss)
 
 
 class TwoOptimizers(Logged):
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
     def configure_optimizers(self) -> Any:
         return [torch.optim.SGD(each.parameters(), lr=0.1) for each in (self.embed, self.head)]
 

@@ -362,9 +362,7 @@ FLAGS = {
         use=lambda trainer, module: trainer.fit(module),
     ),
     "batchnorm": Feature(
-        "`sync_batchnorm=True`, and batch norm along tokens",
-        REFUSED,
-        "BatchNorm",
+        "`sync_batchnorm=True` with batch norm over tokens, after the blocks",
         trainer=_flags(sync_batchnorm=True),
         module=_hooks("Normed"),
     ),
@@ -408,15 +406,12 @@ FLAGS = {
 HOOKS = {
     "batch_start": Feature("`on_train_batch_start` returning -1", module=_hooks("Stops")),
     "clipping": Feature(
-        "`configure_gradient_clipping` with `self.clip_gradients`",
-        trainer=_flags(gradient_clip_val=1.0),
-        module=_hooks("OwnClipping", kind="norm"),
+        "`configure_gradient_clipping` with `self.clip_gradients`", module=_hooks("OwnClipping", kind="norm")
     ),
     "clipping_value": Feature(
         "`configure_gradient_clipping` by value",
         REFUSED,
         "clip_gradients(gradient_clip_algorithm='value')",
-        trainer=_flags(gradient_clip_val=1.0),
         module=_hooks("OwnClipping", kind="value"),
     ),
     "before_step": Feature("`on_before_optimizer_step` that leaves `.grad` alone", module=_hooks("BeforeStep")),
@@ -427,6 +422,12 @@ HOOKS = {
     "plateau": Feature("`ReduceLROnPlateau` with `monitor`", trainer=_flags(max_epochs=4), module=_hooks("Plateau")),
     "optimizer_step": Feature("`optimizer_step` overridden, with its closure", module=_hooks("OwnStep")),
     "manual": Feature("Manual optimization, one backward a step", module=_hooks("Manual", backwards=1)),
+    "manual_late": Feature(
+        "A number that manual optimization logs after its backward",
+        DIFFERS,
+        "each rank logs that of its slice, which a warning says",
+        module=_hooks("Manual", backwards=1, logs_late=True),
+    ),
     "manual_twice": Feature(
         "Manual optimization, two backwards a step",
         REFUSED,
