@@ -67,6 +67,13 @@ def preferred(model: Any, batch: Tensor) -> Tensor:
     return F.softplus(second.logsumexp(-1).mean() - first.log_softmax(-1)[:, -1].square().mean())
 
 
+def hooked(model: Any, batch: Tensor) -> Tensor:
+    """The gradient of the logits is another one, by a hook that sees the whole."""
+    logits = model(batch[:, :-1])
+    logits.register_hook(lambda gradient: gradient * (1 + gradient.abs().sum()))
+    return F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+
+
 GPT_ROWS = Loop(gpt, rows_loss, rows(4))
 LLAMA = Loop(llama, own_loss, [token_batch(seed, 33, 2, "uneven") for seed in range(4)])
 CASES: dict[str, Loop] = {
@@ -84,6 +91,7 @@ CASES: dict[str, Loop] = {
     "a plan": replace(GPT_ROWS, strategy={"plan": "litgpt"}),
     "tokens in chunks": replace(GPT_ROWS, loss=chunked, batches=rows(2, 34, 2)),
     "two calls in a step": replace(GPT_ROWS, loss=preferred),
+    "a hook on logits": replace(GPT_ROWS, loss=hooked, batches=rows(2)),
     "checkpointed blocks": replace(GPT_ROWS, make=partial(gpt, checkpoints="block")),
     "transformers, a mean of means": replace(LLAMA, accumulate=2),
     "transformers, padded, zero 3": replace(LLAMA, batches=list(map(padded, range(2))), strategy={"stage": 3}),
