@@ -54,7 +54,7 @@ def check_versions() -> None:
     Raises:
         UlyssesError: With all of them, and the command that installs others.
     """
-    _check(frozenset(name.partition(".")[0] for name in sys.modules))
+    _check(frozenset(name for name in sys.modules if "." not in name))
 
 
 @cache
