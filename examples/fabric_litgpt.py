@@ -121,7 +121,8 @@ def validate(model: Any, rows: Tensor) -> float:
 def fit(fabric: L.Fabric, state: dict[str, Any], loader: Any, held_out: Tensor, train: Train, out: Path) -> list[float]:
     """Trains to the last step, and returns the loss of each."""
     model, optimizer = state["model"], state["optimizer"]
-    max_iters, losses, window = train.max_steps * train.accumulation_iters, [], 0.0
+    max_iters, window = train.max_steps * train.accumulation_iters, 0.0
+    losses: list[float] = []
     for data in endless(loader):
         if state["iter_num"] >= max_iters:
             return losses

@@ -23,7 +23,6 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedModel,
     get_cosine_schedule_with_warmup,
 )
 from transformers.integrations import HfDeepSpeedConfig
@@ -66,7 +65,7 @@ class CausalLM(pl.LightningModule):
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
-        self.model: PreTrainedModel | None = None
+        self.model: Any = None
 
     def configure_model(self) -> None:
         """Build the model. Under ZeRO-3 it is built in shards, and no process ever holds all of it."""
@@ -93,8 +92,8 @@ class CausalLM(pl.LightningModule):
             self.model = get_peft_model(self.model, LoraConfig(task_type="CAUSAL_LM", **self.lora))
 
     def _loss(self, batch: Batch) -> Tensor:
-        assert self.model is not None
-        return self.model(**batch).loss
+        loss: Tensor = self.model(**batch).loss
+        return loss
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the mean loss over the batch's targets."""

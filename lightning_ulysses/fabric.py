@@ -23,6 +23,7 @@ from lightning_ulysses.batch.clock import Clock
 from lightning_ulysses.batch.loop_loader import LoopLoader
 from lightning_ulysses.batch.module_call import ModuleCall, stand_in_loss
 from lightning_ulysses.checkpoints.load import find, load_to_evaluate, load_to_train
+from lightning_ulysses.checkpoints.manifest import Division
 from lightning_ulysses.checkpoints.naming import RunName, division
 from lightning_ulysses.checkpoints.save import saved_whole
 from lightning_ulysses.checks import own_loop
@@ -120,7 +121,7 @@ class UlyssesFabricStrategy(upstream_lightning.IndexedDevice, DeepSpeedStrategy)
         assert isinstance(self.config, dict)
         settle_config(self.config, is_given=config is not None or self.DEEPSPEED_ENV_VAR in os.environ)
         # Without it, DeepSpeed clips to a norm of 1, which no loop asked for.
-        self.config.setdefault("gradient_clipping", 0.0)
+        self._clip_val = float(self.config.setdefault("gradient_clipping", 0.0))
         self._backward_sync_control = upstream_fabric.SyncControl(self._set_boundary)
         self._window = own_loop.Window()
         self._run = RunName()
@@ -255,7 +256,7 @@ class UlyssesFabricStrategy(upstream_lightning.IndexedDevice, DeepSpeedStrategy)
         self._window.step(has_closure="closure" in kwargs)
         output = super().optimizer_step(optimizer, **kwargs)
         # Fabric's loops clip before each step, or not.
-        self.model.optimizer.clip_grad = float(self.config["gradient_clipping"])  # type: ignore[union-attr]
+        self.model.optimizer.clip_grad = self._clip_val
         return output
 
     @contextmanager
@@ -303,6 +304,11 @@ class UlyssesFabricStrategy(upstream_lightning.IndexedDevice, DeepSpeedStrategy)
             dist.all_reduce(numbers, group=self.mesh.replicas)
         return count * self.mesh.dp_size / float(numbers) if numbers else 0.0
 
+    @property
+    def _division(self) -> Division:
+        assert isinstance(self.config, dict)
+        return division(self.world_size, self.config)
+
     @override
     def save_checkpoint(
         self, path: str | Path, state: dict[str, Any], storage_options: Any = None, filter: Any = None
@@ -314,9 +320,7 @@ class UlyssesFabricStrategy(upstream_lightning.IndexedDevice, DeepSpeedStrategy)
             save(path, state)
             return
         whole, beside_it = Path(self.broadcast(path)), {_OWN_STATE: {"calls": dict(self._calls)}}
-        manifest = self._run.manifest(
-            engine.global_steps, self.mesh.sp_size, engine.optimizer, division(self.world_size, self.config)
-        )
+        manifest = self._run.manifest(engine.global_steps, self.mesh.sp_size, engine.optimizer, self._division)
         if self._masters is not None:
             self._masters.carry_edits()
         with saved_whole(whole, manifest, self.local_rank == 0) as beside:
@@ -331,7 +335,7 @@ class UlyssesFabricStrategy(upstream_lightning.IndexedDevice, DeepSpeedStrategy)
         if engine is None or (self.load_full_weights and self.zero_stage_3):
             return natively(path)
         upstream_deepspeed.allow_weights_only_load(engine)
-        found, wanted = find(path), division(self.world_size, self.config)
+        found, wanted = find(path), self._division
         self._run.goes_on(found)
         if any(value is engine.optimizer for value in state.values()):
             remainder = load_to_train(found, wanted, engine, natively, rank_zero_info)
