@@ -3,7 +3,6 @@
     python examples/pretrain.py fit --config configs/demo_cpu.yaml        # a small Llama on this machine's CPU
     python examples/pretrain.py fit --config configs/pretrain_8gpu.yaml   # 8B parameters from random weights
     python examples/pretrain.py fit --config configs/finetune_8gpu.yaml   # 8B parameters, chats
-    python examples/pretrain.py fit --config configs/lora_8gpu.yaml       # adapters of a model of 8B parameters, chats
 
 The module below knows nothing about the split. The strategy in the configuration does it.
 """
@@ -23,6 +22,7 @@ from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     get_cosine_schedule_with_warmup,
 )
 from transformers.integrations import HfDeepSpeedConfig
@@ -37,7 +37,6 @@ class CausalLM(pl.LightningModule):
         llama: Settings of ``transformers.LlamaConfig`` for a model that starts from random weights.
         from_pretrained: Name or path of a pretrained model to start from instead.
         attn_implementation: Attention of transformers, ``"sdpa"`` or ``"flash_attention_2"``.
-        lora: Settings of ``peft.LoraConfig``: only adapters are trained. By default all weights are.
         gradient_checkpointing: Computes activations again in the backward pass instead of keeping them.
         learning_rate: Peak learning rate, reached after the warmup.
         weight_decay: Weight decay of AdamW.
@@ -49,7 +48,6 @@ class CausalLM(pl.LightningModule):
         llama: dict[str, Any] | None = None,
         from_pretrained: str | None = None,
         attn_implementation: str = "sdpa",
-        lora: dict[str, Any] | None = None,
         gradient_checkpointing: bool = False,
         learning_rate: float = 1e-2,
         weight_decay: float = 0.1,
@@ -60,12 +58,11 @@ class CausalLM(pl.LightningModule):
         self.llama = llama or {}
         self.from_pretrained = from_pretrained
         self.attn_implementation = attn_implementation
-        self.lora = lora
         self.gradient_checkpointing = gradient_checkpointing
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
-        self.model: Any = None
+        self.model: PreTrainedModel | None = None
 
     def configure_model(self) -> None:
         """Build the model. Under ZeRO-3 it is built in shards, and no process ever holds all of it."""
@@ -84,16 +81,10 @@ class CausalLM(pl.LightningModule):
             self.model = LlamaForCausalLM(LlamaConfig(**self.llama, **attention))
         if self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
-        if self.lora is not None:
-            from peft import LoraConfig, get_peft_model
-
-            # Checkpointed blocks need an input with a gradient, which frozen embeddings do not give.
-            self.model.enable_input_require_grads()
-            self.model = get_peft_model(self.model, LoraConfig(task_type="CAUSAL_LM", **self.lora))
 
     def _loss(self, batch: Batch) -> Tensor:
-        loss: Tensor = self.model(**batch).loss
-        return loss
+        assert self.model is not None
+        return self.model(**batch).loss
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the mean loss over the batch's targets."""
@@ -105,8 +96,7 @@ class CausalLM(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with linear warmup and a cosine to zero."""
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = AdamW(trained, lr=self.learning_rate, weight_decay=self.weight_decay, betas=(0.9, 0.95))
+        optimizer = AdamW(self.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay, betas=(0.9, 0.95))
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = get_cosine_schedule_with_warmup(optimizer, self.warmup_steps, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

@@ -54,8 +54,8 @@ def test_every_configuration_can_be_made(name: str, tmp_path: Path, monkeypatch:
         assert cli.trainer.num_devices == 8 and strategy.zero_stage_3 and strategy.config["zero_optimization"]
 
 
-def finetune(rank: int, model: str, train: str, cache: str, lora: dict[str, Any] | None = None) -> StepResult:
-    module = pretrain().CausalLM(from_pretrained=model, lora=lora, gradient_checkpointing=True, warmup_steps=0)
+def finetune(rank: int, model: str, train: str, cache: str) -> StepResult:
+    module = pretrain().CausalLM(from_pretrained=model, gradient_checkpointing=True, warmup_steps=0)
     data = SequenceDataModule(train, model, 128, cache_dir=cache)
     recorder = StepRecorder()
     run = SplitRun(2, 2, {"stage": 3}, {"use_distributed_sampler": True})
@@ -81,23 +81,3 @@ def test_a_pretrained_model_and_chats_under_zero_3(pool: ProcessPool, tmp_path: 
         assert result.step().norm() > 1e-2
         for name, value in model.named_parameters():
             torch.testing.assert_close(result.before[f"model.{name}"], value)
-
-
-def test_adapters_and_chats_under_zero_3(pool: ProcessPool, tmp_path: Path) -> None:
-    """The parts of the configuration of adapters: the loss is that of the model, and only adapters change."""
-    from transformers import AutoModelForCausalLM
-
-    save_model(tmp_path / "model")
-    paths = str(tmp_path / "model"), chats(tmp_path), str(tmp_path / "cache")
-    lora = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
-    results = pool.run(finetune, *paths, lora, world_size=2)
-    data = SequenceDataModule(paths[1], paths[0], 128, cache_dir=paths[2])
-    data.setup("fit")
-    (batch,) = data.train_dataloader()
-    with torch.no_grad():
-        # Adapters begin with no effect.
-        alone = float(AutoModelForCausalLM.from_pretrained(paths[0])(**batch, use_cache=False).loss)
-    for result in results:
-        assert result.losses == pytest.approx([alone], rel=1e-5)
-        moved = {name for name, value in result.after.items() if not torch.equal(value, result.before[name])}
-        assert moved and all("lora_" in name for name in moved)
