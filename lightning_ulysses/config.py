@@ -255,6 +255,27 @@ def check_replicas(dp_shard_size: int | None, dp_replicate_size: int) -> None:
         )
 
 
+def settle_config(config: dict[str, Any], is_given: bool) -> None:
+    """Completes the DeepSpeed config of a strategy, in place.
+
+    Args:
+        config: As Lightning has made or read it.
+        is_given: Whether it is the user's.
+
+    Raises:
+        UlyssesError: For a user's config with a key that the strategy sets.
+    """
+    if is_given:
+        check_deepspeed_config(config)
+    else:
+        # The user's own optimizer must work with offload; DeepSpeed's needs a compiler.
+        config["zero_force_ds_cpu_optimizer"] = False
+    # Only DeepSpeed's timers read it; Lightning would build a second train dataloader to guess it.
+    config.setdefault("train_micro_batch_size_per_gpu", 1)
+    # Its throughput timer waits for the device twice in each step, and counts samples, which are slices here.
+    config.setdefault("timers", {"throughput": {"enabled": False}})
+
+
 def check_config(config: object) -> None:
     """Refuses what is neither a DeepSpeed config nor the path of one."""
     is_config = config is None or isinstance(config, (dict, str, Path))

@@ -222,5 +222,32 @@ class SequenceMesh:
         return HeadGrid(size, count, inner, outer, *self.made[size])
 
 
+def opened(
+    former: SequenceMesh | None,
+    world_size: int,
+    node_size: int,
+    sp_size: int | Literal["auto"],
+    dp_shard_size: int | None,
+    device_type: str,
+) -> SequenceMesh:
+    """The mesh of a strategy whose processes are connected, with groups on the host. Every process must call it.
+
+    Args:
+        former: The strategy's mesh of an earlier run, which may still be open.
+        world_size: See `resolve_sizes`, as for the following ones.
+        node_size: The same.
+        sp_size: The same.
+        dp_shard_size: The same.
+        device_type: Of the model.
+
+    Raises:
+        UlyssesError: If the product of the sizes is not the world size.
+    """
+    if former is None or former.is_closed:
+        sizes = resolve_sizes(world_size, node_size, sp_size, dp_shard_size)
+        former = SequenceMesh.create(sizes, device_type)
+    return former.with_host_groups(device_type)
+
+
 #: A process by itself.
 ALONE = SequenceMesh(0, 1, 1, 0, 1, 0)

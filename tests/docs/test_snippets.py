@@ -65,6 +65,7 @@ USES: dict[str, Use] = {
     "docs/reliability.md / Checkpoints / 1": Use(
         checks.check_resumed_newest, given.given_trainer, prepare=given.save_last
     ),
+    "docs/fabric.md / Fabric / 1": Use(checks.check_fabric, given.given_loop),
     "docs/errors.md / Errors / 1": Use(checks.check_default, given.given_trainer),
     "CONTRIBUTING.md / A parity test, with its negative control / 1": Use(checks.nothing, world=0),
     "CONTRIBUTING.md / An attention interceptor / 1": Use(checks.check_interceptor, given.given_ops),

@@ -20,6 +20,7 @@ WARNERS = {"warn", "rank_zero_warn"}
 
 # Headings, with the folders and modules whose messages they collect. Every message needs one.
 AREAS = {
+    "Fabric": ("fabric.py", "checks/own_loop.py"),
     "Settings": (
         "config.py",
         "strategy.py",

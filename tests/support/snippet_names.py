@@ -40,6 +40,12 @@ def given_package(folder: str) -> Names:
     return {**public, **given(folder)}
 
 
+def given_loop(folder: str) -> Names:
+    torch.manual_seed(0)
+    rows = token_batch(1, 34, 4)["input_ids"]
+    return {"model": HandWritten(positions="own"), "loader": DataLoader(rows, batch_size=1)}  # type: ignore[arg-type]
+
+
 def given_positions(folder: str) -> Names:
     return {"module": HandWritten(positions="own", lr=0.1), "data": DataLoader(ROWS, batch_size=1)}
 

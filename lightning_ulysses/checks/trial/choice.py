@@ -35,6 +35,9 @@ from lightning_ulysses.loss.logged import LoggedValues
 from lightning_ulysses.loss.weights import StepWeights
 from lightning_ulysses.patching.handle import Handle
 
+# Steps that are not named after their kind; those of Fabric are calls of a module.
+_STEPS = {"train": "training_step", "validate": "validation_step", "forward": "forward", "evaluation": "forward"}
+
 
 class SplitChoice:
     """Tries the first step of each kind, and has all of them split in the way that was exact.
@@ -246,7 +249,8 @@ class SplitChoice:
         self._pipeline.use(clock.kind, whole_rules(self._settings.rules))
         names = self._weigh_joined(clock, trial, step, verdict.is_additive)
         if self._context.mesh.rank == 0:
-            self.say(chosen(clock.kind, plan, why_blocks(verdict, trial.is_whole), names))
+            why, is_choice = why_blocks(verdict, trial.is_whole), self._settings.split == "auto"
+            self.say(chosen(clock.kind, plan, why, names, is_choice))
 
     def _weigh_joined(self, clock: Clock, trial: StepTrial, step: Step, is_token_mean: bool) -> frozenset[str]:
         """Finds out how losses of whole sequences add up over micro-batches and groups.
@@ -280,7 +284,7 @@ class SplitChoice:
 
 
 def _step_of(clock: Clock) -> str:
-    return {"train": "training_step", "validate": "validation_step"}.get(clock.kind, f"{clock.kind}_step")
+    return _STEPS.get(clock.kind, f"{clock.kind}_step")
 
 
 def _nothing() -> None:

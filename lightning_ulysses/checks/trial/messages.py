@@ -94,29 +94,29 @@ def why_blocks(verdict: Verdict, is_whole: bool) -> str:
     return "the step does not run on a slice of the batch"
 
 
-def chosen(kind: str, plan: SequencePlan, why: str, names: frozenset[str]) -> str:
-    """One line on a model that is split inside."""
+def chosen(kind: str, plan: SequencePlan, why: str, names: frozenset[str], is_choice: bool) -> str:
+    """One line on a model that is split inside; ``is_choice`` tells that the batch could have been cut instead."""
     weighted = f", weighted by the targets of {sorted(names)[0].removesuffix(KEPT)!r}" if names else ""
     costs = "Before and after, every rank computes the whole sequence"
     if plan.is_divided:
         costs = "Before, every rank computes the whole sequence; after it each keeps to its slice"
     return (
         f"Ulysses splits {'/'.join(plan.split)} in steps of {kind!r}, since {why}. {costs}{weighted}; that costs its "
-        "time and memory. split='batch' in the strategy forbids it."
+        "time and memory." + " split='batch' in the strategy forbids it." * is_choice
     )
 
 
 def unsplittable(module: str, fault: str) -> UlyssesError:
-    """For ``split="blocks"`` where no blocks are found."""
+    """For a model that is to be split at its blocks, where none are found."""
     return UlyssesError(
-        f"split='blocks' for {module}, "
+        f"{module} to split at its blocks, "
         + (
             f"whose blocks give another step when they are split ({fault})"
             if fault
             else "in which no module that attends has the sequence in its inputs and outputs"
         ),
         "a model whose tokens meet in attention only, in modules that take and return the sequence",
-        "set split='batch', or say where to split by plan={'split': ..., 'join': ...} in the strategy",
+        "say where to split by plan={'split': ..., 'join': ...} in the strategy; in a Trainer, or set split='batch'",
     )
 
 
