@@ -226,7 +226,7 @@ def opened(
     former: SequenceMesh | None,
     world_size: int,
     node_size: int,
-    sp_size: int | Literal["auto"],
+    sp_size: int | Literal["auto"] | Mapping[str, int],
     dp_shard_size: int | None,
     device_type: str,
 ) -> SequenceMesh:
