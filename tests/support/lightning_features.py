@@ -312,14 +312,14 @@ FLAGS = {
         trainer=_flags(gradient_clip_val=0.01, gradient_clip_algorithm="value"),
     ),
     "accumulate": Feature(
-        "`accumulate_grad_batches=3`, batches of equally many targets",
-        trainer=_flags(accumulate_grad_batches=3),
+        "`accumulate_grad_batches=2`, batches of equally many targets",
+        trainer=_flags(accumulate_grad_batches=2),
         use=_evenly,
     ),
     "accumulate_uneven": Feature(
-        "`accumulate_grad_batches=3`, other batches",
+        "`accumulate_grad_batches=3`, other batches, or an incomplete last window",
         DIFFERS,
-        "micro-batches count by their targets, so that the step is the mean over all of them",
+        "micro-batches count by their targets, so that each step is the mean over all of them",
         trainer=_flags(accumulate_grad_batches=3),
     ),
     "double": Feature(
