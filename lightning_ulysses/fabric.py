@@ -65,8 +65,8 @@ class UlyssesFabricStrategy(upstream_lightning.IndexedDevice, DeepSpeedStrategy)
     process. Groups and micro-batches are averaged, as in Fabric's other strategies.
 
     Args:
-        sp_size: P, processes that share one sequence; ``"auto"`` takes the processes of one node. Also factors, as for the
-            other strategy.
+        sp_size: P, processes that share one sequence; ``"auto"`` takes the processes of one node. Also factors, as
+            for the other strategy.
         dp_shard_size: Groups that each train on sequences of their own; by default what is left of the world.
         dp_replicate_size: Only 1 is exact and accepted.
         stage: ZeRO stage 1, 2 or 3.
