@@ -183,7 +183,7 @@ class UlyssesConfig:
                 f"both split={self.split!r} and a plan", "one of them: a plan says itself where to split", "drop split"
             )
         multiple = self.rules.pad_to_multiple_of
-        if multiple is not None and self.plan is not None:
+        if multiple is not None and self.plan is not None and self.plan.split:
             raise UlyssesError(
                 f"pad_to_multiple_of={multiple} with a plan",
                 "no padding, which the part of the model before the split would attend to",

@@ -147,12 +147,6 @@ CASES: dict[str, tuple[Any, list[Any], SplitRun, tuple[str, ...]]] = {
         ("batch['attention_mask'] of shape (2, 1, 33, 33)", "only locally"),
     ),
     "local mask": (LocalMask, PAIRS, run(), ("attention mask of shape (17, 17) inside a step", "is_causal=True")),
-    "by hand": (
-        ByHand,
-        PAIRS,
-        run(),
-        ("without a single attention call intercepted", "scaled_dot_product_attention", "sp_size=1"),
-    ),
     "by hand, not checked": (
         ByHand,
         PAIRS,

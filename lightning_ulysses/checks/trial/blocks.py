@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_ulysses.checks.trial.outputs import called
-from lightning_ulysses.geometry.split_plan import ONLY_OUTPUT, SequencePlan
+from lightning_ulysses.geometry.joint import ONLY_OUTPUT, Halo, Joined, Joint
+from lightning_ulysses.geometry.split_plan import SequencePlan
 from lightning_ulysses.patching.handle import Handle
 from lightning_ulysses.regions.matching import submodules
 
@@ -82,7 +83,7 @@ class BlockFinder:
             block, inputs = self._open.pop(), given.pop()
             if len(block.lengths) == 1:
                 block.inputs = _dims(inputs, min(block.lengths))
-                block.outputs = _dims(_outputs(output), min(block.lengths))
+                block.outputs = _dims(outputs_of(output), min(block.lengths))
             # In the order of the calls; of several calls of one module the last one counts.
             self._found.pop(name, None)
             self._found[name] = block
@@ -142,7 +143,21 @@ def written(plan: SequencePlan) -> dict[str, Any]:
     join = {name: outputs.get(ONLY_OUTPUT, dict(outputs)) for name, outputs in plan.join.items()}
     local = {"local": list(plan.local)} if plan.local else {}
     divided = {"divided": True} if plan.is_divided else {}
-    return {"split": {name: dict(dims) for name, dims in plan.split.items()}, "join": join, **local, **divided}
+    split = {name: dict(dims) for name, dims in plan.split.items()}
+    joints = {
+        key: {name: _joint(joint) for name, joint in plan.joints.items() if isinstance(joint, kind)}
+        for key, kind in (("whole", Joined), ("halo", Halo))
+    }
+    kept = {key: value for key, value in {"split": split, "join": join, **joints}.items() if value}
+    return {**kept, **local, **divided}
+
+
+def _joint(joint: Joint) -> Any:
+    if isinstance(joint, Halo):
+        return joint.dim if joint.padded == "before" else {"dim": joint.dim, "padded": joint.padded}
+    if joint.outputs is None:
+        return dict(joint.inputs)
+    return {"inputs": dict(joint.inputs), "outputs": joint.outputs.get(ONLY_OUTPUT, dict(joint.outputs))}
 
 
 def _dims(values: Mapping[str, Any], length: int) -> dict[str, int]:
@@ -156,7 +171,8 @@ def _dims(values: Mapping[str, Any], length: int) -> dict[str, int]:
     return found
 
 
-def _outputs(output: Any) -> Mapping[str, Any]:
+def outputs_of(output: Any) -> Mapping[str, Any]:
+    """What a module returned, by index or key."""
     if isinstance(output, Tensor):
         return {ONLY_OUTPUT: output}
     if isinstance(output, Mapping):

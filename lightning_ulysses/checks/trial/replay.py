@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from lightning_ulysses.attention.call import TokenCall
 from lightning_ulysses.checks.trial.blocks import BlockFinder
-from lightning_ulysses.checks.trial.outputs import ModuleOutputs
+from lightning_ulysses.checks.trial.outputs import Call, ModuleOutputs, Slice
 from lightning_ulysses.context import LocalBatch, SequenceContext
 from lightning_ulysses.interceptors.draw_table import Drawn
+from lightning_ulysses.regions.notes import split_layout
 
 # Outputs of submodules whose gradients are compared where attention is not taken over.
 _EARLY = 8
@@ -33,7 +34,10 @@ class Recording:
         loss: The loss.
         logged: Numbers that the step logged.
         returned: What the step returned.
-        modules: What modules returned.
+        modules: What modules got and returned.
+        around: For each call of attention the modules that ran around it.
+        edges: What submodules returned that run on more than a slice, leaves of the graph.
+        edge_gradients: The same for ``edges``.
     """
 
     inputs: list[dict[str, Tensor]] = field(default_factory=list)
@@ -44,11 +48,15 @@ class Recording:
     logged: dict[str, float] = field(default_factory=dict)
     returned: Any = None
     modules: ModuleOutputs = field(default_factory=ModuleOutputs)
+    around: list[tuple[Call, ...]] = field(default_factory=list)
+    edges: list[Tensor] = field(default_factory=list)
+    edge_gradients: list[Tensor] = field(default_factory=list)
 
     def note(self, call: TokenCall, answer: Any, value: Tensor | None = None) -> Any:
         """Keeps the first tensor in ``answer``, or ``value`` in its place, as a leaf."""
         self.inputs.append({name: tensor.detach() for name, tensor in call.operands.items()})
         self.whats.append(call.what)
+        self.around.append(self.modules.around)
         # Dropout inside of attention draws differently in each kind of run, and what follows must not.
         _reseed(len(self.inputs), _some(call))
         leaves, spec = tree_flatten(answer)
@@ -59,12 +67,34 @@ class Recording:
         return tree_unflatten(leaves, spec)
 
     def differentiate(self, loss: Tensor) -> None:
-        """Fills `gradients`; those that the loss does not depend on are zero."""
+        """Fills `gradients` and `edge_gradients`; those that the loss does not depend on are zero."""
         self.loss = loss.detach()
-        if loss.requires_grad and self.outputs:
-            found = torch.autograd.grad(loss, self.outputs, allow_unused=True)
-            pairs = zip(found, self.outputs, strict=True)
-            self.gradients = [torch.zeros_like(out) if grad is None else grad for grad, out in pairs]
+        leaves = [*self.outputs, *self.edges]
+        if loss.requires_grad and leaves:
+            grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+            found = [torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(grads, leaves, strict=True)]
+            self.gradients, self.edge_gradients = found[: len(self.outputs)], found[len(self.outputs) :]
+
+    @contextmanager
+    def ending_at(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+        """Cuts the graph behind these modules: through them, a loss of one slice depends on tokens of all."""
+
+        def keep(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor) or not leaf.requires_grad:
+                return leaf
+            self.edges.append(leaf.detach().requires_grad_())
+            # A copy, since the caller may write to it.
+            return self.edges[-1].clone()
+
+        def end(module: nn.Module, args: Any, output: Any) -> Any:
+            return tree_map(keep, output)
+
+        hooks = [module.register_forward_hook(end) for module in modules]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 @contextmanager
@@ -130,12 +160,14 @@ class Replay:
         whole: What `Recorder` kept.
         span: The slice.
         narrowed: For each call the dimension of its output that was cut; None for one that is whole here as well.
+        inside: For each call whether it is made in a submodule that runs on the whole sequence.
     """
 
     context: SequenceContext
     whole: Recording
     span: slice
     narrowed: list[int | None] = field(default_factory=list)
+    inside: list[bool] = field(default_factory=list)
     recording: Recording = field(default_factory=Recording)
 
     def answer(self, call: TokenCall, plain: Callable[[], Any]) -> Any:
@@ -155,6 +187,7 @@ class Replay:
         leaves, _ = tree_flatten(form)
         dim = cut_dim(kept, leaves[_first_tensor(leaves)])
         self.narrowed.append(dim)
+        self.inside.append(self.context.place.is_joined)
         return self.recording.note(call, form, narrowed(kept, dim, self.span))
 
 
@@ -169,6 +202,7 @@ class Rehearsal:
         whole: What `Recorder` kept.
         returned: What the calls themselves returned.
         regions: For each call the batch that is split there; None where nothing is.
+        inside: For each call whether it is made in a submodule that runs on the whole sequence.
     """
 
     context: SequenceContext
@@ -176,6 +210,13 @@ class Rehearsal:
     recording: Recording = field(default_factory=Recording)
     returned: list[Tensor] = field(default_factory=list)
     regions: list[LocalBatch | None] = field(default_factory=list)
+    inside: list[bool] = field(default_factory=list)
+
+    def cut(self, local: LocalBatch) -> Slice:
+        """This rank's slice of what is split in the step of ``local``."""
+        region = next((region for region in self.regions if region is not None), None)
+        layout = split_layout(local) if region is None else region.layout
+        return Slice.of(layout, local.rows, self.context.mesh.sp_rank)
 
     @property
     def spans(self) -> list[slice | None]:
@@ -196,6 +237,7 @@ class Rehearsal:
         span = None if region is None else region.layout.spans[self.context.mesh.sp_rank]
         self.returned.append(own.detach())
         self.regions.append(region)
+        self.inside.append(self.context.place.is_joined)
         return self.recording.note(call, answer, kept if span is None else narrowed(kept, cut_dim(kept, own), span))
 
 

@@ -43,7 +43,8 @@ def supply_inputs(context: SequenceContext, model: PreTrainedModel, numbering: N
             if "position_ids" in signature.parameters:
                 positions = _positions(batch, tokens, context.mesh.sp_rank)
                 added["position_ids"] = numbering.supplied(positions) if numbering.is_used else positions
-            elif context.mesh.sp_size > 1 and attends:
+            elif context.mesh.sp_size > 1 and attends and not context.is_proven and context.place.trial is None:
+                # Without positions a model is told apart from others by a trial only.
                 raise UlyssesError(
                     f"{name}, whose forward takes no position_ids",
                     "a model that can be told the positions of its tokens",
