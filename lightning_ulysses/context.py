@@ -31,6 +31,8 @@ class LocalBatch:
             whole batch, its targets count as spread evenly over the ranks, and each rank sees all of them.
         rows: B.
         whole: Keys in ``shards`` that are whole instead, since a plan splits the model and not the batch.
+        others: The geometry of other sequences that are split at the same place, such as what an encoder returned.
+        keys: That of the keys of one attention call, if they are of another sequence; see `across`.
         notes: What features remember about this batch.
     """
 
@@ -40,7 +42,34 @@ class LocalBatch:
     seen: Mapping[str, float] = field(default_factory=dict)
     rows: int = 1
     whole: frozenset[str] = frozenset()
+    others: tuple[SequenceLayout, ...] = ()
+    keys: SequenceLayout | None = None
     notes: Notes = field(default_factory=Notes)
+
+    @property
+    def key_layout(self) -> SequenceLayout:
+        """The geometry of the keys of an attention call."""
+        return self.layout if self.keys is None else self.keys
+
+    def across(self, queries: int, keys: int, rank: int) -> LocalBatch:
+        """The batch as an attention call sees it, by the numbers of queries and keys on this rank."""
+        if queries == keys or keys == self.layout.shares[rank]:
+            return self
+        found = next((other for other in self.others if other.shares[rank] == keys), None)
+        return self if found is None else replace(self, keys=found)
+
+    def layout_of(self, length: int) -> SequenceLayout:
+        """The geometry of the sequence of so many tokens."""
+        return next((other for other in self.others if other.seq_len == length), self.layout)
+
+    def admit(self, length: int) -> SequenceLayout:
+        """The geometry of a sequence of so many tokens, which is split at this place from now on."""
+        layout = self.layout_of(length)
+        if layout.seq_len != length:
+            beside = tuple(each.shares for each in (self.layout, *self.others))
+            layout = SequenceLayout(length, self.layout.sp_size, beside=beside)
+            self.others = (*self.others, layout)
+        return layout
 
     @property
     def document_positions(self) -> Tensor | None:

@@ -128,7 +128,7 @@ def _masked_keys(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, spec: MaskSpec
 
 def _document(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, spec: MaskSpec, valid: Runs | None) -> Tensor:
     """Attention in one document: q, k and v (B, heads, S_doc, D) -> (B, H, S_doc, D_v)."""
-    if valid is not None and valid != ((0, q.shape[2]),):
+    if valid is not None and valid != ((0, k.shape[2]),):
         return _masked_keys(kernel, q, k, v, spec, valid)
     # A window that covers the whole document is no window.
     if spec.reach is not None and min(spec.reach[0], q.shape[2] if spec.causal else spec.reach[1]) < q.shape[2] - 1:
@@ -136,8 +136,8 @@ def _document(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, spec: MaskSpec, v
     return kernel(q, k, v, causal=spec.causal)
 
 
-def _with_bias(bias: Tensor, spec: MaskSpec, rows: list[Row], length: int) -> Tensor:
-    """The bias (B | 1, H_r | 1, S | 1, S), with everything hidden that ``spec`` hides."""
+def _with_bias(bias: Tensor, spec: MaskSpec, rows: list[Row], length: int, is_other: bool) -> Tensor:
+    """The bias (B | 1, H_r | 1, S_q | 1, S), with everything hidden that ``spec`` hides."""
     padding = length - bias.shape[-1]
     if padding:
         # Filled with True for a mask and 0.0 for a bias: neither hides anything. `keep` hides the padding.
@@ -153,9 +153,10 @@ def _with_bias(bias: Tensor, spec: MaskSpec, rows: list[Row], length: int) -> Te
             number[begin:end] = index
         for begin, end in valid or ():
             seen[begin:end] = True
-        # (S, 1) and (S,) -> (S, S)
-        kept.append((number[:, None] == number) & seen & (place < length - spec.num_padding))
-    # B times (S, S) -> (B, S, S) -> (B, 1, S, S)
+        seen = seen & (place < length - spec.num_padding)
+        # (S, 1) and (S,) -> (S, S); keys of another sequence are one document, (1, S)
+        kept.append(seen[None] if is_other else (number[:, None] == number) & seen)
+    # B times (S | 1, S) -> (B, S | 1, S) -> (B, 1, S | 1, S)
     keep = torch.stack(kept).unsqueeze(1)
     if spec.causal:
         keep = keep & (place <= place[:, None])
@@ -183,14 +184,14 @@ def attend(
     """Softmax attention over whole sequences.
 
     Args:
-        q: (B, H_r, S, D).
+        q: (B, H_r, S, D), or (B, H_r, S_q, D) of another sequence than the keys.
         k: (B, heads, S, D). The number of heads divides H_r, unless ``kv_index`` is given.
         v: (B, heads, S, D_v).
-        spec: The keys that each query sees.
+        spec: The keys that each query sees. Those of another sequence have neither order nor documents.
         scale: Scale of the scores; 1 / sqrt(D) if None.
         dropout_p: Dropout probability of the attention weights.
         kv_index: For each query head its key/value head, if groups are uneven.
-        bias: (B | 1, H_r | 1, S, S), in addition to ``spec``. Floats are added to the scores; a bool is True where a
+        bias: (B | 1, H_r | 1, S_q, S), in addition to ``spec``. Floats are added to the scores; a bool is True where a
             query sees a key.
         extras: Softcap, sinks and ALiBi for the query heads of ``q``.
         flash: The variable-length kernel that the caller prefers.
@@ -203,15 +204,16 @@ def attend(
         k, v = heads_of(k, kv_index), heads_of(v, kv_index)
     kernel = Kernel(scale, dropout_p, extras)
     # One row stands for all if they are cut alike: they go through the kernel together, as one batch.
-    rows = rows_of(spec, q.shape[0], q.shape[2])
+    rows, is_other = rows_of(spec, q.shape[0], k.shape[2]), q.shape[2] != k.shape[2]
     if bias is not None:
-        return kernel(q, k, v, mask=_with_bias(bias, spec, rows, q.shape[2]))
-    if kernel.extras and device.is_gpu(q) and (flash is None or flash.lacks(q, v, kernel)):
+        return kernel(q, k, v, mask=_with_bias(bias, spec, rows, k.shape[2], is_other))
+    # What follows counts queries and keys by the same edges.
+    if not is_other and kernel.extras and device.is_gpu(q) and (flash is None or flash.lacks(q, v, kernel)):
         reason = why_by_formula(q, k, v, kernel)
         if reason is None:
             return attend_fused(q, k, v, kernel, rows, spec.causal, spec.reach)
         kernel = replace(kernel, slow=reason)
-    function = variable_length(q, v, kernel, rows, spec, flash)
+    function = None if is_other else variable_length(q, v, kernel, rows, spec, flash)
     if function is not None:
         window = spec.reach or (-1, 0 if spec.causal else -1)
         return attend_packed(q, k, v, kernel, [documents for documents, _ in rows], window, function)
@@ -220,7 +222,7 @@ def attend(
     q_rows, k_rows, v_rows = (tensor.split(1) if len(rows) > 1 else (tensor,) for tensor in (q, k, v))
     for (documents, valid), *row in zip(rows, q_rows, k_rows, v_rows, strict=True):
         lengths = [end - begin for begin, end in documents]
-        queries, keys, values = (_split(tensor, lengths) for tensor in row)
+        queries, keys, values = ([tensor] if len(lengths) == 1 else _split(tensor, lengths) for tensor in row)
         parts = []
         for number, run in enumerate(documents):
             runs = None if valid is None else clip(valid, *run)

@@ -82,6 +82,9 @@ def _answer(context: SequenceContext, batch: LocalBatch | None, call: AttentionC
         if ledger is not None:
             ledger.note("attention to a memory")
         return plain() if call.memory is None else call.write(call.memory())
+    batch = batch.across(call.q.shape[-2], call.k.shape[-2], context.mesh.sp_rank)
+    if batch.keys is not None and call.is_causal:
+        raise _causal_memory(call)
     out = _exchanged(context, batch, call, call.meaning(batch, known))
     context.notes.of(BackwardTurns).before(out)
     return call.write(out)
@@ -90,7 +93,8 @@ def _answer(context: SequenceContext, batch: LocalBatch | None, call: AttentionC
 def _exchanged(context: SequenceContext, batch: LocalBatch, call: AttentionCall, meaning: Meaning) -> Tensor:
     inputs, mesh = (call.q, call.k, call.v), context.mesh
     chunks, ledger = context.notes.of(HeadChunks), context.notes.of(KeptAttention).ledger
-    is_cut = chunks.count != 1 and mesh.sp_group is not None
+    # Chunks of heads travel along one sequence.
+    is_cut = chunks.count != 1 and mesh.sp_group is not None and batch.keys is None
     # Inside of a checkpointed block.
     if ledger is not None and ledger.takes(inputs, meaning):
         parts = chunked_call(batch, call.q, call.k, meaning, mesh, chunks) if is_cut else None
@@ -133,13 +137,19 @@ def _sees_memory(context: SequenceContext, batch: LocalBatch, call: AttentionCal
         UlyssesError: For causal attention to a memory, which has no positions in the sequence.
     """
     queries, keys, shares = call.q.shape[-2], call.k.shape[-2], batch.layout.shares
+    if any(keys in other.shares for other in batch.others):
+        return False
     # A length that equals some rank's share may be a slice. All ranks must decide alike, so all shares count.
     if not call.takes_memory or keys in shares or queries != shares[context.mesh.sp_rank]:
         return False
     if call.is_causal:
-        raise UlyssesError(
-            f"causal attention of {queries} tokens to {keys} keys",
-            "attention to a memory without is_causal, or to the sequence itself",
-            "leave is_causal out where keys are not those of the sequence",
-        )
+        raise _causal_memory(call)
     return True
+
+
+def _causal_memory(call: AttentionCall) -> UlyssesError:
+    return UlyssesError(
+        f"causal attention of {call.q.shape[-2]} tokens to {call.k.shape[-2]} keys",
+        "attention to a memory without is_causal, or to the sequence itself",
+        "leave is_causal out where keys are not those of the sequence",
+    )

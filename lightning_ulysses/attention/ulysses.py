@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_ulysses.attention.call import Meaning
 from lightning_ulysses.context import LocalBatch
-from lightning_ulysses.exchange.all_to_all import heads_to_seq, queries_to_heads, seq_to_heads
+from lightning_ulysses.exchange.all_to_all import heads_to_seq, keys_to_heads, queries_to_heads, seq_to_heads
 from lightning_ulysses.exchange.mesh import SequenceMesh
 from lightning_ulysses.geometry.heads import HeadLayout, head_layout
 from lightning_ulysses.sequence import share_error
@@ -24,12 +24,14 @@ class Exchange:
     Attributes:
         heads: Which rank gets which heads.
         shares: S_r of every rank.
+        key_shares: The same of the keys, which may be of another sequence.
         mesh: Sizes and groups. Without a group nothing is exchanged: packed documents on one rank, whose slice is the
             whole sequence, and which has all heads.
     """
 
     heads: HeadLayout
     shares: tuple[int, ...]
+    key_shares: tuple[int, ...]
     mesh: SequenceMesh
 
     @classmethod
@@ -39,13 +41,13 @@ class Exchange:
         Raises:
             UlyssesError: If a length is not this rank's share, or P > H.
         """
-        rank, shares = mesh.sp_rank, batch.layout.shares
-        for tensor, what in ((q, "attention"), (k, "attention with keys")):
-            if tensor.shape[2] != shares[rank]:
-                raise share_error(tensor.shape[2], batch.layout, rank, what)
+        rank, layout, key_layout = mesh.sp_rank, batch.layout, batch.key_layout
+        for tensor, each, what in ((q, layout, "attention"), (k, key_layout, "attention with keys")):
+            if tensor.shape[2] != each.shares[rank]:
+                raise share_error(tensor.shape[2], each, rank, what)
         if q.shape[1] < mesh.sp_size:
             mesh.check_heads(q.shape[1])
-        return cls(head_layout(q.shape[1], k.shape[1], mesh.sp_size), shares, mesh)
+        return cls(head_layout(q.shape[1], k.shape[1], mesh.sp_size), layout.shares, key_layout.shares, mesh)
 
     @property
     def query_heads(self) -> slice:
@@ -61,7 +63,11 @@ class Exchange:
         """Each (B, heads, S_r, D) -> (B, heads of this rank, S, D)."""
         if self.mesh.sp_group is None:
             return q, k, v
-        return seq_to_heads(q, k, v, self.heads, self.shares, self.mesh.sp_rank, self.mesh.sp_group)
+        where = self.mesh.sp_rank, self.mesh.sp_group
+        if self.key_shares != self.shares:
+            k, v = keys_to_heads(k, v, self.heads, self.key_shares, *where)
+            return queries_to_heads(q, self.heads, self.shares, *where), k, v
+        return seq_to_heads(q, k, v, self.heads, self.shares, *where)
 
     def output(self, out: Tensor) -> Tensor:
         """(B, H_r, S, D_v) -> (B, H, S_r, D_v)."""

@@ -7,7 +7,7 @@ from functools import cached_property
 from itertools import pairwise
 
 from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.geometry.shares import even_shares, starts
+from lightning_ulysses.geometry.shares import even_shares, shares_apart, starts
 
 # Ranges of tokens (begin, end) in one row, in order and without overlap.
 Runs = tuple[tuple[int, int], ...]
@@ -28,6 +28,7 @@ class SequenceLayout:
         num_padding: Tokens that this package added at the end of each row to reach a multiple. No real token may attend
             to them.
         uncached: Other documents, which transformers sees in calls without a mask and without a cache.
+        beside: Shares of other sequences in the same step; see `shares_apart`.
 
     Raises:
         UlyssesError: If S < P.
@@ -39,6 +40,7 @@ class SequenceLayout:
     valid: tuple[Runs, ...] | None = None
     num_padding: int = 0
     uncached: tuple[Runs, ...] | None = None
+    beside: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if self.seq_len < self.sp_size:
@@ -46,6 +48,12 @@ class SequenceLayout:
                 f"a batch of {self.seq_len} tokens per row for sp_size={self.sp_size}",
                 "at least one token for each rank",
                 "use longer sequences (pack short ones together) or a smaller sp_size",
+            )
+        if self.beside and shares_apart(self.seq_len, self.sp_size, self.beside) is None:
+            raise UlyssesError(
+                f"a sequence of {self.seq_len} tokens beside one of {sum(self.beside[0])} for sp_size={self.sp_size}",
+                "lengths of which each rank gets different shares",
+                "pad one of them further, or use a smaller sp_size",
             )
 
     @property
@@ -55,8 +63,9 @@ class SequenceLayout:
 
     @cached_property
     def shares(self) -> tuple[int, ...]:
-        """Tokens per rank, S_r. They differ by at most one."""
-        return even_shares(self.seq_len, self.sp_size)
+        """Tokens per rank, S_r. They differ by at most one, except `beside` another sequence of nearly the same S."""
+        apart = shares_apart(self.seq_len, self.sp_size, self.beside) if self.beside else None
+        return apart or even_shares(self.seq_len, self.sp_size)
 
     @cached_property
     def starts(self) -> tuple[int, ...]:

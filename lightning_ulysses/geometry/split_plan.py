@@ -32,6 +32,8 @@ class SequencePlan:
             is cross-attention to a text.
         whole: Keys of the batch (or indices of a tuple, as strings) that every rank gets whole. With ``join``, every
             rank gets the whole batch.
+        cross: For each submodule the inputs that carry another sequence, of a length of its own, such as what an
+            encoder returns. They are cut as well, and attention exchanges heads of keys and values cut so.
         is_family: Whether the plan fits several models. Patterns and inputs that a model lacks are then ignored.
         is_absolute: Whether patterns are relative to the LightningModule itself.
         is_divided: Whether what follows the join sees whole sequences and computes slices of them; see `divided`.
@@ -41,6 +43,7 @@ class SequencePlan:
     join: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     local: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
+    cross: Mapping[str, Dims] = field(default_factory=dict)
     is_family: bool = False
     is_absolute: bool = False
     is_divided: bool = False
@@ -84,8 +87,8 @@ SHIPPED: dict[str, SequencePlan] = {
 }
 
 _FORM = (
-    "{'split': {submodule: {input: dim}}, 'join': {submodule: dim}, 'local': [submodule], 'whole': [batch key], "
-    "'divided': bool}"
+    "{'split': {submodule: {input: dim}}, 'cross': {submodule: {input: dim}}, 'join': {submodule: dim}, "
+    "'local': [submodule], 'whole': [batch key], 'divided': bool}"
 )
 
 
@@ -111,7 +114,7 @@ def read_plan(plan: str | Mapping[str, Any] | SequencePlan | None) -> SequencePl
         return SHIPPED[plan]
     if not isinstance(plan, Mapping):
         raise _error(f"the value {plan!r}", "write a mapping")
-    unknown = sorted(set(map(str, plan)) - {"split", "join", "local", "whole", "divided"})
+    unknown = sorted(set(map(str, plan)) - {"split", "cross", "join", "local", "whole", "divided"})
     if unknown:
         raise _error(f"the keys {unknown}", f"drop or rename {unknown[0]!r}")
     return SequencePlan(
@@ -119,6 +122,7 @@ def read_plan(plan: str | Mapping[str, Any] | SequencePlan | None) -> SequencePl
         join={name: _outputs(name, dims) for name, dims in _mapping("join", plan.get("join")).items()},
         local=_names("local", plan.get("local")),
         whole=_names("whole", plan.get("whole")),
+        cross={name: _dims("cross", name, dims) for name, dims in _mapping("cross", plan.get("cross")).items()},
         is_divided=_flag("divided", plan.get("divided", False)),
     )
 

@@ -30,6 +30,10 @@ def _describe(leaves: Mapping[str, list[Tensor]]) -> str:
     return ", ".join(f"{name} {' and '.join(str(tuple(t.shape)) for t in tensors)}" for name, tensors in leaves.items())
 
 
+def _described(value: Any) -> str:
+    return f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"of type {type(value).__name__}"
+
+
 class Splitter:
     """Cuts the inputs of one submodule. Begins a region if none has begun.
 
@@ -37,18 +41,21 @@ class Splitter:
         context: Tells what is split at this moment.
         name: Name of the submodule.
         inputs: The inputs to cut.
+        others: Inputs that carry other sequences.
     """
 
-    def __init__(self, context: SequenceContext, name: str, inputs: Inputs) -> None:
+    def __init__(self, context: SequenceContext, name: str, inputs: Inputs, others: Inputs) -> None:
         self._context = context
         self._name = name
         self._inputs = inputs
+        self._others = others
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The forward pre-hook."""
         context = self._context
         # What an earlier region left divided, such as the output of an encoder.
-        args, kwargs = joined(args), joined(kwargs)
+        others = self._others.get(args, kwargs)
+        args, kwargs = joined(self._others.put(args, kwargs, dict.fromkeys(others)))
         given = self._inputs.get(args, kwargs)
         leaves = {key: self._tensors(key, value) for key, value in given.items()}
         region = context.region
@@ -57,7 +64,29 @@ class Splitter:
         # Inside a region, inputs that are slices already pass unchanged.
         new = {key: self._cut(key, value, leaves, region.layout) for key, value in given.items()}
         context.enter(region)
-        return self._inputs.put(args, kwargs, new)
+        args, kwargs = self._inputs.put(args, kwargs, new)
+        return self._others.put(args, kwargs, {key: self._cut_other(key, value, region) for key, value in others.items()})
+
+    def _cut_other(self, key: str, value: Any, region: LocalBatch) -> Any:
+        dim, rank = self._others.dims[key], self._context.mesh.sp_rank
+        assert dim is not None
+        if not isinstance(value, Tensor) or not -value.dim() <= dim < value.dim():
+            raise UlyssesError(
+                f"{key} of {self._name}, {_described(value)}",
+                f"a tensor with a dimension {dim}, which carries another sequence",
+                f"change cross[{self._name!r}] in the plan",
+            )
+        length = value.shape[dim]
+        if any(other.shares[rank] == length for other in region.others):
+            return value
+        layout = region.admit(length)
+        if isinstance(value, Divided):
+            # The slice of an earlier region is this one, unless slices lie elsewhere than even shares.
+            bounds = ((*layout.starts, layout.seq_len),)
+            if value.division.dim == dim % value.dim() and value.division.rows == bounds:
+                return value.local
+            value = joined(value)
+        return cut(value, dim, layout, rank)
 
     def _tensors(self, key: str, value: Any) -> list[Tensor]:
         leaves = tree_flatten(value)[0]
@@ -291,8 +320,26 @@ def install(context: SequenceContext, root: nn.Module, plan: SequencePlan) -> Ha
         for name, module in matcher.find("split", pattern):
             # Several patterns may match one submodule. Their inputs are cut by one hook.
             inputs.setdefault(name, (module, {}))[1].update(dims)
+    others: dict[str, dict[str, int | None]] = {}
+    for pattern, dims in plan.cross.items():
+        for name, module in matcher.find("cross", pattern):
+            if name not in inputs:
+                raise UlyssesError(
+                    f"a plan with cross[{pattern!r}], while split names no input of {name}",
+                    "inputs of submodules that are split",
+                    f"name the input with the queries under split[{pattern!r}]",
+                )
+            others.setdefault(name, {}).update(dims)
     splitters = [
-        (module, Splitter(context, name, Inputs(name, module, dims, plan.is_family)))
+        (
+            module,
+            Splitter(
+                context,
+                name,
+                Inputs(name, module, dims, plan.is_family),
+                Inputs(name, module, others.get(name, {}), plan.is_family),
+            ),
+        )
         for name, (module, dims) in inputs.items()
     ]
     joiners = [

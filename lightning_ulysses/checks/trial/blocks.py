@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,20 +25,24 @@ class Block:
         kind: Its class.
         in_list: Whether it is an element of a list of modules.
         lengths: The numbers of queries of the attention calls inside.
+        others: The same for keys that are as many as no queries.
         calls_attention: Whether a call was made by itself, and not by another one of these modules inside.
         sees_sequence: Whether keys of one of these calls may be those of the sequence.
         inputs: Parameters that carried the sequence, with the dimension.
         outputs: The same for outputs, by index or key.
+        crossing: For each number of keys in ``others`` the parameters that carried as many tokens, with the dimension.
     """
 
     name: str
     kind: str
     in_list: bool
     lengths: set[int] = field(default_factory=set)
+    others: set[int] = field(default_factory=set)
     calls_attention: bool = False
     sees_sequence: bool = False
     inputs: dict[str, int] = field(default_factory=dict)
     outputs: dict[str, int] = field(default_factory=dict)
+    crossing: dict[int, dict[str, int]] = field(default_factory=dict)
 
     @property
     def parent(self) -> str:
@@ -81,8 +85,10 @@ class BlockFinder:
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             block, inputs = self._open.pop(), given.pop()
             if len(block.lengths) == 1:
-                block.inputs = _dims(inputs, min(block.lengths))
-                block.outputs = _dims(_outputs(output), min(block.lengths))
+                length, lengths = min(block.lengths), block.lengths | block.others
+                block.inputs = _dims(inputs, length, lengths)
+                block.outputs = _dims(_outputs(output), length, lengths)
+                block.crossing = {other: _dims(inputs, other, lengths) for other in block.others - block.lengths}
             # In the order of the calls; of several calls of one module the last one counts.
             self._found.pop(name, None)
             self._found[name] = block
@@ -94,6 +100,8 @@ class BlockFinder:
         """Notes an attention call of so many queries and keys, in all modules that run."""
         for block in self._open:
             block.lengths.add(queries)
+            if queries != keys:
+                block.others.add(keys)
         self.callers.append(called(self._open[-1].name, self._open[-1].kind) if self._open else "")
         if self._open:
             self._open[-1].calls_attention = True
@@ -106,10 +114,11 @@ class BlockFinder:
     def plans(self) -> list[SequencePlan]:
         """Plans that may be exact, the one that divides most of the model first."""
         usable = [block for block in self._found.values() if block.inputs and block.outputs]
-        # Of lists in lists, the elements of the inner one attend.
+        # Of lists in lists, the elements of the inner one attend, and those of the outer one may divide more.
         blocks = [block for block in usable if block.in_list and not self._has_inner(block)]
+        outer = [block for block in usable if block.in_list and not self._is_inner(block, usable)]
         attending = [block for block in usable if block.sees_sequence]
-        found = []
+        found = [*self._across(outer), *self._across(blocks)]
         if blocks:
             last = {block.parent: block for block in blocks}
             at_last = self._plan(blocks, list(last.values()))
@@ -120,21 +129,66 @@ class BlockFinder:
             found.append(self._plan(attending, attending))
         return [plan for index, plan in enumerate(found) if plan not in found[:index]]
 
+    def _across(self, blocks: list[Block]) -> list[SequencePlan]:
+        """Plans in which blocks attend to slices of what other blocks return; none if no block does."""
+        split = {length for block in blocks for length in block.lengths}
+        cross = {block.name: {} for block in blocks}
+        for block in blocks:
+            for length in block.others & split:
+                cross[block.name] |= block.crossing.get(length, {})
+        if not any(cross.values()):
+            return []
+        last = {block.parent: block for block in blocks}
+        plan = self._plan(blocks, list(last.values()), cross, split)
+        return [replace(plan, is_divided=True), plan]
+
     def _has_inner(self, block: Block) -> bool:
         prefix = f"{block.name}."
         return any(other.in_list and other.lengths and name.startswith(prefix) for name, other in self._found.items())
 
-    def _plan(self, split: list[Block], join: list[Block]) -> SequencePlan:
-        """Joins after the blocks in ``join``. Elements of a list with the same inputs share a pattern."""
+    @staticmethod
+    def _is_inner(block: Block, usable: list[Block]) -> bool:
+        return any(other.in_list and block.name.startswith(f"{other.name}.") for other in usable)
+
+    def _plan(
+        self,
+        split: list[Block],
+        join: list[Block],
+        cross: Mapping[str, dict[str, int]] | None = None,
+        lengths: Collection[int] = (),
+    ) -> SequencePlan:
+        """Joins after the blocks in ``join``. Elements of a list with the same inputs share a pattern.
+
+        Args:
+            split: The blocks.
+            join: Some of them.
+            cross: For each block the inputs that carry another sequence.
+            lengths: Numbers of keys that are slices of another sequence.
+        """
         patterns: dict[str, dict[str, int]] = {}
+        others: dict[str, dict[str, int]] = {}
+        given = cross or {}
         for block in split:
-            alike = [other for other in split if other.parent == block.parent and other.inputs == block.inputs]
+            other = given.get(block.name, {})
+            alike = [
+                each
+                for each in split
+                if each.parent == block.parent and each.inputs == block.inputs and given.get(each.name, {}) == other
+            ]
             shared = block.in_list and len(alike) == self._sizes[block.parent]
-            patterns[f"{block.parent}.*" if shared else block.name] = block.inputs
+            name = f"{block.parent}.*" if shared else block.name
+            patterns[name] = block.inputs
+            if other:
+                others[name] = other
         # Keys of another length are a memory, such as a text, that every rank has whole.
-        memory = [name for name, block in self._found.items() if block.calls_attention and not block.sees_sequence]
+        memory = [
+            name
+            for name, block in self._found.items()
+            if block.calls_attention and not block.sees_sequence and not block.others & set(lengths)
+        ]
         inside = tuple(name for name in memory if any(name.startswith(f"{block.name}.") for block in split))
-        return SequencePlan(patterns, {block.name: block.outputs for block in join}, inside, is_absolute=True)
+        joined = {block.name: block.outputs for block in join}
+        return SequencePlan(patterns, joined, inside, cross=others, is_absolute=True)
 
 
 def written(plan: SequencePlan) -> dict[str, Any]:
@@ -142,16 +196,25 @@ def written(plan: SequencePlan) -> dict[str, Any]:
     join = {name: outputs.get(ONLY_OUTPUT, dict(outputs)) for name, outputs in plan.join.items()}
     local = {"local": list(plan.local)} if plan.local else {}
     divided = {"divided": True} if plan.is_divided else {}
-    return {"split": {name: dict(dims) for name, dims in plan.split.items()}, "join": join, **local, **divided}
+    cross = {"cross": {name: dict(dims) for name, dims in plan.cross.items()}} if plan.cross else {}
+    split = {name: dict(dims) for name, dims in plan.split.items()}
+    return {"split": split, **cross, "join": join, **local, **divided}
 
 
-def _dims(values: Mapping[str, Any], length: int) -> dict[str, int]:
-    """For each value whose tensors have exactly one dimension as long as the sequence, that dimension."""
+def _dims(values: Mapping[str, Any], length: int, lengths: Collection[int]) -> dict[str, int]:
+    """For each value whose tensors have exactly one dimension as long as a sequence, that dimension.
+
+    Args:
+        values: By name.
+        length: Of the sequence.
+        lengths: Of all sequences. What has two of them, such as a mask, stays whole.
+    """
     found = {}
     for key, value in values.items():
         tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-        dims = {tuple(dim for dim, size in enumerate(t.shape) if size == length) for t in tensors}
-        if len(dims) == 1 and len(only := dims.pop()) == 1:
+        dims = {tuple(dim for dim, size in enumerate(t.shape) if size in lengths) for t in tensors}
+        sizes = {t.shape[dim] for t in tensors for dim in range(t.dim()) if t.shape[dim] in lengths}
+        if len(dims) == 1 and len(only := dims.pop()) == 1 and sizes == {length}:
             found[key] = only[0]
     return found
 

@@ -7,7 +7,7 @@ that does not mixes tokens, or takes positions from the length of what it gets.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._pytree import tree_leaves
 
 from lightning_ulysses.context import LocalBatch
+from lightning_ulysses.exchange.mesh import SequenceMesh
 
 # A call: the name of the module, and how often it was called before.
 _Call = tuple[str, int]
@@ -52,10 +53,15 @@ class Slice:
     seq_len: int
     rows: int
 
-    @classmethod
-    def of(cls, batch: LocalBatch, rank: int) -> Slice:
-        """One rank's slice of a batch, or of a region."""
-        return cls(batch.layout.spans[rank], batch.layout.seq_len, batch.rows)
+
+def slices(regions: Iterable[LocalBatch | None], mesh: SequenceMesh) -> list[Slice]:
+    """This rank's slices of all sequences that are split at these places."""
+    found: list[Slice] = []
+    for region in regions:
+        for layout in () if region is None else (region.layout, *region.others):
+            cut = Slice(layout.spans[mesh.sp_rank], layout.seq_len, region.rows if region else 1)
+            found += [] if cut in found else [cut]
+    return found
 
 
 class ModuleOutputs:

@@ -173,11 +173,21 @@ class Rehearsal:
     returned: list[Tensor] = field(default_factory=list)
     regions: list[LocalBatch | None] = field(default_factory=list)
 
-    @property
-    def spans(self) -> list[slice | None]:
-        """For each call this rank's slice of the sequence; None where nothing is split."""
-        rank = self.context.mesh.sp_rank
-        return [None if region is None else region.layout.spans[rank] for region in self.regions]
+    def slice_of(self, number: int, whole: Tensor, part: Tensor) -> Tensor:
+        """This rank's slice of what a call had or returned in one process; all of it where nothing is split.
+
+        Args:
+            number: Of the call.
+            whole: The tensor.
+            part: The same on this rank, of the shape of a slice.
+        """
+        return self._slice_in(self.regions[number], whole, part)
+
+    def _slice_in(self, region: LocalBatch | None, whole: Tensor, part: Tensor) -> Tensor:
+        dim = cut_dim(whole, part)
+        if region is None or dim is None:
+            return whole
+        return narrowed(whole, dim, region.layout_of(whole.shape[dim]).spans[self.context.mesh.sp_rank])
 
     def note(self, call: AttentionCall, answer: Any) -> Any:
         """See `context.Watch`.
@@ -189,10 +199,9 @@ class Rehearsal:
         leaves, _ = tree_flatten(answer)
         own = leaves[_first_tensor(leaves)]
         region = self.context.place.region or self.context.place.hidden
-        span = None if region is None else region.layout.spans[self.context.mesh.sp_rank]
         self.returned.append(own.detach())
         self.regions.append(region)
-        return self.recording.note(call, answer, kept if span is None else narrowed(kept, cut_dim(kept, own), span))
+        return self.recording.note(call, answer, self._slice_in(region, kept, own))
 
 
 def _first_tensor(leaves: list[Any]) -> int:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_ulysses.checks.trial.outputs import Change, Slice, first_changed, result_change
+from lightning_ulysses.checks.trial.outputs import Change, Slice, first_changed, result_change, slices
 from lightning_ulysses.checks.trial.replay import Recorder, Recording, Rehearsal, Replay, cut_dim, narrowed
 from lightning_ulysses.context import LocalBatch
 from lightning_ulysses.exchange.mesh import SequenceMesh
@@ -142,24 +142,22 @@ def disagreement(
     whole, bound = recorder.recording, HALF if half else INPUTS
     if len(part.returned) != len(whole.outputs):
         return f"{len(part.returned)} attention calls, and {len(whole.outputs)} on the whole"
-    region = next((region for region in part.regions if region is not None), None)
-    if region is not None:
-        tokens = TOKENS_IN_HALF if half else INPUTS
-        moved = first_changed(whole.modules, part.recording.modules, Slice.of(region, mesh.sp_rank), tokens)
+    tokens = TOKENS_IN_HALF if half else INPUTS
+    for cut in slices(part.regions, mesh):
+        moved = first_changed(whole.modules, part.recording.modules, cut, tokens)
         if moved is not None:
             return moved
     if len(part.recording.gradients) < len(whole.gradients):
         return "a loss without a gradient"
     for number, region in enumerate(part.regions):
-        cut = None if region is None else region.layout.spans[mesh.sp_rank]
         pairs = [*zip(_INPUTS.values(), whole.inputs[number], part.recording.inputs[number], strict=True)]
         if not recorder.draws[number]:
             pairs.append(("output", whole.outputs[number], part.returned[number]))
         # Outside of regions, the gradient of one rank may be that of its slice alone.
-        if whole.gradients and is_joined and cut is not None:
+        if whole.gradients and is_joined and region is not None:
             pairs.append(("gradient", whole.gradients[number], part.recording.gradients[number] / mesh.sp_size))
         for name, a, b in pairs:
-            a = narrowed(a, cut_dim(a, b), cut) if cut is not None else a
+            a = part.slice_of(number, a, b)
             distance = _distance(a, b) if a.shape == b.shape else float("inf")
             if not distance <= bound:
                 return Change(f"the {name} of {attention_call(number, recorder.callers)}", distance)
@@ -170,12 +168,12 @@ def disagreement(
 
 def part_of_loss(whole: Recording, part: Rehearsal, counts: Mapping[str, float], half: bool) -> SliceReport:
     """What the loss of a slice says where a plan splits the model and joins nothing."""
-    found = zip(whole.gradients, part.recording.gradients, part.spans, strict=False)
+    found = zip(whole.gradients, part.recording.gradients, range(len(part.regions)), strict=False)
     # Of what is whole, a rank's gradient is that of its slice alone.
-    cut = [(a, b, span) for a, b, span in found if span is not None]
+    cut = [(a, b, number) for a, b, number in found if part.regions[number] is not None]
     if not cut:
         return SliceReport(counts, reason="a loss that does not depend on what attention returns")
-    wanted = [narrowed(a, cut_dim(a, b), span) for a, b, span in cut]
+    wanted = [part.slice_of(number, a, b) for a, b, number in cut]
     return _fit(wanted, [b for _, b, _ in cut], _flat(a for a, _, _ in cut).norm(), counts, half)
 
 
