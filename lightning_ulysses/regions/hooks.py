@@ -57,6 +57,9 @@ class Splitter:
         others = self._others.get(args, kwargs)
         args, kwargs = joined(self._others.put(args, kwargs, dict.fromkeys(others)))
         given = self._inputs.get(args, kwargs)
+        if others:
+            others |= self._of_others(given, others)
+            given = {key: value for key, value in given.items() if key not in others}
         leaves = {key: self._tensors(key, value) for key, value in given.items()}
         region = context.region
         if region is None:
@@ -64,11 +67,28 @@ class Splitter:
         # Inside a region, inputs that are slices already pass unchanged.
         new = {key: self._cut(key, value, leaves, region.layout) for key, value in given.items()}
         context.enter(region)
-        args, kwargs = self._inputs.put(args, kwargs, new)
-        return self._others.put(args, kwargs, {key: self._cut_other(key, value, region) for key, value in others.items()})
+        new |= {key: self._cut_other(key, value, region) for key, value in others.items()}
+        return self._inputs.put(args, kwargs, new)
+
+    def _of_others(self, given: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
+        """Inputs as long as another sequence and not as the first one, such as a mask over its tokens.
+
+        Where the plan was found, both may have had one length.
+        """
+        lengths = {self._length(self._others, key, value) for key, value in others.items()}
+        first = next((self._length(self._inputs, key, value) for key, value in given.items()), None)
+        of_other = {key: self._length(self._inputs, key, value) for key, value in given.items()}
+        return {key: given[key] for key, length in of_other.items() if length in lengths - {first, None}}
+
+    @staticmethod
+    def _length(inputs: Inputs, key: str, value: Any) -> int | None:
+        dim = inputs.dims[key]
+        is_sized = isinstance(value, Tensor) and dim is not None and -value.dim() <= dim < value.dim()
+        return int(value.shape[dim]) if is_sized and dim is not None else None
 
     def _cut_other(self, key: str, value: Any, region: LocalBatch) -> Any:
-        dim, rank = self._others.dims[key], self._context.mesh.sp_rank
+        rank = self._context.mesh.sp_rank
+        dim = self._others.dims.get(key, self._inputs.dims.get(key))
         assert dim is not None
         if not isinstance(value, Tensor) or not -value.dim() <= dim < value.dim():
             raise UlyssesError(

@@ -14,6 +14,7 @@ from lightning_ulysses.checks.trial.outputs import called
 from lightning_ulysses.geometry.split_plan import ONLY_OUTPUT, SequencePlan
 from lightning_ulysses.patching.handle import Handle
 from lightning_ulysses.regions.matching import submodules
+from lightning_ulysses.upstream.torch_graph import reached
 
 
 @dataclass
@@ -25,7 +26,9 @@ class Block:
         kind: Its class.
         in_list: Whether it is an element of a list of modules.
         lengths: The numbers of queries of the attention calls inside.
-        others: The same for keys that are as many as no queries.
+        others: The same for keys of other sequences.
+        given: Tensors among its arguments, by name.
+        memories: Arguments that keys depend on, and their queries do not.
         calls_attention: Whether a call was made by itself, and not by another one of these modules inside.
         sees_sequence: Whether keys of one of these calls may be those of the sequence.
         inputs: Parameters that carried the sequence, with the dimension.
@@ -38,6 +41,8 @@ class Block:
     in_list: bool
     lengths: set[int] = field(default_factory=set)
     others: set[int] = field(default_factory=set)
+    given: dict[str, Tensor] = field(default_factory=dict)
+    memories: set[str] = field(default_factory=set)
     calls_attention: bool = False
     sees_sequence: bool = False
     inputs: dict[str, int] = field(default_factory=dict)
@@ -80,7 +85,8 @@ class BlockFinder:
             # Positions stand for names that a forward does not have.
             positional = {names[i] if i < len(names) else str(i): value for i, value in enumerate(args)}
             given.append({**positional, **kwargs})
-            self._open.append(Block(name, type(module).__name__, in_list))
+            tensors = {key: value for key, value in given[-1].items() if isinstance(value, Tensor)}
+            self._open.append(Block(name, type(module).__name__, in_list, given=tensors))
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             block, inputs = self._open.pop(), given.pop()
@@ -89,6 +95,11 @@ class BlockFinder:
                 block.inputs = _dims(inputs, length, lengths)
                 block.outputs = _dims(_outputs(output), length, lengths)
                 block.crossing = {other: _dims(inputs, other, lengths) for other in block.others - block.lengths}
+                if length in block.others:
+                    # Of the same length as the queries, so that only its use tells it apart.
+                    memories = {key: block.inputs.pop(key) for key in [*block.inputs] if key in block.memories}
+                    block.crossing[length] = memories
+            block.given.clear()
             # In the order of the calls; of several calls of one module the last one counts.
             self._found.pop(name, None)
             self._found[name] = block
@@ -96,16 +107,22 @@ class BlockFinder:
         self._handle.add(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
         self._handle.add(module.register_forward_hook(leave).remove)
 
-    def attends(self, queries: int, keys: int) -> None:
-        """Notes an attention call of so many queries and keys, in all modules that run."""
+    def attends(self, q: Tensor, k: Tensor) -> None:
+        """Notes an attention call of queries and keys (..., S, D), in all modules that run."""
+        queries, keys = q.shape[-2], k.shape[-2]
+        is_other = queries != keys
         for block in self._open:
             block.lengths.add(queries)
-            if queries != keys:
+            memories = None if queries != keys else _memories(block.given, q, k)
+            if memories is not None:
+                block.memories |= memories
+                is_other = True
+            if queries != keys or memories is not None:
                 block.others.add(keys)
         self.callers.append(called(self._open[-1].name, self._open[-1].kind) if self._open else "")
         if self._open:
             self._open[-1].calls_attention = True
-            self._open[-1].sees_sequence |= queries == keys
+            self._open[-1].sees_sequence |= not is_other
 
     def close(self) -> None:
         """Takes all hooks off."""
@@ -189,6 +206,25 @@ class BlockFinder:
         inside = tuple(name for name in memory if any(name.startswith(f"{block.name}.") for block in split))
         joined = {block.name: block.outputs for block in join}
         return SequencePlan(patterns, joined, inside, cross=others, is_absolute=True)
+
+
+def _memories(given: Mapping[str, Tensor], q: Tensor, k: Tensor) -> set[str] | None:
+    """The arguments of a block that may be another sequence, to which an attention call attends; None if none is.
+
+    Args:
+        given: The arguments.
+        q: The queries.
+        k: As many keys.
+    """
+    nodes = {tensor.grad_fn: name for name, tensor in given.items() if tensor.grad_fn is not None}
+    of_queries = {nodes[node] for node in reached(q, nodes)}
+    of_keys = {nodes[node] for node in reached(k, nodes)}
+    # Without a gradient nothing is known: then it is the same sequence, as in most models.
+    if not of_queries or of_queries & of_keys:
+        return None
+    # What an encoder returns that is not trained has no graph.
+    frozen = {name for name, tensor in given.items() if tensor.grad_fn is None and tensor.is_floating_point()}
+    return of_keys or {name for name in frozen if given[name].dim() == q.dim() - 1}
 
 
 def written(plan: SequencePlan) -> dict[str, Any]:

@@ -107,7 +107,7 @@ class Recorder:
     def answer(self, call: AttentionCall, plain: Callable[[], Any]) -> Any:
         """See `context.Trial`."""
         if self.blocks is not None:
-            self.blocks.attends(call.q.shape[-2], call.k.shape[-2])
+            self.blocks.attends(call.q, call.k)
         self.sees_memory |= call.q.shape[-2] != call.k.shape[-2]
         before = _random_state(call.q)
         # What is called may itself call a function that is taken over.
