@@ -32,6 +32,7 @@ from lightning_ulysses.checks.trial.verdict import (
     disagreement,
     judge,
     names_of_rows,
+    names_of_targets,
     part_of_loss,
 )
 from lightning_ulysses.context import LocalBatch, SequenceContext
@@ -273,7 +274,27 @@ class StepTrial:
             Names of tensors; none of a loss that rows do not add up to; None if that could not be tried.
         """
         found = self._by_rows(step, None)
+        if found.names is None or found.breaks:
+            parted = self._by_targets(step).names
+            return found.names if parted is None else parted
         return found.names if not found.names else narrow(found.names, partial(self._by_rows, step))
+
+    def _by_targets(self, step: Step) -> Attempt:
+        """The same for a step that does not run on some rows alone."""
+        assert self._samples is not None
+        attempt = Attempt()
+        failed: Exception | None = None
+        try:
+            with self._tried(), state_kept(self._module):
+                self._module.eval()
+                for whole, *parts in self._samples.by_targets():
+                    recording = self._alone(step, *whole).recording
+                    runs = [(self._alone(step, *part).recording, part[1]) for part in parts]
+                    names = names_of_targets(recording, runs, not computes_precisely(self._module))
+                    attempt = Attempt(names if attempt.names is None else attempt.names | (names or frozenset()))
+        except Exception as failure:
+            failed = failure
+        return agreed(self._from_all(attempt, failed))
 
     def _by_rows(self, step: Step, name: str | None) -> Attempt:
         assert self._samples is not None
@@ -291,7 +312,7 @@ class StepTrial:
                     attempt = Attempt(names_of_rows(runs[0][0], runs[1:], not computes_precisely(self._module)))
         except Exception as failure:
             failed = failure
-            attempt = Attempt(attempt.names, fails=attempt.names is None)
+            attempt = Attempt(attempt.names, fails=attempt.names is None, breaks=attempt.names is not None)
         return agreed(self._from_all(attempt, failed))
 
     @property

@@ -204,6 +204,25 @@ def names_of_rows(whole: Recording, parts: Sequence[tuple[Recording, LocalBatch]
     return verdict.names if verdict.reason is None else None
 
 
+def names_of_targets(
+    whole: Recording, parts: Sequence[tuple[Recording, LocalBatch]], half: bool
+) -> frozenset[str] | None:
+    """`names_of_rows` of runs on all tokens, each with some of the targets."""
+    wanted, own = _flat(whole.gradients), torch.stack([_flat(part.gradients) for part, _ in parts])
+    size = wanted.norm()
+    if not bool(own.isfinite().all()) or not float(size) or not bool(own.any(dim=1).all()):
+        return None
+    # (parts, elements) and (elements,) -> (parts,)
+    weights = torch.linalg.lstsq(own.T, wanted[:, None]).solution.flatten()
+    misfit = float((wanted - weights @ own).norm() / size)
+    reports = [
+        SliceReport(local.counts, float(weight), misfit, is_half=half)
+        for (_, local), weight in zip(parts, weights, strict=True)
+    ]
+    verdict = judge([(report, ()) for report in reports], len(reports))
+    return verdict.names if verdict.reason is None else None
+
+
 def _distance(a: Tensor, b: Tensor) -> float:
     a, b = a.detach(), b.detach()
     return float((a.double() - b.double()).norm() / a.double().norm().clamp_min(1e-30)) if a.numel() else 0.0

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_ulysses.attention.attend import Softmax
 from lightning_ulysses.attention.call import AttentionCall
-from lightning_ulysses.attention.call_mask import covers_sequence, local_mask_error
+from lightning_ulysses.attention.call_mask import covers_sequence, local_mask_error, read_mask
 from lightning_ulysses.attention.explicit import Extras
 from lightning_ulysses.attention.flash import FlashKernel, flash_kernel
 from lightning_ulysses.attention.route import intercept
@@ -87,6 +87,8 @@ def _call_spec(
     # flash-attn takes the 2-D padding mask itself; then it is the slice of the batch's mask, or all of it.
     if attention_mask.dim() == 2 and has_padding and attention_mask.shape[1] in (*layout.shares, layout.seq_len):
         return MaskSpec(is_causal, window, layout.documents, layout.valid, layout.num_padding), None
+    if attention_mask.dim() == 4 and attention_mask.shape[-2] == 1 != layout.real_len:
+        return read_mask(batch, None, attention_mask, MaskSpec(False, num_padding=layout.num_padding))
     # A mask of the whole sequence tells by itself what each token sees.
     if not covers_sequence(attention_mask, batch):
         raise local_mask_error(attention_mask, batch)

@@ -108,18 +108,19 @@ def install_masks(context: SequenceContext, handle: Handle, names: tuple[str, ..
     def wrap(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         @context.takes_over(original, outside_regions=True)
         def describe_mask(*args: Any, **kwargs: Any) -> Any:
-            if context.place.trial is not None:
-                # What answers on a slice takes no mask.
-                return original(*args, **kwargs) if context.mesh.sp_size == 1 else None
+            is_tried = context.place.trial is not None
             whole = context.awaits_region
             batch = context.place.region or whole
-            if batch is None:
+            if batch is None or (is_tried and context.mesh.sp_size == 1):
                 return original(*args, **kwargs)
             call = inspect.signature(original).bind(*args, **kwargs)
             call.apply_defaults()
             values = {**call.arguments, **call.arguments.get("kwargs", {})}
             # Where the sequence is whole, a mask that cannot be described is built by transformers.
             is_known = _KNOWN_MASKS.issuperset(_mask_parts(values["mask_function"]))
+            if is_tried and is_known:
+                # What answers on a slice takes no mask.
+                return None
             if (context.mesh.sp_size == 1 or whole is not None) and not is_known:
                 return original(*args, **kwargs)
             # Outside of the regions of a plan, another sequence than the batch may have a mask.
