@@ -342,7 +342,7 @@ def install(context: SequenceContext, root: nn.Module, plan: SequencePlan) -> Ha
             inputs.setdefault(name, (module, {}))[1].update(dims)
     others: dict[str, dict[str, int | None]] = {}
     for pattern, dims in plan.cross.items():
-        for name, module in matcher.find("cross", pattern):
+        for name, _ in matcher.find("cross", pattern):
             if name not in inputs:
                 raise UlyssesError(
                     f"a plan with cross[{pattern!r}], while split names no input of {name}",

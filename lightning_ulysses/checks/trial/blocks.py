@@ -149,7 +149,7 @@ class BlockFinder:
     def _across(self, blocks: list[Block]) -> list[SequencePlan]:
         """Plans in which blocks attend to slices of what other blocks return; none if no block does."""
         split = {length for block in blocks for length in block.lengths}
-        cross = {block.name: {} for block in blocks}
+        cross: dict[str, dict[str, int]] = {block.name: {} for block in blocks}
         for block in blocks:
             for length in block.others & split:
                 cross[block.name] |= block.crossing.get(length, {})
