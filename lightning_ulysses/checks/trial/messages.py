@@ -106,8 +106,17 @@ def chosen(kind: str, plan: SequencePlan, why: str, names: frozenset[str]) -> st
     )
 
 
-def unsplittable(module: str, fault: str) -> UlyssesError:
-    """For ``split="blocks"`` where no blocks are found."""
+def unsplittable(module: str, fault: str, unread: UlyssesError | None) -> UlyssesError:
+    """For a model that is not split in its blocks, where its batch is not cut.
+
+    Args:
+        module: The user's class.
+        fault: What differed when blocks were split, if any were found.
+        unread: Why the batch cannot be cut; None for ``split="blocks"``.
+    """
+    if unread is not None:
+        blocks = f"; {module} is another step where its blocks are split ({fault})" if fault else ""
+        return UlyssesError(f"{unread.got}{blocks}", unread.expected, unread.fix)
     return UlyssesError(
         f"split='blocks' for {module}, "
         + (

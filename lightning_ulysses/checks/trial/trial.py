@@ -275,26 +275,23 @@ class StepTrial:
         """
         found = self._by_rows(step, None)
         if found.names is None or found.breaks:
-            parted = self._by_targets(step).names
-            return found.names if parted is None else parted
+            return self._by_targets(step, found.names)
         return found.names if not found.names else narrow(found.names, partial(self._by_rows, step))
 
-    def _by_targets(self, step: Step) -> Attempt:
+    def _by_targets(self, step: Step, names: frozenset[str] | None) -> frozenset[str] | None:
         """The same for a step that does not run on some rows alone."""
         assert self._samples is not None
-        attempt = Attempt()
-        failed: Exception | None = None
         try:
             with self._tried(), state_kept(self._module):
                 self._module.eval()
                 for whole, *parts in self._samples.by_targets():
-                    recording = self._alone(step, *whole).recording
-                    runs = [(self._alone(step, *part).recording, part[1]) for part in parts]
-                    names = names_of_targets(recording, runs, not computes_precisely(self._module))
-                    attempt = Attempt(names if attempt.names is None else attempt.names | (names or frozenset()))
+                    recording, *runs = (self._alone(step, *each).recording for each in (whole, *parts))
+                    each = [*zip(runs, (local for _, local in parts), strict=True)]
+                    found = names_of_targets(recording, each, not computes_precisely(self._module))
+                    names = found if names is None else names | (found or frozenset())
         except Exception as failure:
-            failed = failure
-        return agreed(self._from_all(attempt, failed))
+            return agreed(self._from_all(Attempt(names), failure)).names
+        return agreed(self._from_all(Attempt(names), None)).names
 
     def _by_rows(self, step: Step, name: str | None) -> Attempt:
         assert self._samples is not None
