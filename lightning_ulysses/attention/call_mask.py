@@ -42,10 +42,19 @@ def whole_keys(mask: Tensor, layout: SequenceLayout) -> Tensor | None:
     context = current_context()
     length = mask.shape[-1]
     if length in (layout.real_len, layout.seq_len) or context is None:
-        return mask if length in (layout.real_len, layout.seq_len) else None
+        return _in_order(mask, layout, -1) if length in (layout.real_len, layout.seq_len) else None
     if length != layout.shares[context.mesh.sp_rank] or context.mesh.sp_group is None:
         return None
     return join_sequence(mask.contiguous(), layout.shares, mask.dim() - 1, context.mesh.sp_group)
+
+
+def _in_order(mask: Tensor, layout: SequenceLayout, *dims: int) -> Tensor:
+    """A mask of two sequences in one, (..., S, S) or (..., S), with tokens in the order of ranks."""
+    if layout.parts:
+        order = torch.tensor(layout.order, device=mask.device)
+        for dim in dims:
+            mask = mask.index_select(dim, order)
+    return mask
 
 
 def read_mask(
@@ -70,7 +79,7 @@ def read_mask(
     mask = mask if stood_for is None else stood_for
     # A mask of the whole sequence becomes a bias, of which each rank uses the part of its heads.
     if covers_sequence(mask, batch):
-        return spec, mask
+        return spec, _in_order(mask, batch.layout, -2, -1)
     if not 2 <= mask.dim() <= 4 or mask.shape[-2] != 1:
         raise local_mask_error(mask, batch)
     # One copy of what is the same for all heads. (..., 1, S_r) -> (B | 1, H | 1, 1, S_r)

@@ -29,6 +29,7 @@ class SequenceLayout:
             to them.
         uncached: Other documents, which transformers sees in calls without a mask and without a cache.
         beside: Shares of other sequences in the same step; see `shares_apart`.
+        parts: Sequences of which this one consists, one after the other. A rank holds its slice of each.
 
     Raises:
         UlyssesError: If S < P.
@@ -41,6 +42,7 @@ class SequenceLayout:
     num_padding: int = 0
     uncached: tuple[Runs, ...] | None = None
     beside: tuple[tuple[int, ...], ...] = ()
+    parts: tuple[SequenceLayout, ...] = ()
 
     def __post_init__(self) -> None:
         if self.seq_len < self.sp_size:
@@ -64,6 +66,8 @@ class SequenceLayout:
     @cached_property
     def shares(self) -> tuple[int, ...]:
         """Tokens per rank, S_r. They differ by at most one, except `beside` another sequence of nearly the same S."""
+        if self.parts:
+            return tuple(map(sum, zip(*(part.shares for part in self.parts), strict=True)))
         apart = shares_apart(self.seq_len, self.sp_size, self.beside) if self.beside else None
         return apart or even_shares(self.seq_len, self.sp_size)
 
@@ -76,6 +80,28 @@ class SequenceLayout:
     def spans(self) -> tuple[slice, ...]:
         """For each rank its tokens as a Python slice of the whole sequence."""
         return tuple(slice(begin, begin + share) for begin, share in zip(self.starts, self.shares, strict=True))
+
+    @classmethod
+    def joint(cls, *parts: SequenceLayout) -> SequenceLayout:
+        """The geometry of sequences that stand one after the other."""
+        return cls(sum(part.seq_len for part in parts), parts[0].sp_size, parts=parts)
+
+    def runs_of(self, rank: int) -> Runs:
+        """The runs of tokens that a rank holds, counted in the whole sequence."""
+        if not self.parts:
+            span = self.spans[rank]
+            return ((span.start, span.stop),)
+        begins = starts(tuple(part.seq_len for part in self.parts))
+        return tuple(
+            (begin + part.spans[rank].start, begin + part.spans[rank].stop)
+            for begin, part in zip(begins, self.parts, strict=True)
+        )
+
+    @property
+    def order(self) -> list[int]:
+        """The tokens in the order in which attention has them after the exchange: those of the first rank first."""
+        runs = (run for rank in range(self.sp_size) for run in self.runs_of(rank))
+        return [token for begin, end in runs for token in range(begin, end)]
 
 
 def runs_from_starts(begins: list[int], seq_len: int) -> Runs:

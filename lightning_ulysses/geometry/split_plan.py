@@ -34,6 +34,9 @@ class SequencePlan:
             rank gets the whole batch.
         cross: For each submodule the inputs that carry another sequence, of a length of its own, such as what an
             encoder returns. They are cut as well, and attention exchanges heads of keys and values cut so.
+        joint: For each submodule the inputs that belong to both sequences, such as positions of a text and an image
+            that attend to each other: one tensor as long as both, or one for each.
+        cross_first: Whether those of ``cross`` stand before those of ``split`` in them.
         is_family: Whether the plan fits several models. Patterns and inputs that a model lacks are then ignored.
         is_absolute: Whether patterns are relative to the LightningModule itself.
         is_divided: Whether what follows the join sees whole sequences and computes slices of them; see `divided`.
@@ -44,6 +47,8 @@ class SequencePlan:
     local: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
     cross: Mapping[str, Dims] = field(default_factory=dict)
+    joint: Mapping[str, Dims] = field(default_factory=dict)
+    cross_first: bool = True
     is_family: bool = False
     is_absolute: bool = False
     is_divided: bool = False
@@ -86,9 +91,11 @@ SHIPPED: dict[str, SequencePlan] = {
     ),
 }
 
+_KEYS = {"split", "cross", "joint", "cross_first", "join", "local", "whole", "divided"}
 _FORM = (
     "{'split': {submodule: {input: dim}}, 'cross': {submodule: {input: dim}}, 'join': {submodule: dim}, "
-    "'local': [submodule], 'whole': [batch key], 'divided': bool}"
+    "'joint': {submodule: {input: dim}}, 'cross_first': bool, 'local': [submodule], 'whole': [batch key], "
+    "'divided': bool}"
 )
 
 
@@ -114,7 +121,7 @@ def read_plan(plan: str | Mapping[str, Any] | SequencePlan | None) -> SequencePl
         return SHIPPED[plan]
     if not isinstance(plan, Mapping):
         raise _error(f"the value {plan!r}", "write a mapping")
-    unknown = sorted(set(map(str, plan)) - {"split", "cross", "join", "local", "whole", "divided"})
+    unknown = sorted(set(map(str, plan)) - _KEYS)
     if unknown:
         raise _error(f"the keys {unknown}", f"drop or rename {unknown[0]!r}")
     return SequencePlan(
@@ -123,6 +130,8 @@ def read_plan(plan: str | Mapping[str, Any] | SequencePlan | None) -> SequencePl
         local=_names("local", plan.get("local")),
         whole=_names("whole", plan.get("whole")),
         cross={name: _dims("cross", name, dims) for name, dims in _mapping("cross", plan.get("cross")).items()},
+        joint={name: _dims("joint", name, dims) for name, dims in _mapping("joint", plan.get("joint")).items()},
+        cross_first=_flag("cross_first", plan.get("cross_first", True)),
         is_divided=_flag("divided", plan.get("divided", False)),
     )
 

@@ -20,6 +20,7 @@ from lightning_ulysses.patching.outside_graphs import eager
 from lightning_ulysses.regions import recompute
 from lightning_ulysses.regions.matching import Inputs, Matcher
 from lightning_ulysses.regions.notes import RegionSizes, RegionTally
+from lightning_ulysses.regions.others import OtherInputs, other_inputs
 from lightning_ulysses.regions.same_inputs import check_same_inputs
 
 # Regions of a run whose inputs are compared over the group; each comparison is a collective.
@@ -28,10 +29,6 @@ _CHECKED_REGIONS = 3
 
 def _describe(leaves: Mapping[str, list[Tensor]]) -> str:
     return ", ".join(f"{name} {' and '.join(str(tuple(t.shape)) for t in tensors)}" for name, tensors in leaves.items())
-
-
-def _described(value: Any) -> str:
-    return f"of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"of type {type(value).__name__}"
 
 
 class Splitter:
@@ -44,7 +41,7 @@ class Splitter:
         others: Inputs that carry other sequences.
     """
 
-    def __init__(self, context: SequenceContext, name: str, inputs: Inputs, others: Inputs) -> None:
+    def __init__(self, context: SequenceContext, name: str, inputs: Inputs, others: OtherInputs) -> None:
         self._context = context
         self._name = name
         self._inputs = inputs
@@ -57,9 +54,8 @@ class Splitter:
         others = self._others.get(args, kwargs)
         args, kwargs = joined(self._others.put(args, kwargs, dict.fromkeys(others)))
         given = self._inputs.get(args, kwargs)
-        if others:
-            others |= self._of_others(given, others)
-            given = {key: value for key, value in given.items() if key not in others}
+        others |= self._others.as_long(given, others, self._inputs)
+        given = {key: value for key, value in given.items() if key not in others}
         leaves = {key: self._tensors(key, value) for key, value in given.items()}
         region = context.region
         if region is None:
@@ -67,46 +63,9 @@ class Splitter:
         # Inside a region, inputs that are slices already pass unchanged.
         new = {key: self._cut(key, value, leaves, region.layout) for key, value in given.items()}
         context.enter(region)
-        new |= {key: self._cut_other(key, value, region) for key, value in others.items()}
+        new |= self._others.cut(others, region, self._context.mesh.sp_rank, self._inputs)
+        new |= self._others.cut_joint(args, kwargs, region, self._context.mesh.sp_rank)
         return self._inputs.put(args, kwargs, new)
-
-    def _of_others(self, given: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
-        """Inputs as long as another sequence and not as the first one, such as a mask over its tokens.
-
-        Where the plan was found, both may have had one length.
-        """
-        lengths = {self._length(self._others, key, value) for key, value in others.items()}
-        first = next((self._length(self._inputs, key, value) for key, value in given.items()), None)
-        of_other = {key: self._length(self._inputs, key, value) for key, value in given.items()}
-        return {key: given[key] for key, length in of_other.items() if length in lengths - {first, None}}
-
-    @staticmethod
-    def _length(inputs: Inputs, key: str, value: Any) -> int | None:
-        dim = inputs.dims[key]
-        is_sized = isinstance(value, Tensor) and dim is not None and -value.dim() <= dim < value.dim()
-        return int(value.shape[dim]) if is_sized and dim is not None else None
-
-    def _cut_other(self, key: str, value: Any, region: LocalBatch) -> Any:
-        rank = self._context.mesh.sp_rank
-        dim = self._others.dims.get(key, self._inputs.dims.get(key))
-        assert dim is not None
-        if not isinstance(value, Tensor) or not -value.dim() <= dim < value.dim():
-            raise UlyssesError(
-                f"{key} of {self._name}, {_described(value)}",
-                f"a tensor with a dimension {dim}, which carries another sequence",
-                f"change cross[{self._name!r}] in the plan",
-            )
-        length = value.shape[dim]
-        if any(other.shares[rank] == length for other in region.others):
-            return value
-        layout = region.admit(length)
-        if isinstance(value, Divided):
-            # The slice of an earlier region is this one, unless slices lie elsewhere than even shares.
-            bounds = ((*layout.starts, layout.seq_len),)
-            if value.division.dim == dim % value.dim() and value.division.rows == bounds:
-                return value.local
-            value = joined(value)
-        return cut(value, dim, layout, rank)
 
     def _tensors(self, key: str, value: Any) -> list[Tensor]:
         leaves = tree_flatten(value)[0]
@@ -162,6 +121,7 @@ class Splitter:
             # Inputs as long as the batch have its documents and padding. Patches of an image, for example, do not.
             layout = running.layout if seq_len == length else SequenceLayout(seq_len, mesh.sp_size)
             region = LocalBatch(layout, rows=running.rows)
+            region.cross_first = context.plan is None or context.plan.cross_first
             # `predict` joins by this layout if the batch itself has no sequence.
             running.notes.of(RegionSizes).layout = layout
         tally = context.notes.of(RegionTally)
@@ -222,10 +182,14 @@ class Joiner:
             self._check_whole(output)
             return None
         # All outputs are checked before the first collective.
-        parts = {key: self._part(key, output) for key in self._dims}
+        parts = {key: self._part(key, output) for key in self._dims if self._is_there(key, output)}
         joined = {key: self._join(key, part, region.layout) for key, part in parts.items()}
         self._context.leave(region.layout)
         return self._rebuild(output, joined)
+
+    def _is_there(self, key: str, output: Any) -> bool:
+        """The last block may return nothing of one of two sequences."""
+        return not (len(self._dims) > 1 and isinstance(output, tuple) and key.isdigit() and output[int(key)] is None)
 
     def _part(self, key: str, output: Any) -> Tensor:
         try:
@@ -250,6 +214,10 @@ class Joiner:
 
     def _join(self, key: str, part: Tensor, layout: SequenceLayout) -> Tensor:
         mesh, dim = self._context.mesh, self._dims[key]
+        others = self._context.region.others if self._context.region is not None else ()
+        if -part.dim() <= dim < part.dim():
+            length = part.shape[dim]
+            layout = next((each for each in (layout, *others) if each.shares[mesh.sp_rank] == length), layout)
         share = layout.shares[mesh.sp_rank]
         if not -part.dim() <= dim < part.dim() or part.shape[dim] != share:
             raise self._refusal(part, f"this rank's share, {share}, along dimension {dim}")
@@ -340,26 +308,9 @@ def install(context: SequenceContext, root: nn.Module, plan: SequencePlan) -> Ha
         for name, module in matcher.find("split", pattern):
             # Several patterns may match one submodule. Their inputs are cut by one hook.
             inputs.setdefault(name, (module, {}))[1].update(dims)
-    others: dict[str, dict[str, int | None]] = {}
-    for pattern, dims in plan.cross.items():
-        for name, _ in matcher.find("cross", pattern):
-            if name not in inputs:
-                raise UlyssesError(
-                    f"a plan with cross[{pattern!r}], while split names no input of {name}",
-                    "inputs of submodules that are split",
-                    f"name the input with the queries under split[{pattern!r}]",
-                )
-            others.setdefault(name, {}).update(dims)
+    others = other_inputs(matcher, plan, {name: module for name, (module, _) in inputs.items()})
     splitters = [
-        (
-            module,
-            Splitter(
-                context,
-                name,
-                Inputs(name, module, dims, plan.is_family),
-                Inputs(name, module, others.get(name, {}), plan.is_family),
-            ),
-        )
+        (module, Splitter(context, name, Inputs(name, module, dims, plan.is_family), others[name]))
         for name, (module, dims) in inputs.items()
     ]
     joiners = [

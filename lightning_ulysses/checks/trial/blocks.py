@@ -34,6 +34,8 @@ class Block:
         inputs: Parameters that carried the sequence, with the dimension.
         outputs: The same for outputs, by index or key.
         crossing: For each number of keys in ``others`` the parameters that carried as many tokens, with the dimension.
+        partner: The parameter that carried another sequence, which attention joins with that of ``inputs``.
+        joint: Parameters that belong to both, with the dimension.
     """
 
     name: str
@@ -48,6 +50,8 @@ class Block:
     inputs: dict[str, int] = field(default_factory=dict)
     outputs: dict[str, int] = field(default_factory=dict)
     crossing: dict[int, dict[str, int]] = field(default_factory=dict)
+    partner: dict[str, int] = field(default_factory=dict)
+    joint: dict[str, int] = field(default_factory=dict)
 
     @property
     def parent(self) -> str:
@@ -99,6 +103,8 @@ class BlockFinder:
                     # Of the same length as the queries, so that only its use tells it apart.
                     memories = {key: block.inputs.pop(key) for key in [*block.inputs] if key in block.memories}
                     block.crossing[length] = memories
+            if block.lengths:
+                _note_pair(block, inputs, output)
             block.given.clear()
             # In the order of the calls; of several calls of one module the last one counts.
             self._found.pop(name, None)
@@ -135,7 +141,7 @@ class BlockFinder:
         blocks = [block for block in usable if block.in_list and not self._has_inner(block)]
         outer = [block for block in usable if block.in_list and not self._is_inner(block, usable)]
         attending = [block for block in usable if block.sees_sequence]
-        found = [*self._across(outer), *self._across(blocks)]
+        found = [*self._together(outer), *self._across(outer), *self._across(blocks)]
         if blocks:
             last = {block.parent: block for block in blocks}
             at_last = self._plan(blocks, list(last.values()))
@@ -158,6 +164,24 @@ class BlockFinder:
         last = {block.parent: block for block in blocks}
         plan = self._plan(blocks, list(last.values()), cross, split)
         return [replace(plan, is_divided=True), plan]
+
+    def _together(self, blocks: list[Block]) -> list[SequencePlan]:
+        """Plans for blocks whose attention joins two sequences; none if no block does."""
+        together = [block for block in blocks if block.partner]
+        found = []
+        # Blocks of one sequence may not be split as well, such as those that refine a short text.
+        for chosen in (blocks, together) if together and len(together) < len(blocks) else (together,):
+            cross = {block.name: block.partner for block in chosen}
+            plan = self._plan(chosen, list({block.parent: block for block in chosen}.values()), cross)
+            joint = {name: block.joint for name in plan.split for block in chosen if self._fits(name, block)}
+            plan = replace(plan, joint={name: dims for name, dims in joint.items() if dims})
+            for first in (True, False):
+                found += [replace(plan, cross_first=first, is_divided=divided) for divided in (True, False)]
+        return found if together else []
+
+    @staticmethod
+    def _fits(pattern: str, block: Block) -> bool:
+        return pattern in (block.name, f"{block.parent}.*")
 
     def _has_inner(self, block: Block) -> bool:
         prefix = f"{block.name}."
@@ -208,6 +232,41 @@ class BlockFinder:
         return SequencePlan(patterns, joined, inside, cross=others, is_absolute=True)
 
 
+def _note_pair(block: Block, inputs: Mapping[str, Any], output: Any) -> None:
+    """Finds two inputs (B, S_1, ...) and (B, S_2, ...) of a block whose attention sees both as one sequence."""
+    length = max(block.lengths)
+    given = {key: value for key, value in inputs.items() if isinstance(value, Tensor) and value.dim() == 3}
+    if block.inputs and any(key in given for key in block.inputs):
+        return
+    pairs = [
+        (one, other)
+        for one, a in given.items()
+        for other, b in given.items()
+        if one != other and a.shape[1] >= b.shape[1] and a.shape[1] + b.shape[1] == length
+    ]
+    if not pairs:
+        return
+    one, other = pairs[0]
+    sizes = (given[one].shape[1], given[other].shape[1])
+    lengths = {length, *sizes}
+    block.inputs = {one: 1, **{key: dim for key, dim in _dims(inputs, sizes[0], lengths).items() if key != other}}
+    block.partner = {other: 1}
+    # One tensor for both, or one for each.
+    block.joint = {key: dim for key, dim in _only_dims(inputs, lengths).items() if key not in {*block.inputs, other}}
+    block.outputs = _dims(_outputs(output), sizes[0], lengths) | _dims(_outputs(output), sizes[1], lengths)
+
+
+def _only_dims(values: Mapping[str, Any], lengths: Collection[int]) -> dict[str, int]:
+    """For each value whose tensors have exactly one dimension as long as some sequence, the same for all, that one."""
+    found = {}
+    for key, value in values.items():
+        tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
+        dims = {tuple(dim for dim, size in enumerate(t.shape) if size in lengths) for t in tensors}
+        if len(dims) == 1 and len(only := dims.pop()) == 1:
+            found[key] = only[0]
+    return found
+
+
 def _memories(given: Mapping[str, Tensor], q: Tensor, k: Tensor) -> set[str] | None:
     """The arguments of a block that may be another sequence, to which an attention call attends; None if none is.
 
@@ -232,9 +291,12 @@ def written(plan: SequencePlan) -> dict[str, Any]:
     join = {name: outputs.get(ONLY_OUTPUT, dict(outputs)) for name, outputs in plan.join.items()}
     local = {"local": list(plan.local)} if plan.local else {}
     divided = {"divided": True} if plan.is_divided else {}
+    joint: dict[str, Any] = {}
+    if plan.joint:
+        joint = {"joint": {name: dict(dims) for name, dims in plan.joint.items()}, "cross_first": plan.cross_first}
     cross = {"cross": {name: dict(dims) for name, dims in plan.cross.items()}} if plan.cross else {}
     split = {name: dict(dims) for name, dims in plan.split.items()}
-    return {"split": split, **cross, "join": join, **local, **divided}
+    return {"split": split, **cross, **joint, "join": join, **local, **divided}
 
 
 def _dims(values: Mapping[str, Any], length: int, lengths: Collection[int]) -> dict[str, int]:
@@ -245,14 +307,9 @@ def _dims(values: Mapping[str, Any], length: int, lengths: Collection[int]) -> d
         length: Of the sequence.
         lengths: Of all sequences. What has two of them, such as a mask, stays whole.
     """
-    found = {}
-    for key, value in values.items():
-        tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-        dims = {tuple(dim for dim, size in enumerate(t.shape) if size in lengths) for t in tensors}
-        sizes = {t.shape[dim] for t in tensors for dim in range(t.dim()) if t.shape[dim] in lengths}
-        if len(dims) == 1 and len(only := dims.pop()) == 1 and sizes == {length}:
-            found[key] = only[0]
-    return found
+    only = _only_dims(values, lengths)
+    tensors = {key: [leaf for leaf in tree_leaves(values[key]) if isinstance(leaf, Tensor)] for key in only}
+    return {key: dim for key, dim in only.items() if all(t.shape[dim] == length for t in tensors[key])}
 
 
 def _outputs(output: Any) -> Mapping[str, Any]:

@@ -15,6 +15,7 @@ from lightning_ulysses.attention.call import AttentionCall
 from lightning_ulysses.checks.trial.blocks import BlockFinder
 from lightning_ulysses.checks.trial.outputs import ModuleOutputs
 from lightning_ulysses.context import LocalBatch, SequenceContext
+from lightning_ulysses.exchange.cut_and_join import cut
 from lightning_ulysses.interceptors.draw_table import Drawn
 
 # Outputs of submodules whose gradients are compared where attention is not taken over.
@@ -187,7 +188,7 @@ class Rehearsal:
         dim = cut_dim(whole, part)
         if region is None or dim is None:
             return whole
-        return narrowed(whole, dim, region.layout_of(whole.shape[dim]).spans[self.context.mesh.sp_rank])
+        return cut(whole, dim, region.layout_of(whole.shape[dim]), self.context.mesh.sp_rank)
 
     def note(self, call: AttentionCall, answer: Any) -> Any:
         """See `context.Watch`.
