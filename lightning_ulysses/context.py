@@ -60,7 +60,7 @@ class LocalBatch:
         share = self.layout.shares[rank]
         if queries == keys != share:
             # Both sequences in one, such as an image and a text that attend to each other.
-            return next((replace(self, layout=each) for each in self._joints if each.shares[rank] == queries), self)
+            return next((replace(self, layout=each) for each in self._both if each.shares[rank] == queries), self)
         if queries == keys or keys == share:
             return self
         found = next((other for other in self.others if other.shares[rank] == keys), None)
@@ -68,13 +68,13 @@ class LocalBatch:
 
     def layout_of(self, length: int) -> SequenceLayout:
         """The geometry of the sequence of so many tokens."""
-        known = (self.layout, *self.others, *self._joints)
+        known = (self.layout, *self.others, *self._both)
         return next((each for each in known if each.seq_len == length), self.layout)
 
     @property
-    def _joints(self) -> list[SequenceLayout]:
+    def _both(self) -> list[SequenceLayout]:
         pairs = ((other, self.layout) if self.cross_first else (self.layout, other) for other in self.partners)
-        return [SequenceLayout.joint(*pair) for pair in pairs]
+        return [SequenceLayout.of_both(*pair) for pair in pairs]
 
     def is_slice(self, length: int, rank: int) -> bool:
         """Whether so many tokens are this rank's slice of a sequence that is split here, and not all of one."""
@@ -149,6 +149,7 @@ class Place:
         last: The geometry of the region that ended here.
         watch: Sees attention calls while a way to split the model is tried.
         hidden: The region in which attention is plain here, since its keys are whole.
+        is_joined: Whether a submodule runs here on the whole sequence that is split around it.
     """
 
     batch: LocalBatch | None = None
@@ -159,6 +160,7 @@ class Place:
     last: SequenceLayout | None = None
     watch: Watch | None = None
     hidden: LocalBatch | None = None
+    is_joined: bool = False
 
     @property
     def takes_calls(self) -> bool:
@@ -174,8 +176,8 @@ class SequenceContext:
 
     Attributes:
         mesh: Sizes and groups.
-        plan: Where the model is split, in place of the batch; None where P = 1. Kinds of steps may have plans of their
-            own, see `use`.
+        chosen: The plan of the running kind of step, see `use`; None where P = 1.
+        is_proven: Whether a trial has shown that this kind of step is that of one process.
         place: Where the step is.
         suspensions: How often the step was hidden so far.
         notes: What features remember over all batches.
@@ -183,23 +185,30 @@ class SequenceContext:
 
     def __init__(self, mesh: SequenceMesh, plan: SequencePlan | None = None) -> None:
         self.mesh = mesh
-        self.plan = plan if mesh.sp_size > 1 else None
+        self.chosen = plan if mesh.sp_size > 1 else None
+        self.is_proven = False
         self.place = Place()
         self.suspensions = 0
         self.notes = Notes()
 
-    def use(self, plan: SequencePlan | None) -> None:
+    @property
+    def plan(self) -> SequencePlan | None:
+        """Where the model is split, in place of the batch; None where the batch is cut."""
+        return self.chosen if self.chosen is not None and self.chosen.split else None
+
+    def use(self, plan: SequencePlan | None, *, is_proven: bool = False) -> None:
         """Has the following steps split as ``plan`` says, whose hooks are in place; None cuts the batch."""
-        self.plan = plan if self.mesh.sp_size > 1 else None
+        self.chosen = plan if self.mesh.sp_size > 1 else None
+        self.is_proven = is_proven
 
     @contextmanager
-    def cutting(self) -> Iterator[None]:
-        """As if the batch were cut, whatever the plan."""
-        before, self.plan = self.plan, None
+    def cutting(self, plan: SequencePlan | None = None) -> Iterator[None]:
+        """As if the batch were cut, whatever the plan, and submodules ran as the joints of ``plan`` say."""
+        before, self.chosen = self.chosen, plan
         try:
             yield
         finally:
-            self.plan = before
+            self.chosen = before
 
     @property
     def is_joined(self) -> bool:
@@ -243,8 +252,12 @@ class SequenceContext:
 
     @property
     def awaits_region(self) -> LocalBatch | None:
-        """The whole batch outside of the regions of a planned step that joins the sequence again, or None."""
-        return self.place.batch if self.is_joined and self.place.region is None else None
+        """The whole batch outside of the regions of a planned step that joins the sequence again, or None.
+
+        Also in a submodule that runs on the whole sequence.
+        """
+        is_whole = self.is_joined or self.place.is_joined
+        return self.place.batch if is_whole and self.place.region is None else None
 
     def takes_over(
         self, original: Callable[..., Any], *, outside_regions: bool = False
@@ -313,12 +326,12 @@ class SequenceContext:
     @contextmanager
     def rehearsed(self, plan: SequencePlan, batch: LocalBatch, watch: Watch) -> Iterator[None]:
         """A step on ``batch`` that is split as ``plan`` says, while ``watch`` sees its attention calls."""
-        before, self.plan = self.plan, plan
+        before, self.chosen = self.chosen, plan
         try:
             with self.at(Place(batch, watch=watch, is_uncompiled=True)):
                 yield
         finally:
-            self.plan = before
+            self.chosen = before
 
     def plain(self) -> AbstractContextManager[None]:
         """Leaves attention alone, also while the model is tried."""

@@ -82,7 +82,7 @@ class SequenceLayout:
         return tuple(slice(begin, begin + share) for begin, share in zip(self.starts, self.shares, strict=True))
 
     @classmethod
-    def joint(cls, *parts: SequenceLayout) -> SequenceLayout:
+    def of_both(cls, *parts: SequenceLayout) -> SequenceLayout:
         """The geometry of sequences that stand one after the other."""
         return cls(sum(part.seq_len for part in parts), parts[0].sp_size, parts=parts)
 

@@ -13,11 +13,12 @@ from lightning_ulysses.context import LocalBatch, Place, SequenceContext
 from lightning_ulysses.divided import Divided, Division, joined
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.exchange.cut_and_join import cut, join
+from lightning_ulysses.geometry.joint import ONLY_OUTPUT
 from lightning_ulysses.geometry.layout import SequenceLayout
-from lightning_ulysses.geometry.split_plan import ONLY_OUTPUT, SequencePlan
+from lightning_ulysses.geometry.split_plan import SequencePlan
 from lightning_ulysses.patching.handle import Handle
 from lightning_ulysses.patching.outside_graphs import eager
-from lightning_ulysses.regions import recompute
+from lightning_ulysses.regions import joints, recompute
 from lightning_ulysses.regions.matching import Inputs, Matcher
 from lightning_ulysses.regions.notes import RegionSizes, RegionTally
 from lightning_ulysses.regions.others import OtherInputs, other_inputs
@@ -64,7 +65,7 @@ class Splitter:
         new = {key: self._cut(key, value, leaves, region.layout) for key, value in given.items()}
         context.enter(region)
         new |= self._others.cut(others, region, self._context.mesh.sp_rank, self._inputs)
-        new |= self._others.cut_joint(args, kwargs, region, self._context.mesh.sp_rank)
+        new |= self._others.cut_both(args, kwargs, region, self._context.mesh.sp_rank)
         return self._inputs.put(args, kwargs, new)
 
     def _tensors(self, key: str, value: Any) -> list[Tensor]:
@@ -281,7 +282,7 @@ def _in_steps(context: SequenceContext, plan: SequencePlan, hook: Callable[..., 
 
     def choose(*args: Any) -> Any:
         place = context.place
-        is_off = place.trial is not None or place.batch is None or context.plan is not plan
+        is_off = place.trial is not None or place.batch is None or context.chosen is not plan
         return None if is_off else outside(*args)
 
     return choose
@@ -322,6 +323,7 @@ def install(context: SequenceContext, root: nn.Module, plan: SequencePlan) -> Ha
     if plan.join and not joiners:
         raise matcher.nothing("join", list(plan.join))
     local = [module for pattern in plan.local for _, module in matcher.find("local", pattern)]
+    whole = joints.hooks_of(context, matcher, plan)
     for module, splitter in splitters:
         handle.add(module.register_forward_pre_hook(_in_steps(context, plan, splitter), with_kwargs=True).remove)
     for module, joiner in joiners:
@@ -331,5 +333,6 @@ def install(context: SequenceContext, root: nn.Module, plan: SequencePlan) -> Ha
         handle.add(module.register_forward_pre_hook(eager(hooks.enter)).remove)
         # `always_call`: attention must not stay plain after an exception.
         handle.add(module.register_forward_hook(eager(hooks.leave), always_call=True).remove)
+    joints.install(whole, handle)
     recompute.install(context, root, handle)
     return handle

@@ -41,13 +41,13 @@ class OtherInputs:
     Args:
         name: Name of the submodule.
         cross: Inputs that carry another sequence.
-        joint: Inputs that belong to both: a tensor for both, one after the other, or one for each.
+        both: Inputs that belong to both: a tensor for both, one after the other, or one for each.
     """
 
-    def __init__(self, name: str, cross: Inputs, joint: Inputs) -> None:
+    def __init__(self, name: str, cross: Inputs, both: Inputs) -> None:
         self._name = name
         self._cross = cross
-        self._joint = joint
+        self._both = both
 
     def get(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Those that carry another sequence, as far as a call has them."""
@@ -102,13 +102,13 @@ class OtherInputs:
                 found[key] = _slice(value, dim, region.admit(value.shape[dim]), rank)
         return found
 
-    def cut_joint(
+    def cut_both(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], region: LocalBatch, rank: int
     ) -> dict[str, Any]:
         """This rank's slices of inputs that carry both sequences."""
         found = {}
-        for key, value in self._joint.get(args, kwargs).items():
-            dim = self._joint.dims[key]
+        for key, value in self._both.get(args, kwargs).items():
+            dim = self._both.dims[key]
             flat, spec = tree_flatten(value)
             for index, tensor in enumerate(flat):
                 if dim is not None and isinstance(tensor, Tensor) and -tensor.dim() <= dim < tensor.dim():
@@ -130,9 +130,9 @@ def other_inputs(matcher: Matcher, plan: SequencePlan, split: Mapping[str, nn.Mo
     Raises:
         UlyssesError: If the plan names an input of a submodule that is not split.
     """
-    cross, joint = (_by_name(matcher, key, dims, split) for key, dims in (("cross", plan.cross), ("joint", plan.joint)))
+    cross, both = (_by_name(matcher, key, dims, split) for key, dims in (("cross", plan.cross), ("both", plan.both)))
     return {
-        name: OtherInputs(name, *(Inputs(name, module, each.get(name, {}), plan.is_family) for each in (cross, joint)))
+        name: OtherInputs(name, *(Inputs(name, module, each.get(name, {}), plan.is_family) for each in (cross, both)))
         for name, module in split.items()
     }
 

@@ -15,6 +15,7 @@ from typing import Any
 import lightning as L
 import torch
 from guests import GUESTS, Guest
+from hybrids import HYBRIDS, STRONG, decay_slowly
 from models import VOCAB, token_batch
 from pairs import PAIRS
 from sights import SIGHTS
@@ -145,40 +146,7 @@ ENTRIES = [
     ),
     Entry("Esm", "ForMaskedLM", {**SIZES, "position_embedding_type": "rotary"}),
     Entry("Electra", "ForMaskedLM", {**SIZES, "embedding_size": 32}),
-    Entry(
-        "Mamba",
-        sizes={"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
-        exact=False,
-        why="takes no position_ids",
-    ),
-    Entry(
-        "Jamba",
-        sizes={
-            **GROUPED,
-            "num_experts": 2,
-            "attn_layer_period": 2,
-            "attn_layer_offset": 1,
-            "expert_layer_period": 2,
-            "expert_layer_offset": 1,
-            "use_mamba_kernels": False,
-            "mamba_d_state": 4,
-        },
-        why="state spaces on the whole sequence, attention layers split",
-    ),
-    Entry(
-        "Qwen3Next",
-        sizes={
-            **HEADS,
-            **EXPERTS,
-            "num_experts": 4,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 2,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-            "layer_types": ["linear_attention", "full_attention"],
-        },
-        why="linear attention on the whole sequence, other layers split",
-    ),
+    *(Entry(**{**given, "sizes": {**given["sizes"], **STRONG}}) for given in HYBRIDS),
 ]
 ZOO = {entry.name: entry for entry in ENTRIES}
 
@@ -200,6 +168,7 @@ class Specimen(L.LightningModule):
         kind = getattr(transformers, entry.kind)
         config._attn_implementation = "sdpa" if kind._supports_sdpa else "eager"
         self.model = kind(config)
+        decay_slowly(self.model)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss: Tensor = self.model(**batch).loss

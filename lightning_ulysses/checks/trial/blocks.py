@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lightning_ulysses.checks.trial.outputs import called
-from lightning_ulysses.geometry.split_plan import ONLY_OUTPUT, SequencePlan
+from lightning_ulysses.geometry.joint import ONLY_OUTPUT, Halo, Joined, Joint
+from lightning_ulysses.geometry.split_plan import Dims, SequencePlan
 from lightning_ulysses.patching.handle import Handle
 from lightning_ulysses.regions.matching import submodules
 from lightning_ulysses.upstream.torch_graph import reached
@@ -35,7 +36,7 @@ class Block:
         outputs: The same for outputs, by index or key.
         crossing: For each number of keys in ``others`` the parameters that carried as many tokens, with the dimension.
         partner: The parameter that carried another sequence, which attention joins with that of ``inputs``.
-        joint: Parameters that belong to both, with the dimension.
+        both: Parameters that belong to both, with the dimension.
     """
 
     name: str
@@ -51,7 +52,7 @@ class Block:
     outputs: dict[str, int] = field(default_factory=dict)
     crossing: dict[int, dict[str, int]] = field(default_factory=dict)
     partner: dict[str, int] = field(default_factory=dict)
-    joint: dict[str, int] = field(default_factory=dict)
+    both: dict[str, int] = field(default_factory=dict)
 
     @property
     def parent(self) -> str:
@@ -97,7 +98,7 @@ class BlockFinder:
             if len(block.lengths) == 1:
                 length, lengths = min(block.lengths), block.lengths | block.others
                 block.inputs = _dims(inputs, length, lengths)
-                block.outputs = _dims(_outputs(output), length, lengths)
+                block.outputs = _dims(outputs_of(output), length, lengths)
                 block.crossing = {other: _dims(inputs, other, lengths) for other in block.others - block.lengths}
                 if length in block.others:
                     # Of the same length as the queries, so that only its use tells it apart.
@@ -113,13 +114,21 @@ class BlockFinder:
         self._handle.add(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
         self._handle.add(module.register_forward_hook(leave).remove)
 
-    def attends(self, q: Tensor, k: Tensor) -> None:
-        """Notes an attention call of queries and keys (..., S, D), in all modules that run."""
-        queries, keys = q.shape[-2], k.shape[-2]
+    def attends(self, queries: int, keys: int, q: Tensor | None, k: Tensor | None) -> None:
+        """Notes a call in which tokens meet, in all modules that run.
+
+        Args:
+            queries: How many tokens see others.
+            keys: How many are seen.
+            q: The queries (..., S, D) of attention.
+            k: Its keys.
+        """
         is_other = queries != keys
         for block in self._open:
             block.lengths.add(queries)
-            memories = None if queries != keys else _memories(block.given, q, k)
+            memories = None
+            if queries == keys and q is not None and k is not None:
+                memories = _memories(block.given, q, k)
             if memories is not None:
                 block.memories |= memories
                 is_other = True
@@ -173,8 +182,8 @@ class BlockFinder:
         for chosen in (blocks, together) if together and len(together) < len(blocks) else (together,):
             cross = {block.name: block.partner for block in chosen}
             plan = self._plan(chosen, list({block.parent: block for block in chosen}.values()), cross)
-            joint = {name: block.joint for name in plan.split for block in chosen if self._fits(name, block)}
-            plan = replace(plan, joint={name: dims for name, dims in joint.items() if dims})
+            both = {name: block.both for name in plan.split for block in chosen if self._fits(name, block)}
+            plan = replace(plan, both={name: dims for name, dims in both.items() if dims})
             for first in (True, False):
                 found += [replace(plan, cross_first=first, is_divided=divided) for divided in (True, False)]
         return found if together else []
@@ -252,8 +261,8 @@ def _note_pair(block: Block, inputs: Mapping[str, Any], output: Any) -> None:
     block.inputs = {one: 1, **{key: dim for key, dim in _dims(inputs, sizes[0], lengths).items() if key != other}}
     block.partner = {other: 1}
     # One tensor for both, or one for each.
-    block.joint = {key: dim for key, dim in _only_dims(inputs, lengths).items() if key not in {*block.inputs, other}}
-    block.outputs = _dims(_outputs(output), sizes[0], lengths) | _dims(_outputs(output), sizes[1], lengths)
+    block.both = {key: dim for key, dim in _only_dims(inputs, lengths).items() if key not in {*block.inputs, other}}
+    block.outputs = _dims(outputs_of(output), sizes[0], lengths) | _dims(outputs_of(output), sizes[1], lengths)
 
 
 def _only_dims(values: Mapping[str, Any], lengths: Collection[int]) -> dict[str, int]:
@@ -291,12 +300,27 @@ def written(plan: SequencePlan) -> dict[str, Any]:
     join = {name: outputs.get(ONLY_OUTPUT, dict(outputs)) for name, outputs in plan.join.items()}
     local = {"local": list(plan.local)} if plan.local else {}
     divided = {"divided": True} if plan.is_divided else {}
-    joint: dict[str, Any] = {}
-    if plan.joint:
-        joint = {"joint": {name: dict(dims) for name, dims in plan.joint.items()}, "cross_first": plan.cross_first}
-    cross = {"cross": {name: dict(dims) for name, dims in plan.cross.items()}} if plan.cross else {}
     split = {name: dict(dims) for name, dims in plan.split.items()}
-    return {"split": split, **cross, **joint, "join": join, **local, **divided}
+    joints = {
+        key: {name: _joint(joint) for name, joint in plan.joints.items() if isinstance(joint, kind)}
+        for key, kind in (("whole", Joined), ("halo", Halo))
+    }
+    others = {key: {name: dict(dims) for name, dims in given.items()} for key, given in _others(plan)}
+    kept = {key: value for key, value in {"split": split, **others, "join": join, **joints}.items() if value}
+    order = {} if plan.cross_first else {"cross_first": False}
+    return {**kept, **order, **local, **divided}
+
+
+def _others(plan: SequencePlan) -> list[tuple[str, Mapping[str, Dims]]]:
+    return [("cross", plan.cross), ("both", plan.both)]
+
+
+def _joint(joint: Joint) -> Any:
+    if isinstance(joint, Halo):
+        return joint.dim if joint.padded == "before" else {"dim": joint.dim, "padded": joint.padded}
+    if joint.outputs is None:
+        return dict(joint.inputs)
+    return {"inputs": dict(joint.inputs), "outputs": joint.outputs.get(ONLY_OUTPUT, dict(joint.outputs))}
 
 
 def _dims(values: Mapping[str, Any], length: int, lengths: Collection[int]) -> dict[str, int]:
@@ -312,7 +336,8 @@ def _dims(values: Mapping[str, Any], length: int, lengths: Collection[int]) -> d
     return {key: dim for key, dim in only.items() if all(t.shape[dim] == length for t in tensors[key])}
 
 
-def _outputs(output: Any) -> Mapping[str, Any]:
+def outputs_of(output: Any) -> Mapping[str, Any]:
+    """What a module returned, by index or key."""
     if isinstance(output, Tensor):
         return {ONLY_OUTPUT: output}
     if isinstance(output, Mapping):

@@ -23,7 +23,6 @@ from lightning_ulysses.attention.flash import FlashKernel, flash_kernel
 from lightning_ulysses.attention.route import intercept
 from lightning_ulysses.context import LocalBatch, SequenceContext
 from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.exchange.mesh import SequenceMesh
 from lightning_ulysses.geometry.mask_spec import MaskSpec
 from lightning_ulysses.interceptors.transformers.eager import check_formula
 from lightning_ulysses.interceptors.transformers.generation import install_generate
@@ -206,15 +205,13 @@ def _install_eager(handle: Handle, wrap: Callable[[str, Callable[..., Any]], Cal
     handle.patch(AttentionInterface, "get_interface", get_interface)
 
 
-def check_model(model: PreTrainedModel, mesh: SequenceMesh, names: list[str]) -> None:
+def check_model(model: PreTrainedModel, names: list[str]) -> None:
     """Refuses models that cannot be made exact, before the first step.
 
     Raises:
         UlyssesError: With the model, the reason and the change.
     """
     name, config = type(model).__name__, model.config
-    if isinstance(num_heads := getattr(config, "num_attention_heads", None), int):
-        mesh.check_heads(num_heads)
     implementation = getattr(config, "_attn_implementation", None)
     # Some models have only eager attention. Its formula is checked in the first step, see `check_formula`.
     only_eager = implementation == "eager" and not getattr(model, "_supports_sdpa", True)
@@ -253,7 +250,7 @@ def install(context: SequenceContext, root: nn.Module, *, sync_steps: bool = Fal
         numbering = Numbering(context)
         for model in models:
             if context.mesh.sp_size > 1:
-                check_model(model, context.mesh, names)
+                check_model(model, names)
             hook = model.register_forward_pre_hook(supply_inputs(context, model, numbering), with_kwargs=True)
             handle.add(hook.remove)
         # After the hooks above, since these hooks may replace the positions that those supply.

@@ -28,6 +28,8 @@ def supply_inputs(context: SequenceContext, model: PreTrainedModel, numbering: N
     takes_cache = "use_cache" in signature.parameters
     is_pair = bool(getattr(model.config, "is_encoder_decoder", False))
     name = type(model).__name__
+    # A state space tells tokens apart by their order, and has no heads of attention.
+    attends = getattr(model.config, "num_attention_heads", None) is not None
     # transformers uses the loss of causal language models for a class without a loss type.
     shifts = (getattr(model, "loss_type", None) or "ForCausalLM").startswith("ForCausalLM")
 
@@ -42,7 +44,8 @@ def supply_inputs(context: SequenceContext, model: PreTrainedModel, numbering: N
             if "position_ids" in signature.parameters:
                 positions = _positions(batch, tokens, context.mesh.sp_rank)
                 added["position_ids"] = numbering.supplied(positions) if numbering.is_used else positions
-            elif context.mesh.sp_size > 1:
+            elif context.mesh.sp_size > 1 and attends and not context.is_proven and context.place.trial is None:
+                # Without positions a model is told apart from others by a trial only.
                 raise UlyssesError(
                     f"{name}, whose forward takes no position_ids",
                     "a model that can be told the positions of its tokens",
@@ -153,4 +156,4 @@ def shifted_labels(
 def _same(tensor: Tensor, shard: Tensor | None) -> bool:
     if shard is None or tensor.shape != shard.shape:
         return False
-    return tensor.is_set_to(shard) or torch.equal(tensor, shard.to(tensor.device))
+    return tensor is shard or tensor.is_set_to(shard) or torch.equal(tensor, shard.to(tensor.device))
