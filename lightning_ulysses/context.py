@@ -31,6 +31,10 @@ class LocalBatch:
             whole batch, its targets count as spread evenly over the ranks, and each rank sees all of them.
         rows: B.
         whole: Keys in ``shards`` that are whole instead, since a plan splits the model and not the batch.
+        others: The geometry of other sequences that are split at the same place, such as what an encoder returned.
+        partners: That of each input of another sequence, which may be equal to `layout`.
+        cross_first: Whether another sequence stands before this one where attention joins both.
+        keys: That of the keys of one attention call, if they are of another sequence; see `across`.
         notes: What features remember about this batch.
     """
 
@@ -40,7 +44,53 @@ class LocalBatch:
     seen: Mapping[str, float] = field(default_factory=dict)
     rows: int = 1
     whole: frozenset[str] = frozenset()
+    others: tuple[SequenceLayout, ...] = ()
+    partners: tuple[SequenceLayout, ...] = ()
+    cross_first: bool = True
+    keys: SequenceLayout | None = None
     notes: Notes = field(default_factory=Notes)
+
+    @property
+    def key_layout(self) -> SequenceLayout:
+        """The geometry of the keys of an attention call."""
+        return self.layout if self.keys is None else self.keys
+
+    def across(self, queries: int, keys: int, rank: int) -> LocalBatch:
+        """The batch as an attention call sees it, by the numbers of queries and keys on this rank."""
+        share = self.layout.shares[rank]
+        if queries == keys != share:
+            # Both sequences in one, such as an image and a text that attend to each other.
+            return next((replace(self, layout=each) for each in self._both if each.shares[rank] == queries), self)
+        if queries == keys or keys == share:
+            return self
+        found = next((other for other in self.others if other.shares[rank] == keys), None)
+        return self if found is None else replace(self, keys=found)
+
+    def layout_of(self, length: int) -> SequenceLayout:
+        """The geometry of the sequence of so many tokens."""
+        known = (self.layout, *self.others, *self._both)
+        return next((each for each in known if each.seq_len == length), self.layout)
+
+    @property
+    def _both(self) -> list[SequenceLayout]:
+        pairs = ((other, self.layout) if self.cross_first else (self.layout, other) for other in self.partners)
+        return [SequenceLayout.of_both(*pair) for pair in pairs]
+
+    def is_slice(self, length: int, rank: int) -> bool:
+        """Whether so many tokens are this rank's slice of a sequence that is split here, and not all of one."""
+        is_whole = any(each.seq_len == length for each in (self.layout, *self.others))
+        return not is_whole and any(each.shares[rank] == length for each in self.partners)
+
+    def admit(self, length: int) -> SequenceLayout:
+        """The geometry of a sequence of so many tokens, which is split at this place from now on."""
+        layout = self.layout_of(length)
+        if layout.seq_len != length:
+            beside = tuple(each.shares for each in (self.layout, *self.others))
+            layout = SequenceLayout(length, self.layout.sp_size, beside=beside)
+            self.others = (*self.others, layout)
+        if layout not in self.partners:
+            self.partners = (*self.partners, layout)
+        return layout
 
     @property
     def document_positions(self) -> Tensor | None:

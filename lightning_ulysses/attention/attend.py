@@ -181,9 +181,10 @@ def _with_bias(bias: Tensor, spec: MaskSpec, rows: list[Row], length: int, first
             number[begin:end] = index
         for begin, end in valid or ():
             seen[begin:end] = True
-        # (S_q, 1) and (S,) -> (S_q, S)
-        kept.append((number[first:last, None] == number) & seen & (place < length - spec.num_padding))
-    # B times (S_q, S) -> (B, S_q, S) -> (B, 1, S_q, S)
+        seen = seen & (place < length - spec.num_padding)
+        # (S_q, 1) and (S,) -> (S_q, S); keys of another sequence are seen by all queries, (1, S)
+        kept.append(seen[None] if spec.is_other else (number[first:last, None] == number) & seen)
+    # B times (S_q | 1, S) -> (B, S_q | 1, S) -> (B, 1, S_q | 1, S)
     keep = torch.stack(kept).unsqueeze(1)
     if spec.causal:
         keep = keep & (place <= query)
@@ -212,7 +213,7 @@ def attend(
     """Softmax attention over whole sequences.
 
     Args:
-        q: (B, H_r, S_q, D), the queries of all keys, or a run of them.
+        q: (B, H_r, S_q, D), the queries of all keys, or a run of them, or those of another sequence.
         k: (B, heads, S, D). The number of heads divides H_r, unless ``kv_index`` is given.
         v: (B, heads, S, D_v).
         spec: The keys that each query sees.
@@ -242,7 +243,8 @@ def attend(
         if reason is None:
             return attend_fused(q, k, v, kernel, rows, spec.causal, spec.reach)
         kernel = replace(kernel, slow=reason)
-    function = variable_length(q, k, v, kernel, rows, spec, flash)
+    # It counts queries and keys by the same edges.
+    function = None if spec.is_other else variable_length(q, k, v, kernel, rows, spec, flash)
     if function is not None:
         window = spec.reach or (-1, 0 if spec.causal else -1)
         return attend_packed(q, k, v, kernel, [documents for documents, _ in rows], window, function, first)
@@ -250,6 +252,9 @@ def attend(
     # Otherwise row by row, and within a row document by document.
     q_rows, k_rows, v_rows = (tensor.split(1) if len(rows) > 1 else (tensor,) for tensor in (q, k, v))
     for (documents, valid), *row in zip(rows, q_rows, k_rows, v_rows, strict=True):
+        if spec.is_other:
+            outputs.append(_document(kernel, row[0], row[1], row[2], spec, valid, 0))
+            continue
         parts = parts_of(documents, first, last, spec.causal)
         queries = _split(row[0], [part.queries for part in parts])
         # Keys of other documents are left out.

@@ -16,11 +16,13 @@ from torch import Tensor
 from lightning_ulysses.attention.call import Meaning
 from lightning_ulysses.attention.kernel_report import note_gathered
 from lightning_ulysses.context import LocalBatch
-from lightning_ulysses.exchange.all_to_all import heads_to_seq, queries_to_heads, seq_to_heads
+from lightning_ulysses.exchange.all_to_all import heads_to_seq, keys_to_heads, queries_to_heads, seq_to_heads
+from lightning_ulysses.exchange.cut_and_join import join_shares
 from lightning_ulysses.exchange.gathered_keys import GatheredKeys, gather_keys, return_queries, take_queries
 from lightning_ulysses.exchange.mesh import HeadGrid, SequenceMesh
 from lightning_ulysses.geometry.heads import HeadLayout, head_layout
 from lightning_ulysses.geometry.query_runs import query_runs
+from lightning_ulysses.geometry.shares import starts
 from lightning_ulysses.sequence import share_error
 
 
@@ -33,12 +35,14 @@ class Exchange:
         shares: S_r of every rank that exchanges heads with this one.
         mesh: Sizes and groups. Without a group nothing is exchanged: packed documents on one rank, whose slice is the
             whole sequence, and which has all heads.
+        key_shares: The same of the keys, which may be of another sequence.
         grid: The ranks that exchange heads, and those that hold the same ones.
         keys: Over the ranks that hold the same heads; None if there is one.
     """
 
     heads: HeadLayout
     shares: tuple[int, ...]
+    key_shares: tuple[int, ...]
     mesh: SequenceMesh
     grid: HeadGrid
     keys: GatheredKeys | None = None
@@ -50,18 +54,22 @@ class Exchange:
         Raises:
             UlyssesError: If a length is not this rank's share.
         """
-        rank, shares = mesh.sp_rank, batch.layout.shares
-        for tensor, what in ((q, "attention"), (k, "attention with keys")):
-            if tensor.shape[2] != shares[rank]:
-                raise share_error(tensor.shape[2], batch.layout, rank, what)
+        rank, layout, key_layout = mesh.sp_rank, batch.layout, batch.key_layout
+        for tensor, each, what in ((q, layout, "attention"), (k, key_layout, "attention with keys")):
+            if tensor.shape[2] != each.shares[rank]:
+                raise share_error(tensor.shape[2], each, rank, what)
+        shares = layout.shares
         grid = mesh.grid(q.shape[1])
         size, heads = grid.ulysses, head_layout(q.shape[1], k.shape[1], grid.ulysses)
         if grid.keys_group is None:
-            return cls(heads, shares, mesh, grid)
+            return cls(heads, shares, key_layout.shares, mesh, grid)
+        if batch.keys is not None:
+            return JoinedKeys(head_layout(q.shape[1], k.shape[1], 1), shares, key_layout.shares, mesh, grid)
         note_gathered(q.shape[1], size, grid.gather)
         runs = [shares[first : first + size] for first in range(0, mesh.sp_size, size)]
         queries = query_runs(tuple(map(sum, runs)), meaning.grows)
-        return cls(heads, runs[grid.outer], mesh, grid, GatheredKeys(queries, grid.outer, grid.keys_group))
+        own = runs[grid.outer]
+        return cls(heads, own, own, mesh, grid, GatheredKeys(queries, grid.outer, grid.keys_group))
 
     @property
     def query_heads(self) -> slice:
@@ -75,7 +83,11 @@ class Exchange:
 
     def inputs(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Each (B, heads, S_r, D) -> (B, heads of this rank, S, D), of queries those with which it attends."""
-        if self.grid.heads_group is not None:
+        if self.grid.heads_group is not None and self.key_shares != self.shares:
+            where = self.grid.inner, self.grid.heads_group
+            k, v = keys_to_heads(k, v, self.heads, self.key_shares, *where)
+            q = queries_to_heads(q, self.heads, self.shares, *where)
+        elif self.grid.heads_group is not None:
             q, k, v = seq_to_heads(q, k, v, self.heads, self.shares, self.grid.inner, self.grid.heads_group)
         return (q, k, v) if self.keys is None else gather_keys(q, k, v, self.keys)
 
@@ -96,6 +108,41 @@ class Exchange:
     def attend(self, meaning: Meaning, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """The computation on what `inputs` returned: (B, H_r, S_q, D_v)."""
         return attend_runs(meaning, q, k, v, self.query_heads, self.kv_index, self.mesh, self.keys)
+
+
+@dataclass(frozen=True)
+class JoinedKeys(Exchange):
+    """Attention to another sequence where ranks divide queries: each attends with its own to all keys."""
+
+    @property
+    def query_heads(self) -> slice:
+        """All of them."""
+        return slice(0, self.heads.num_heads)
+
+    @property
+    def kv_index(self) -> tuple[int, ...] | None:
+        """See `Exchange`."""
+        return None
+
+    def inputs(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Q (B, H, S_r, D) as it is, k and v (B, H_kv, S_r, D) -> (B, H_kv, S, D)."""
+        rank, group = self.mesh.sp_rank, self.mesh.sp_group
+        assert group is not None
+        k, v = (join_shares(tensor, 2, self.key_shares, rank, group) for tensor in (k, v))
+        return q, k, v
+
+    def output(self, out: Tensor) -> Tensor:
+        """As it is."""
+        return out
+
+    def adjoint(self, out: Tensor) -> Tensor:
+        """As it is."""
+        return out
+
+    def attend(self, meaning: Meaning, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """(B, H, S_r, D_v)."""
+        first = starts(self.shares)[self.mesh.sp_rank]
+        return meaning.attend(q, k, v, self.query_heads, None, self.mesh, first)
 
 
 def attend_runs(

@@ -305,8 +305,9 @@ class _SeqToHeads(torch.autograd.Function):
         group: dist.ProcessGroup,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        # The first tensor is q, the others are k and v.
-        ctx.ranges = (layout.query_ranges, *(layout.kv_ranges for _ in tensors[1:]))
+        # The first of one or three tensors is q, the others are k and v.
+        ctx.ranges = (*(layout.query_ranges for _ in tensors[: len(tensors) % 2]),)
+        ctx.ranges += (*(layout.kv_ranges for _ in tensors[len(tensors) % 2 :]),)
         ctx.totals = tuple(tensor.shape[1] for tensor in tensors)
         ctx.shares, ctx.rank, ctx.group = shares, rank, group
         return scatter_heads(tensors, ctx.ranges, shares, rank, group)
@@ -364,6 +365,14 @@ def heads_to_seq(
 ) -> Tensor:
     """The exchange after attention, by one all-to-all: (B, H_r, S, D_v) -> (B, H, S_r, D_v)."""
     return _HeadsToSeq.apply(layout, shares, rank, group, out)
+
+
+def keys_to_heads(
+    k: Tensor, v: Tensor, layout: HeadLayout, shares: tuple[int, ...], rank: int, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """That of keys and values of another sequence than the queries: (B, H_kv, S_r, D) -> (B, heads needed, S, D)."""
+    k, v = _SeqToHeads.apply(layout, shares, rank, group, k, v)
+    return k, v
 
 
 def queries_to_heads(

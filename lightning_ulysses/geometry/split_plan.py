@@ -32,6 +32,11 @@ class SequencePlan:
             is cross-attention to a text.
         whole: Keys of the batch (or indices of a tuple, as strings) that every rank gets whole. With ``join``, every
             rank gets the whole batch.
+        cross: For each submodule the inputs that carry another sequence, of a length of its own, such as what an
+            encoder returns. They are cut as well, and attention exchanges heads of keys and values cut so.
+        both: For each submodule the inputs that belong to both sequences, such as positions of a text and an image
+            that attend to each other: one tensor as long as both, or one for each.
+        cross_first: Whether those of ``cross`` stand before those of ``split`` where attention joins both.
         joints: Submodules inside a region in which tokens meet outside of attention, with how each of them runs.
         is_family: Whether the plan fits several models. Patterns and inputs that a model lacks are then ignored.
         is_absolute: Whether patterns are relative to the LightningModule itself.
@@ -42,6 +47,9 @@ class SequencePlan:
     join: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     local: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
+    cross: Mapping[str, Dims] = field(default_factory=dict)
+    both: Mapping[str, Dims] = field(default_factory=dict)
+    cross_first: bool = True
     joints: Mapping[str, Joint] = field(default_factory=dict)
     is_family: bool = False
     is_absolute: bool = False
@@ -87,8 +95,10 @@ SHIPPED: dict[str, SequencePlan] = {
     ),
 }
 
+_KEYS = {"split", "cross", "both", "cross_first", "join", "local", "whole", "halo", "divided"}
 _FORM = (
-    "{'split': {submodule: {input: dim}}, 'join': {submodule: dim}, 'local': [submodule], 'whole': [batch key] or "
+    "{'split': {submodule: {input: dim}}, 'cross': {submodule: {input: dim}}, 'both': {submodule: {input: dim}}, "
+    "'cross_first': bool, 'join': {submodule: dim}, 'local': [submodule], 'whole': [batch key] or "
     "{submodule: {input: dim}}, 'halo': {submodule: dim}, 'divided': bool}"
 )
 
@@ -117,7 +127,7 @@ def read_plan(plan: str | Mapping[str, Any] | SequencePlan | None) -> SequencePl
         return SHIPPED[plan]
     if not isinstance(plan, Mapping):
         raise _error(f"the value {plan!r}", "write a mapping")
-    unknown = sorted(set(map(str, plan)) - {"split", "join", "local", "whole", "halo", "divided"})
+    unknown = sorted(set(map(str, plan)) - _KEYS)
     if unknown:
         raise _error(f"the keys {unknown}", f"drop or rename {unknown[0]!r}")
     return SequencePlan(
@@ -125,6 +135,9 @@ def read_plan(plan: str | Mapping[str, Any] | SequencePlan | None) -> SequencePl
         join={name: _outputs(name, dims) for name, dims in _mapping("join", plan.get("join")).items()},
         local=_names("local", plan.get("local")),
         whole=_batch_keys(plan.get("whole")),
+        cross={name: _dims("cross", name, dims) for name, dims in _mapping("cross", plan.get("cross")).items()},
+        both={name: _dims("both", name, dims) for name, dims in _mapping("both", plan.get("both")).items()},
+        cross_first=_flag("cross_first", plan.get("cross_first", True)),
         joints=_joints(plan.get("whole"), plan.get("halo")),
         is_divided=_flag("divided", plan.get("divided", False)),
     )

@@ -135,8 +135,17 @@ def joints_of(plan: SequencePlan, kinds: Mapping[str, str]) -> str:
     return " ".join(said)
 
 
-def unsplittable(module: str, fault: str) -> UlyssesError:
-    """For a model that is to be split at its blocks, where none are found."""
+def unsplittable(module: str, fault: str, unread: UlyssesError | None) -> UlyssesError:
+    """For a model that is to be split at its blocks, where none are found.
+
+    Args:
+        module: The user's class.
+        fault: What differed when blocks were split, if any were found.
+        unread: Why the batch cannot be cut instead; None if that was not to be.
+    """
+    if unread is not None:
+        blocks = f"; {module} is another step where its blocks are split ({fault})" if fault else ""
+        return UlyssesError(f"{unread.got}{blocks}", unread.expected, unread.fix)
     return UlyssesError(
         f"{module} to split at its blocks, "
         + (

@@ -15,6 +15,7 @@ from lightning_ulysses.attention.call import TokenCall
 from lightning_ulysses.checks.trial.blocks import BlockFinder
 from lightning_ulysses.checks.trial.outputs import Call, ModuleOutputs, Slice
 from lightning_ulysses.context import LocalBatch, SequenceContext
+from lightning_ulysses.exchange.cut_and_join import cut
 from lightning_ulysses.interceptors.draw_table import Drawn
 from lightning_ulysses.regions.notes import split_layout
 
@@ -141,7 +142,8 @@ class Recorder:
         """See `context.Trial`."""
         queries, keys = call.lengths
         if self.blocks is not None:
-            self.blocks.attends(queries, keys)
+            operands = call.operands
+            self.blocks.attends(queries, keys, operands.get("queries"), operands.get("keys"))
         self.sees_memory |= queries != keys
         before = _random_state(_some(call))
         # What is called may itself call a function that is taken over.
@@ -214,15 +216,30 @@ class Rehearsal:
 
     def cut(self, local: LocalBatch) -> Slice:
         """This rank's slice of what is split in the step of ``local``."""
-        region = next((region for region in self.regions if region is not None), None)
-        layout = split_layout(local) if region is None else region.layout
-        return Slice.of(layout, local.rows, self.context.mesh.sp_rank)
+        return self.cuts(local)[0]
 
-    @property
-    def spans(self) -> list[slice | None]:
-        """For each call this rank's slice of the sequence; None where nothing is split."""
-        rank = self.context.mesh.sp_rank
-        return [None if region is None else region.layout.spans[rank] for region in self.regions]
+    def cuts(self, local: LocalBatch) -> list[Slice]:
+        """The same for all sequences that are split in it."""
+        places = [region for region in self.regions if region is not None]
+        layouts = [layout for region in places for layout in (region.layout, *region.others)] or [split_layout(local)]
+        cuts = [Slice.of(layout, local.rows, self.context.mesh.sp_rank) for layout in layouts]
+        return [cut for number, cut in enumerate(cuts) if cut not in cuts[:number]]
+
+    def slice_of(self, number: int, whole: Tensor, part: Tensor) -> Tensor:
+        """This rank's slice of what a call had or returned in one process; all of it where nothing is split.
+
+        Args:
+            number: Of the call.
+            whole: The tensor.
+            part: The same on this rank, of the shape of a slice.
+        """
+        return self._slice_in(self.regions[number], whole, part)
+
+    def _slice_in(self, region: LocalBatch | None, whole: Tensor, part: Tensor) -> Tensor:
+        dim = cut_dim(whole, part)
+        if region is None or dim is None:
+            return whole
+        return cut(whole, dim, region.layout_of(whole.shape[dim]), self.context.mesh.sp_rank)
 
     def note(self, call: TokenCall, answer: Any) -> Any:
         """See `context.Watch`.
@@ -234,11 +251,10 @@ class Rehearsal:
         leaves, _ = tree_flatten(answer)
         own = leaves[_first_tensor(leaves)]
         region = self.context.place.region or self.context.place.hidden
-        span = None if region is None else region.layout.spans[self.context.mesh.sp_rank]
         self.returned.append(own.detach())
         self.regions.append(region)
         self.inside.append(self.context.place.is_joined)
-        return self.recording.note(call, answer, kept if span is None else narrowed(kept, cut_dim(kept, own), span))
+        return self.recording.note(call, answer, self._slice_in(region, kept, own))
 
 
 def _some(call: TokenCall) -> Tensor:

@@ -30,6 +30,7 @@ from lightning_ulysses.checks.trial.verdict import (
     disagreement,
     judge,
     names_of_rows,
+    names_of_targets,
     part_of_loss,
 )
 from lightning_ulysses.context import LocalBatch, SequenceContext
@@ -326,7 +327,24 @@ class StepTrial(TrialRuns):
             Names of tensors; none of a loss that rows do not add up to; None if that could not be tried.
         """
         found = self._by_rows(step, None)
+        if found.names is None or found.breaks:
+            return self._by_targets(step, found.names)
         return found.names if not found.names else narrow(found.names, partial(self._by_rows, step))
+
+    def _by_targets(self, step: Step, names: frozenset[str] | None) -> frozenset[str] | None:
+        """The same for a step that does not run on some rows alone."""
+        assert self._samples is not None
+        try:
+            with self._tried(), state_kept(self._module):
+                self._module.eval()
+                for whole, *parts in self._samples.by_targets():
+                    recording, *runs = (self._alone(step, *each).recording for each in (whole, *parts))
+                    each = [*zip(runs, (local for _, local in parts), strict=True)]
+                    found = names_of_targets(recording, each, not computes_precisely(self._module))
+                    names = found if names is None else names | (found or frozenset())
+        except Exception as failure:
+            return agreed(self._from_all(Attempt(names), failure)).names
+        return agreed(self._from_all(Attempt(names), None)).names
 
     def _by_rows(self, step: Step, name: str | None) -> Attempt:
         assert self._samples is not None
@@ -344,7 +362,7 @@ class StepTrial(TrialRuns):
                     attempt = Attempt(names_of_rows(runs[0][0], runs[1:], not computes_precisely(self._module)))
         except Exception as failure:
             failed = failure
-            attempt = Attempt(attempt.names, fails=attempt.names is None)
+            attempt = Attempt(attempt.names, fails=attempt.names is None, breaks=attempt.names is not None)
         return agreed(self._from_all(attempt, failed))
 
     def _compare(self, step: Step, part: Inputs) -> tuple[SliceReport, Logged]:

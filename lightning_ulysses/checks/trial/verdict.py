@@ -153,22 +153,22 @@ def disagreement(
     whole, bound = recorder.recording, HALF if half else INPUTS
     if len(part.returned) != len(whole.outputs):
         return f"{len(part.returned)} attention calls, and {len(whole.outputs)} on the whole"
-    moved = first_changed(whole.modules, part.recording.modules, part.cut(local), TOKENS_IN_HALF if half else INPUTS)
-    if moved is not None:
-        return moved
+    for cut in part.cuts(local):
+        moved = first_changed(whole.modules, part.recording.modules, cut, TOKENS_IN_HALF if half else INPUTS)
+        if moved is not None:
+            return moved
     if len(part.recording.gradients) < len(whole.gradients):
         return "a loss without a gradient"
     for number, region in enumerate(part.regions):
-        span = None if region is None else region.layout.spans[mesh.sp_rank]
         own = part.recording.inputs[number]
         pairs = [(name, tensor, own[name]) for name, tensor in whole.inputs[number].items()]
         if not recorder.draws[number]:
             pairs.append(("output", whole.outputs[number], part.returned[number]))
         # Outside of regions, the gradient of one rank may be that of its slice alone.
-        if whole.gradients and is_joined and span is not None:
+        if whole.gradients and is_joined and region is not None:
             pairs.append(("gradient", whole.gradients[number], part.recording.gradients[number] / mesh.sp_size))
         for name, a, b in pairs:
-            a = narrowed(a, cut_dim(a, b), span) if span is not None else a
+            a = part.slice_of(number, a, b)
             distance = _distance(a, b) if a.shape == b.shape else float("inf")
             if not distance <= bound:
                 return _in_attention(recorder, number, name, distance)
@@ -179,12 +179,12 @@ def disagreement(
 
 def part_of_loss(whole: Recording, part: Rehearsal, counts: Mapping[str, float], half: bool) -> SliceReport:
     """What the loss of a slice says where a plan splits the model and joins nothing."""
-    found = zip(whole.gradients, part.recording.gradients, part.spans, strict=False)
+    found = zip(whole.gradients, part.recording.gradients, range(len(part.regions)), strict=False)
     # Of what is whole, a rank's gradient is that of its slice alone.
-    cut = [(a, b, span) for a, b, span in found if span is not None]
+    cut = [(a, b, number) for a, b, number in found if part.regions[number] is not None]
     if not cut:
         return SliceReport(counts, reason="a loss that does not depend on what attention returns")
-    wanted = [narrowed(a, cut_dim(a, b), span) for a, b, span in cut]
+    wanted = [part.slice_of(number, a, b) for a, b, number in cut]
     return _fit(wanted, [b for _, b, _ in cut], _flat(a for a, _, _ in cut).norm(), counts, half)
 
 
@@ -211,6 +211,25 @@ def names_of_rows(whole: Recording, parts: Sequence[tuple[Recording, LocalBatch]
                 own.append(b)
                 begins[number] += b.shape[dim]
         reports.append(_fit(wanted, own, size, local.counts, half))
+    verdict = judge([(report, ()) for report in reports], len(reports))
+    return verdict.names if verdict.reason is None else None
+
+
+def names_of_targets(
+    whole: Recording, parts: Sequence[tuple[Recording, LocalBatch]], half: bool
+) -> frozenset[str] | None:
+    """`names_of_rows` of runs on all tokens, each with some of the targets."""
+    wanted, own = _flat(whole.gradients), torch.stack([_flat(part.gradients) for part, _ in parts])
+    size = wanted.norm()
+    if not bool(own.isfinite().all()) or not float(size) or not bool(own.any(dim=1).all()):
+        return None
+    # (parts, elements) and (elements,) -> (parts,)
+    weights = torch.linalg.lstsq(own.T, wanted[:, None]).solution.flatten()
+    misfit = float((wanted - weights @ own).norm() / size)
+    reports = [
+        SliceReport(local.counts, float(weight), misfit, is_half=half)
+        for (_, local), weight in zip(parts, weights, strict=True)
+    ]
     verdict = judge([(report, ()) for report in reports], len(reports))
     return verdict.names if verdict.reason is None else None
 

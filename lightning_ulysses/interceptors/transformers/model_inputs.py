@@ -26,6 +26,7 @@ def supply_inputs(context: SequenceContext, model: PreTrainedModel, numbering: N
     signature = inspect.signature(model.forward)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     takes_cache = "use_cache" in signature.parameters
+    is_pair = bool(getattr(model.config, "is_encoder_decoder", False))
     name = type(model).__name__
     # A state space tells tokens apart by their order, and has no heads of attention.
     attends = getattr(model.config, "num_attention_heads", None) is not None
@@ -69,6 +70,14 @@ def supply_inputs(context: SequenceContext, model: PreTrainedModel, numbering: N
         note.is_found = not cached and _is_own(given.get("position_ids"), batch.shards.get("position_ids"))
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if is_pair and "shift_labels" in kwargs and context.place.batch is not None:
+            # A decoder's labels are not shifted. It would hand what it does not know to its loss.
+            shorter = {key: value for key, value in kwargs.items() if key != "shift_labels"}
+            found = choose(args, shorter)
+            return (args, shorter) if found is None else found
+        return choose(args, kwargs)
+
+    def choose(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         batch = context.described
         if batch is not None:
             return supply(batch, args, kwargs)
