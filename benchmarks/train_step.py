@@ -6,8 +6,8 @@ All sides train the same Llama by SGD on the same sequences, at ZeRO-2 in float3
 turn, each round in processes of their own. A step is one sequence. Processor time is that of both processes.
 
 Cases: `plain`, causal; `packed`, eight documents in each row, which ALST with torch's attention attends across;
-`parts`, plain with checkpointed blocks, MLP and loss on tiles (and norms, ours alone). The Trainer of Hugging Face is not
-among them: accelerate 1.15 refuses its sequence parallelism on CPUs.
+`parts`, plain with checkpointed blocks, MLP and loss on tiles (and norms, ours alone). The Trainer of Hugging Face is
+not among them: accelerate 1.15 refuses its sequence parallelism on CPUs.
 """
 
 from __future__ import annotations
