@@ -141,7 +141,7 @@ def _volume(best: Choice) -> str:
     if best.gathered_bytes < best.exchange_bytes:
         return (
             f"{line}. Gathered keys and values, or a ring, would send less: {amount(best.gathered_bytes)}. "
-            "This package has neither."
+            "There is no ring here, and under a causal mask gathering swaps queries as well."
         )
     return f"{line}; gathered keys and values, or a ring, would send {amount(best.gathered_bytes)}"
 

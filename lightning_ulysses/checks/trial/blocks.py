@@ -177,16 +177,18 @@ class BlockFinder:
     def _together(self, blocks: list[Block]) -> list[SequencePlan]:
         """Plans for blocks whose attention joins two sequences; none if no block does."""
         together = [block for block in blocks if block.partner]
+        if not together:
+            return []
         found = []
         # Blocks of one sequence may not be split as well, such as those that refine a short text.
-        for chosen in (blocks, together) if together and len(together) < len(blocks) else (together,):
+        for chosen in (blocks, together) if len(together) < len(blocks) else (together,):
             cross = {block.name: block.partner for block in chosen}
             plan = self._plan(chosen, list({block.parent: block for block in chosen}.values()), cross)
             both = {name: block.both for name in plan.split for block in chosen if self._fits(name, block)}
             plan = replace(plan, both={name: dims for name, dims in both.items() if dims})
             for first in (True, False):
                 found += [replace(plan, cross_first=first, is_divided=divided) for divided in (True, False)]
-        return found if together else []
+        return found
 
     @staticmethod
     def _fits(pattern: str, block: Block) -> bool:
