@@ -253,10 +253,8 @@ REFUSED = {
 
 
 def refused(rank: int, kind: str) -> UlyssesError:
-    # Tried, the model runs on the joined sequence where slices are refused.
-    run = SplitRun(strategy={"check_model": False})
     with pytest.raises(UlyssesError) as caught:
-        fit_rank(rank, partial(Flash, kind), [pair_batch(0, S)], run)
+        fit_rank(rank, partial(Flash, kind), [pair_batch(0, S)], SplitRun())
     remove_fakes()
     return caught.value
 

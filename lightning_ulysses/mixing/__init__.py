@@ -1,1 +1,0 @@
-"""Functions in which tokens meet outside of attention: state spaces, linear attention, causal convolutions."""
