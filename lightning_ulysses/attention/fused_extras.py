@@ -133,17 +133,30 @@ class FusedExtras:
 _KNOWN = FusedExtras()
 
 
+def _strong(extras: Extras, heads: int, q: Tensor) -> Extras:
+    """Extras of the same kind for some heads, strong enough to show in attention with scores of about 1."""
+    numbers = torch.linspace(0.1, 1.0, heads, device=q.device)
+    return Extras(
+        None if extras.softcap is None else 1.5,
+        None if extras.sinks is None else numbers.to(extras.sinks.dtype).requires_grad_(),
+        None if extras.alibi_slopes is None else numbers.to(extras.alibi_slopes.dtype),
+    )
+
+
 def _tried(q: Tensor, v: Tensor, ratio: int, extras: Extras, scale: float | None) -> str | None:
     """Compares kernel and formula, with their gradients, on random numbers of the call's kind."""
     generator = torch.Generator().manual_seed(0)
     # (1, ratio | 1, tokens, D), the heads of one group
     sizes = ((ratio, q.shape[3]), (1, q.shape[3]), (1, v.shape[3]))
-    leaves = [torch.randn(1, heads, _TRIED, size, generator=generator).to(q).requires_grad_() for heads, size in sizes]
+    numbers = [torch.randn(1, heads, _TRIED, size, generator=generator) for heads, size in sizes]
+    if scale is not None:
+        # Scores of about 1, whatever the scale.
+        numbers[0] = numbers[0] / (scale * q.shape[3] ** 0.5)
+    leaves = [tensor.to(q).requires_grad_() for tensor in numbers]
     one, two, three = leaves
-    own = extras.heads(slice(0, ratio))
+    own = _strong(extras, ratio, q)
     if own.sinks is not None:
-        leaves.append(own.sinks.detach().clone().requires_grad_())
-        own = Extras(own.softcap, leaves[-1], own.alibi_slopes)
+        leaves.append(own.sinks)
     keys = visible_keys([(((0, 70), (70, _TRIED)), None)], 1, _TRIED, causal=True, reach=None, device=q.device)
     place = torch.arange(_TRIED, device=q.device)
     # (tokens, tokens)

@@ -72,19 +72,18 @@ def read_tools(tools: Any, number: int | str) -> list[dict[str, Any]] | None:
     """
     if not tools:
         return None
-    found = tools
-    if isinstance(tools, str):
-        try:
-            found = json.loads(tools)
-        except ValueError:
-            found = None
+    try:
+        # In a text, a key without a value is meant; in a table it is another row's.
+        found = json.loads(tools) if isinstance(tools, str) else _without_nothing(tools)
+    except ValueError:
+        found = None
     if not isinstance(found, (list, tuple)) or not all(isinstance(each, Mapping) for each in found):
         raise BadRow(
             f"row {number} with the tools {str(tools)[:80]!r}",
             "a list of JSON schemas of functions, or the text of such a list",
             "change the column, or drop the row",
         )
-    return [_without_nothing(each) for each in found]
+    return [*found]
 
 
 class ChatWriter:

@@ -132,17 +132,28 @@ class Failing(Flex):
         raise RuntimeError("no Triton")
 
 
-@pytest.mark.parametrize(("kernel", "said"), [(Wrong, "is off by"), (Failing, "RuntimeError: no Triton")])
-def test_a_kernel_that_is_wrong_is_not_used(kernel: type[Flex], said: str, live: SequenceContext) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "given", "said"),
+    [
+        (Wrong, Extras(1.5), "is off by"),
+        # Of random numbers, such a cap and such slopes change next to nothing.
+        (Wrong, Extras(50.0), "is off by"),
+        (Wrong, Extras(alibi_slopes=1e-4 * slopes(4)), "is off by"),
+        (Failing, Extras(1.5), "RuntimeError: no Triton"),
+    ],
+)
+def test_a_kernel_that_is_wrong_is_not_used(
+    kernel: type[Flex], given: Extras, said: str, live: SequenceContext
+) -> None:
     notes: list[str] = []
     live.notes.of(KernelReport).say = notes.append
     with gpu_paths() as (_, sdpa):
         sdpa.flex = kernel()
-        found = results(SPECS["causal"], extras("softcap", 4))
+        found = results(SPECS["causal"], given)
         tried = len(sdpa.flex.calls)
-        results(SPECS["window"], extras("softcap", 4))
+        results(SPECS["window"], given)
         assert len(sdpa.flex.calls) == tried
-    wanted = results(SPECS["causal"], extras("softcap", 4))
+    wanted = results(SPECS["causal"], given)
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other)
     assert said in notes[0] and "its formula" in notes[0]
