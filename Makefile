@@ -4,6 +4,8 @@
 # make test   lint, then the tests
 # make nightly  lint, then the tests with all cases of long sweeps
 # make quick  the tests that start no processes, under a minute
+# make gpu-bench  what one GPU can do, in less than ten minutes
+# make lowest the quick tests and a few exact steps on the lowest versions, in .venv-lowest
 # make docs   the site of docs/ into site/
 
 PYTHON ?= python3
@@ -16,7 +18,7 @@ export PATH := $(BIN):$(PATH)
 export OMP_NUM_THREADS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: env demo lint format test nightly quick docs
+.PHONY: env demo lint format test nightly quick gpu-bench lowest docs
 .DEFAULT_GOAL := test
 
 env: $(STAMP)
@@ -50,6 +52,23 @@ nightly: lint
 
 quick: $(STAMP)
 	$(BIN)/pytest --numprocesses 2 --dist worksteal -m 'not processes and not nightly'
+
+gpu-bench: $(STAMP)
+	$(BIN)/python benchmarks/gpu.py
+
+LOWEST := .venv-lowest
+
+$(LOWEST)/.installed: pyproject.toml tests/support/lowest.py
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python tests/support/lowest.py > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install --quiet --constraint $(LOWEST)/constraints.txt torch
+	$(LOWEST)/bin/python -m pip install --quiet --constraint $(LOWEST)/constraints.txt --editable '.[dev,hf]'
+	touch $@
+
+lowest: $(LOWEST)/.installed
+	PATH=$(abspath $(LOWEST))/bin:$$PATH $(LOWEST)/bin/pytest -m 'not processes and not nightly'
+	PATH=$(abspath $(LOWEST))/bin:$$PATH $(LOWEST)/bin/pytest tests/parity/test_core.py tests/parity/test_exactness.py \
+		tests/trainer/test_load.py tests/upstream
 
 $(VENV)/.docs: $(STAMP)
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'

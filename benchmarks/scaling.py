@@ -6,6 +6,7 @@ The three kinds of run take turns.
 
     python benchmarks/scaling.py             # about five minutes on two cores
     python benchmarks/scaling.py --quick     # S=4096, about one minute
+    python benchmarks/scaling.py --quick --model Qwen3Next
 """
 
 from __future__ import annotations
@@ -24,7 +25,23 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-HIDDEN, LAYERS, H, H_KV, VOCABULARY = 128, 2, 4, 2, 1024
+HIDDEN, LAYERS, VOCABULARY = 128, 2, 1024
+GROUPED = {"intermediate_size": 4 * HIDDEN, "num_attention_heads": 4, "num_key_value_heads": 2}
+# Hybrids have one layer with a scan, and one with attention.
+MODELS: dict[str, dict[str, Any]] = {
+    "Llama": {**GROUPED, "max_position_embeddings": 2**20},
+    "Qwen3Next": {
+        **GROUPED,
+        "head_dim": 32,
+        "layer_types": ["linear_attention", "full_attention"],
+        "mlp_only_layers": [0, 1],
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 8,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+    },
+    "Bamba": {**GROUPED, "attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 32},
+}
 
 
 @dataclass(frozen=True)
@@ -40,11 +57,11 @@ class Run:
     processor: float
 
 
-def train(sp_size: int, seq_len: int, steps: int, folder: str) -> None:
+def train(model: str, sp_size: int, seq_len: int, steps: int, folder: str) -> None:
     """Trains ``steps`` optimizer steps in ``sp_size`` processes; each writes its step times into ``folder``."""
     import lightning as L
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
 
     from lightning_ulysses import UlyssesDeepSpeedStrategy
 
@@ -52,22 +69,21 @@ def train(sp_size: int, seq_len: int, steps: int, folder: str) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     L.seed_everything(0)
-    config = LlamaConfig(
+    config = getattr(transformers, f"{model}Config")(
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,
-        intermediate_size=4 * HIDDEN,
         num_hidden_layers=LAYERS,
-        num_attention_heads=H,
-        num_key_value_heads=H_KV,
-        max_position_embeddings=seq_len,
         use_cache=False,
-        attn_implementation="sdpa",
+        pad_token_id=0,
+        **MODELS[model],
     )
+    kind = getattr(transformers, f"{model}ForCausalLM")
+    config._attn_implementation = "sdpa" if kind._supports_sdpa else "eager"
 
     class Module(L.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.model = LlamaForCausalLM(config)
+            self.model = kind(config)
 
         def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
             loss: torch.Tensor = self.model(**batch).loss
@@ -103,9 +119,10 @@ def train(sp_size: int, seq_len: int, steps: int, folder: str) -> None:
     Path(folder, f"{trainer.global_rank}.json").write_text(json.dumps(clock.marks))
 
 
-def start(sp_size: int, seq_len: int, steps: int, folder: str) -> subprocess.Popen[bytes]:
+def start(model: str, sp_size: int, seq_len: int, steps: int, folder: str) -> subprocess.Popen[bytes]:
     """Starts `train` in processes of its own, of one thread each."""
-    options = ["--child", str(sp_size), "--seq-len", str(seq_len), "--steps", str(steps), "--folder", folder]
+    options = ["--model", model, "--child", str(sp_size), "--seq-len", str(seq_len)]
+    options += ["--steps", str(steps), "--folder", folder]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, os.path.abspath(__file__), *options]
     return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -122,13 +139,13 @@ def collect(process: subprocess.Popen[bytes], folder: str) -> Run:
     return Run(median(seconds), median(processor))
 
 
-def together(sp_sizes: list[int], seq_len: int, steps: int) -> list[Run]:
+def together(model: str, sp_sizes: list[int], seq_len: int, steps: int) -> list[Run]:
     """Runs side by side, one for each of ``sp_sizes``."""
     with tempfile.TemporaryDirectory() as root:
         folders = [os.path.join(root, str(index)) for index in range(len(sp_sizes))]
         for folder in folders:
             os.mkdir(folder)
-        started = [start(size, seq_len, steps, folder) for size, folder in zip(sp_sizes, folders, strict=True)]
+        started = [start(model, size, seq_len, steps, folder) for size, folder in zip(sp_sizes, folders, strict=True)]
         try:
             return [collect(process, folder) for process, folder in zip(started, folders, strict=True)]
         finally:
@@ -136,11 +153,11 @@ def together(sp_sizes: list[int], seq_len: int, steps: int) -> list[Run]:
                 process.terminate()
 
 
-def measure(seq_len: int, steps: int) -> list[float]:
+def measure(model: str, seq_len: int, steps: int) -> list[float]:
     """One round: a line of the table."""
-    (one,) = together([1], seq_len, steps)
-    (two,) = together([2], seq_len, steps)
-    pair = together([1, 1], seq_len, steps)
+    (one,) = together(model, [1], seq_len, steps)
+    (two,) = together(model, [2], seq_len, steps)
+    pair = together(model, [1, 1], seq_len, steps)
     ratio = one.seconds / two.seconds
     ceiling = sum(one.seconds / run.seconds for run in pair)
     speeds = [seq_len / one.seconds, seq_len / two.seconds]
@@ -159,19 +176,22 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=None, help="S; 16384, or 4096 with --quick")
     parser.add_argument("--steps", type=int, default=2, help="optimizer steps per run, behind one to warm up")
     parser.add_argument("--rounds", type=int, default=None, help="3, or 2 with --quick")
+    parser.add_argument("--model", choices=MODELS, default="Llama")
     parser.add_argument("--child", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--folder", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     seq_len = args.seq_len or (4096 if args.quick else 16384)
     if args.child is not None:
-        train(args.child, seq_len, args.steps, args.folder)
+        train(args.model, args.child, seq_len, args.steps, args.folder)
         return
-    print(f"Llama, {LAYERS} layers, hidden {HIDDEN}, H={H}, H_kv={H_KV}, B=1, S={seq_len}, fp32, ZeRO-2, AdamW\n")
+    print(
+        f"{args.model}, {LAYERS} layers, hidden {HIDDEN}, B=1, S={seq_len}, fp32, ZeRO-2, AdamW; {MODELS[args.model]}\n"
+    )
     print("| round | 1 process, tokens/s | 2 processes, tokens/s | ratio | ceiling | of ceiling | by processor time |")
     print(f"|{' --- |' * 7}", flush=True)
     begin, rounds = time.perf_counter(), []
     for number in range(args.rounds or (2 if args.quick else 3)):
-        rounds.append(measure(seq_len, args.steps))
+        rounds.append(measure(args.model, seq_len, args.steps))
         print(row(str(number + 1), rounds[-1]), flush=True)
     print(row("median", [median(column) for column in zip(*rounds, strict=True)]))
     print("\nratio: tokens/s of 2 processes over 1. ceiling: two independent runs side by side over one alone. By")

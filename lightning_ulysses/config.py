@@ -119,6 +119,12 @@ class MemoryConfig:
         return self.tile_tokens or max((self.tile_bytes or 256 * 2**20) // row_bytes, 1)
 
 
+def _are_sizes(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return value.keys() == {"ulysses", "gather"} and all(type(size) is int and size >= 1 for size in value.values())
+    return value == "auto" or (type(value) is int and value >= 1)
+
+
 def _are_names(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(each, str) and each for each in value)
 
@@ -141,7 +147,7 @@ def read_memory(given: MemoryConfig | Mapping[str, Any] | None) -> MemoryConfig:
 class UlyssesConfig:
     """The settings that are not DeepSpeed's. `UlyssesDeepSpeedStrategy` documents them."""
 
-    sp_size: int | Literal["auto"] = "auto"
+    sp_size: int | Literal["auto"] | Mapping[str, int] = "auto"
     dp_shard_size: int | None = None
     loss_weighting: Literal["tokens", "none"] = "tokens"
     check_model: bool = True
@@ -153,8 +159,12 @@ class UlyssesConfig:
 
     def __post_init__(self) -> None:
         self._check_types()
-        if self.sp_size != "auto" and (type(self.sp_size) is not int or self.sp_size < 1):
-            raise UlyssesError(f"sp_size={self.sp_size!r}", "'auto' or a positive number", "change sp_size")
+        if not _are_sizes(self.sp_size):
+            raise UlyssesError(
+                f"sp_size={self.sp_size!r}",
+                "'auto', a positive number, or two whose product it is, such as {'ulysses': 8, 'gather': 4}",
+                "change sp_size",
+            )
         if self.loss_weighting not in ("tokens", "none"):
             raise UlyssesError(
                 f"loss_weighting={self.loss_weighting!r}",
@@ -173,7 +183,7 @@ class UlyssesConfig:
                 f"both split={self.split!r} and a plan", "one of them: a plan says itself where to split", "drop split"
             )
         multiple = self.rules.pad_to_multiple_of
-        if multiple is not None and self.plan is not None:
+        if multiple is not None and self.plan is not None and self.plan.split:
             raise UlyssesError(
                 f"pad_to_multiple_of={multiple} with a plan",
                 "no padding, which the part of the model before the split would attend to",
@@ -243,6 +253,27 @@ def check_replicas(dp_shard_size: int | None, dp_replicate_size: int) -> None:
             "do not give the same step at every stage",
             f"drop dp_replicate_size, or set dp_shard_size={(dp_shard_size or 1) * max(replicas, 1)}",
         )
+
+
+def settle_config(config: dict[str, Any], is_given: bool) -> None:
+    """Completes the DeepSpeed config of a strategy, in place.
+
+    Args:
+        config: As Lightning has made or read it.
+        is_given: Whether it is the user's.
+
+    Raises:
+        UlyssesError: For a user's config with a key that the strategy sets.
+    """
+    if is_given:
+        check_deepspeed_config(config)
+    else:
+        # The user's own optimizer must work with offload; DeepSpeed's needs a compiler.
+        config["zero_force_ds_cpu_optimizer"] = False
+    # Only DeepSpeed's timers read it; Lightning would build a second train dataloader to guess it.
+    config.setdefault("train_micro_batch_size_per_gpu", 1)
+    # Its throughput timer waits for the device twice in each step, and counts samples, which are slices here.
+    config.setdefault("timers", {"throughput": {"enabled": False}})
 
 
 def check_config(config: object) -> None:

@@ -7,7 +7,8 @@ from typing import Generic, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 T = TypeVar("T")
 
@@ -36,6 +37,14 @@ class Notes:
 def version(tensor: Tensor) -> int:
     """Counts the writes to a tensor and its views; 0 in inference mode, where nothing counts them."""
     return 0 if tensor.is_inference() else int(tensor._version)
+
+
+def is_plain(value: object) -> bool:
+    """Whether a value is a tensor or a parameter that stands for nothing else, as other subclasses may.
+
+    A fake tensor is one without memory.
+    """
+    return type(value) in (Tensor, nn.Parameter, FakeTensor)
 
 
 class StorageTable(Generic[T]):

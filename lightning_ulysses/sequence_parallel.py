@@ -166,7 +166,8 @@ class SequenceParallel:
 
     def split_of(self, kind: str) -> str:
         """Where steps of a kind, such as ``"train"``, are split: ``"batch"`` or ``"blocks"``."""
-        return "batch" if self._choice.plan(kind) is None else "blocks"
+        plan = self._choice.plan(kind)
+        return "batch" if plan is None or not plan.split else "blocks"
 
     def receive(
         self,
@@ -241,7 +242,7 @@ class SequenceParallel:
         Raises:
             UlyssesError: If the model cannot be split, or none of its attention was intercepted.
         """
-        self.context.use(self._choice.plan(clock.kind))
+        self.context.use(self._choice.plan(clock.kind), is_proven=clock.kind in self._choice.proven)
         if clock.is_training:
             self.weights.enter_epoch(clock.epoch)
             self.weights.begin(self._counts, self._pipeline.take())

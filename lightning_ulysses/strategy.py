@@ -32,13 +32,13 @@ from lightning_ulysses.config import (
     UlyssesConfig,
     batch_rules,
     check_config,
-    check_deepspeed_config,
     check_replicas,
     check_stage,
     read_memory,
+    settle_config,
 )
 from lightning_ulysses.divided import joined
-from lightning_ulysses.exchange.mesh import SequenceMesh, resolve_sizes
+from lightning_ulysses.exchange.mesh import SequenceMesh, opened
 from lightning_ulysses.geometry.split_plan import read_plan
 from lightning_ulysses.loss.weights import StepWeights
 from lightning_ulysses.memory import realized, units
@@ -46,6 +46,7 @@ from lightning_ulysses.patching.handle import Handle
 from lightning_ulysses.sequence_parallel import SequenceParallel
 from lightning_ulysses.upstream import deepspeed as upstream_deepspeed
 from lightning_ulysses.upstream import lightning as upstream_lightning
+from lightning_ulysses.upstream.requirements import check_versions
 from lightning_ulysses.upstream.together import EndsTogether
 from lightning_ulysses.upstream.zero_buckets import agree_on_gradients
 from lightning_ulysses.upstream.zero_masters import MasterCopy
@@ -63,12 +64,12 @@ class UlyssesDeepSpeedStrategy(
 ):
     """Trains an unchanged LightningModule on sequences split over processes, exactly.
 
-    Every batch is cut along the sequence; attention exchanges slices of the sequence for heads; ZeRO shards parameters,
-    gradients and optimizer state over all processes. One optimizer step gives the parameters that one process would
-    reach on the whole batch.
+    Every batch is cut along the sequence; attention exchanges slices of it for heads; ZeRO shards parameters, gradients
+    and optimizer state over all processes. One optimizer step gives the parameters of one process on the whole batch.
 
     Args:
-        sp_size: P, processes that share one sequence; ``"auto"`` takes the processes of one node.
+        sp_size: P, processes that share one sequence; ``"auto"`` takes the processes of one node. Also factors, such
+            as ``{"ulysses": 8, "gather": 4}``: 8 exchange heads, and 4 such groups gather keys and values.
         dp_shard_size: Groups that each train on sequences of their own; by default what is left of the world.
         dp_replicate_size: Only 1 is exact and accepted.
         stage: ZeRO stage 1, 2 or 3.
@@ -102,7 +103,7 @@ class UlyssesDeepSpeedStrategy(
 
     def __init__(
         self,
-        sp_size: int | Literal["auto"] = "auto",
+        sp_size: int | Literal["auto"] | dict[str, int] = "auto",
         dp_shard_size: int | None = None,
         dp_replicate_size: int = 1,
         stage: int = 2,
@@ -137,15 +138,7 @@ class UlyssesDeepSpeedStrategy(
         )
         super().__init__(stage=stage, config=config, **kwargs)
         assert isinstance(self.config, dict)
-        if config is not None or self.DEEPSPEED_ENV_VAR in os.environ:
-            check_deepspeed_config(self.config)
-        else:
-            # The user's own optimizer must work with offload; DeepSpeed's needs a compiler.
-            self.config["zero_force_ds_cpu_optimizer"] = False
-        # Only DeepSpeed's timers read it; Lightning would build a second train dataloader to guess it.
-        self.config.setdefault("train_micro_batch_size_per_gpu", 1)
-        # Its throughput timer waits for the device twice in each step, and counts samples, which are slices here.
-        self.config.setdefault("timers", {"throughput": {"enabled": False}})
+        settle_config(self.config, is_given=config is not None or self.DEEPSPEED_ENV_VAR in os.environ)
         self._mesh: SequenceMesh | None = None
         self._core: SequenceParallel | None = None
         self._base_seed = 0
@@ -185,6 +178,7 @@ class UlyssesDeepSpeedStrategy(
 
     @override
     def setup_environment(self) -> None:
+        check_versions()
         check_accelerator(self.accelerator)
         if isinstance(self.accelerator, CPUAccelerator) and self.parallel_devices:
             # DeepSpeed and Lightning both tell processes apart by the device's index.
@@ -203,11 +197,8 @@ class UlyssesDeepSpeedStrategy(
         seed = os.environ.get("PL_GLOBAL_SEED")
         self._base_seed = int(self.broadcast(seed if seed is not None else torch.initial_seed()))
         # Ranks that are connected say once what is refused.
-        if self._mesh is None or self._mesh.is_closed:
-            wanted = (self.ulysses.sp_size, self.ulysses.dp_shard_size)
-            sizes = resolve_sizes(self.world_size, self.num_processes, *wanted)
-            self._mesh = SequenceMesh.create(sizes, self.root_device.type)
-        self._mesh = self._mesh.with_host_groups(self.root_device.type)
+        wanted = (self.ulysses.sp_size, self.ulysses.dp_shard_size)
+        self._mesh = opened(self._mesh, self.world_size, self.num_processes, *wanted, self.root_device.type)
 
     @property
     @override

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,25 +20,59 @@ class Meaning(Protocol):
     def learned(self) -> tuple[Tensor, ...] | None:
         """Tensors beside q, k and v that need gradients. None for a user's function, which does not tell."""
 
+    @property
+    def grows(self) -> bool:
+        """Whether later queries see more keys, so that they cost more."""
+
     def given(self, learned: Sequence[Tensor]) -> Meaning:
         """The same computation with other tensors in the place of those that are `learned`."""
 
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, heads: slice, kv_index: tuple[int, ...] | None, mesh: SequenceMesh
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        heads: slice,
+        kv_index: tuple[int, ...] | None,
+        mesh: SequenceMesh,
+        first: int,
     ) -> Tensor:
         """Computes attention for the query heads of this rank.
 
         Args:
-            q: (B, H_r, S, D).
+            q: (B, H_r, S_q, D), a run of queries.
             k: (B, heads needed, S, D).
             v: (B, heads needed, S, D_v).
             heads: The range of these query heads among all H.
             kv_index: For each query head its key/value head if groups are uneven, else None.
             mesh: Sizes and ranks.
+            first: The place of the first query in the sequence.
 
         Returns:
-            (B, H_r, S, D_v).
+            (B, H_r, S_q, D_v).
         """
+
+
+class TokenCall(Protocol):
+    """A call in which tokens meet, as a trial sees it."""
+
+    @property
+    def what(self) -> str:
+        """How messages call it."""
+
+    @property
+    def operands(self) -> Mapping[str, Tensor]:
+        """The tensors that carry tokens, each (..., S_r, D), by what messages call them."""
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """The tokens that see others, and those that are seen."""
+
+    def check(self, batch: LocalBatch) -> None:
+        """Raises `UlyssesError` if the call cannot be exchanged in a batch."""
+
+    def form(self) -> Any:
+        """What the caller would get, with any numbers."""
 
 
 def _unchanged(out: Tensor) -> Any:
@@ -71,3 +105,27 @@ class AttentionCall:
     takes_memory: bool = True
     memory: Callable[[], Tensor] | None = None
     write: Callable[[Tensor], Any] = _unchanged
+
+    @property
+    def what(self) -> str:
+        """See `TokenCall`."""
+        return "attention call"
+
+    @property
+    def operands(self) -> Mapping[str, Tensor]:
+        """See `TokenCall`."""
+        return {"queries": self.q, "keys": self.k, "values": self.v}
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """See `TokenCall`."""
+        return self.q.shape[-2], self.k.shape[-2]
+
+    def check(self, batch: LocalBatch) -> None:
+        """See `TokenCall`."""
+        self.meaning(batch, None)
+
+    def form(self) -> Any:
+        """See `TokenCall`."""
+        # (B, H, S_r, D_v) in the caller's own form
+        return self.write(self.q.new_empty(*self.q.shape[:-1], self.v.shape[-1]))

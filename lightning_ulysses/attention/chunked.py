@@ -43,7 +43,7 @@ class HeadChunks:
 
         Args:
             num_heads: H.
-            sp_size: P, at most H.
+            sp_size: Ranks that exchange heads, at most H.
 
         Raises:
             UlyssesError: If some rank has fewer heads.
@@ -98,12 +98,13 @@ def chunked_call(
         chunks: How many.
 
     Raises:
-        UlyssesError: If a length is not this rank's share, P > H, or for more chunks than a rank has heads.
+        UlyssesError: If a length is not this rank's share, or for more chunks than a rank has heads.
     """
-    assert mesh.sp_group is not None
-    shares = Exchange.of(batch, q, k, mesh).shares
-    cut = head_chunks(q.shape[1], k.shape[1], mesh.sp_size, chunks.of(q.shape[1], mesh.sp_size))
-    return ChunkedCall(cut, Wire(shares, mesh.sp_rank, mesh.sp_group, chunks.overlaps), meaning, mesh)
+    exchange = Exchange.of(batch, q, k, meaning, mesh)
+    grid = exchange.grid
+    cut = head_chunks(q.shape[1], k.shape[1], grid.ulysses, chunks.of(q.shape[1], grid.ulysses))
+    wire = Wire(exchange.shares, grid.inner, grid.heads_group, chunks.overlaps)
+    return ChunkedCall(cut, wire, meaning, mesh, exchange.keys)
 
 
 def exchanged_by_chunks(

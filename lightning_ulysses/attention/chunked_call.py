@@ -12,6 +12,8 @@ from torch import Tensor
 from lightning_ulysses.attention.call import Meaning
 from lightning_ulysses.attention.held_heads import HeldGradients, HeldHeads
 from lightning_ulysses.attention.repeated import Trace, run
+from lightning_ulysses.attention.ulysses import attend_runs
+from lightning_ulysses.exchange.gathered_keys import GatheredKeys
 from lightning_ulysses.exchange.mesh import SequenceMesh
 from lightning_ulysses.exchange.some_heads import Wire, begin_gather, begin_scatter
 from lightning_ulysses.geometry.head_chunks import HeadChunk
@@ -51,6 +53,7 @@ class ChunkedCall:
         wire: Between whom heads travel.
         meaning: The computation.
         mesh: Sizes and ranks.
+        keys: Over the ranks that hold the same heads; None if there is one.
         traces: How to repeat each chunk, after `first`.
     """
 
@@ -58,6 +61,7 @@ class ChunkedCall:
     wire: Wire
     meaning: Meaning
     mesh: SequenceMesh
+    keys: GatheredKeys | None = None
     traces: list[Trace] = field(default_factory=list)
 
     def computation(self, chunk: HeadChunk) -> Callable[..., Tensor]:
@@ -66,7 +70,7 @@ class ChunkedCall:
         heads, groups = slice(*chunk.query_ranges[rank]), chunk.uneven_groups[rank]
 
         def compute(q: Tensor, k: Tensor, v: Tensor, *learned: Tensor) -> Tensor:
-            return self.meaning.given(learned).attend(q, k, v, heads, groups, self.mesh)
+            return attend_runs(self.meaning.given(learned), q, k, v, heads, groups, self.mesh, self.keys)
 
         return compute
 
@@ -87,9 +91,24 @@ class ChunkedCall:
             keys = begin_scatter((k, v), chunk.new_ranges, self.wire)
             # Each in a buffer of its own, so that it lies in memory as a kernel would return it.
             queries = [begin_scatter((tensor,), chunk.query_ranges, self.wire) for tensor in (q, *more)]
-            return lambda: ([*keys()], [part for end in queries for part in end()])
+            return lambda: (self._all_tokens(keys()), [self._swapped(part) for end in queries for part in end()])
 
         return _arriving(begin, len(self.chunks), self.wire.overlaps)
+
+    def _all_tokens(self, new: tuple[Tensor, ...]) -> list[Tensor]:
+        """Keys and values of new heads for all tokens: each (B, heads, tokens, D) -> (B, heads, S, D)."""
+        # Ranks that hold the same heads agree on whether there are any.
+        return [*(self.keys.all_tokens(*new) if self.keys is not None and new[0].shape[1] else new)]
+
+    def _own_tokens(self, done: list[Tensor]) -> list[Tensor]:
+        """The adjoint of `_all_tokens`."""
+        return [*(self.keys.own_tokens(*done) if self.keys is not None and done[0].shape[1] else done)]
+
+    def _swapped(self, part: Tensor) -> Tensor:
+        return part if self.keys is None else self.keys.swapped(part)
+
+    def _swapped_back(self, part: Tensor) -> Tensor:
+        return part if self.keys is None else self.keys.swapped_back(part)
 
     def first(self, inputs: Sequence[Tensor], *, keeps: bool) -> tuple[Tensor, list[Tensor]]:
         """The forward.
@@ -117,7 +136,7 @@ class ChunkedCall:
             del tensors
             if place is not None:
                 place()
-            place = begin_gather(part, chunk.query_ranges, out, self.wire)
+            place = begin_gather(self._swapped_back(part), chunk.query_ranges, out, self.wire)
             del part
         if place is not None:
             place()
@@ -162,8 +181,8 @@ class ChunkedCall:
             for place in places:
                 place()
             sums = _add(sums, grads[3:])
-            done = held_grads.add(grads[1:3], num_done)
-            places = [begin_gather(grads[0], chunk.query_ranges, d_q, self.wire)]
+            done = self._own_tokens(held_grads.add(grads[1:3], num_done))
+            places = [begin_gather(self._swapped_back(grads[0]), chunk.query_ranges, d_q, self.wire)]
             del grads
             if not d_keys and any(first < last for first, last in chunk.done_ranges):
                 d_keys = [_stored_by_token(tensor, tensor.shape[3]).zero_() for tensor in (k, v)]

@@ -12,7 +12,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-from lightning_ulysses.attention.rows import live_batch
+from lightning_ulysses.attention.rows import live_batch, parts_of
 from lightning_ulysses.geometry.layout import Runs
 
 # Tokens of a document that one block of the kernel computes.
@@ -34,11 +34,17 @@ class DocumentCall:
         tokens: Their tokens.
         longest: Tokens of the longest one.
         edges: (documents + 1,) int32, where each begins among these tokens, and where the last one ends.
+        key_tokens: The same for keys, of which a run of queries has more. With as many they are the same object.
+        longest_key: Keys of the document with the most.
+        key_edges: (documents + 1,) int32.
     """
 
     tokens: int
     longest: int
     edges: Tensor
+    key_tokens: int
+    longest_key: int
+    key_edges: Tensor
 
 
 def divide(lengths: list[int]) -> list[int]:
@@ -63,41 +69,66 @@ def divide(lengths: list[int]) -> list[int]:
     return [*counts, count]
 
 
-def _prepare(rows: list[Runs], batch: int, length: int, device: torch.device) -> list[DocumentCall]:
-    all_rows = rows if len(rows) == batch else rows * batch
-    lengths = [end - begin for documents in all_rows for begin, end in documents]
-    groups = [lengths[begin:end] for begin, end in pairwise(accumulate(divide(lengths), initial=0))]
-    # Those of all calls travel together.
+def _groups(values: list[int], counts: list[int]) -> list[list[int]]:
+    return [values[begin:end] for begin, end in pairwise(accumulate(counts, initial=0))]
+
+
+def _on_device(groups: list[list[int]], device: torch.device) -> list[Tensor]:
+    """Where documents of each group begin and end. Those of all groups travel together."""
     edges = torch.tensor([edge for group in groups for edge in accumulate(group, initial=0)], dtype=torch.int32)
     # Pinned memory: a copy from pageable memory would wait for everything that is queued on the GPU.
     edges = edges.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else edges
-    parts = edges.split([len(group) + 1 for group in groups])
-    return [DocumentCall(sum(group), max(group), part) for group, part in zip(groups, parts, strict=True)]
+    return list(edges.split([len(group) + 1 for group in groups]))
+
+
+def _prepare(
+    rows: list[Runs], batch: int, queries: tuple[int, int], causal: bool, device: torch.device
+) -> tuple[list[DocumentCall], Runs]:
+    cut = [parts_of(documents, *queries, causal) for documents in rows]
+    seen = tuple((parts[0].begin, parts[-1].begin + parts[-1].keys) for parts in cut)
+    parts = [part for row in (cut if len(cut) == batch else cut * batch) for part in row]
+    counts = divide([part.queries for part in parts])
+    groups, key_groups = (
+        _groups(lengths, counts) for lengths in ([part.queries for part in parts], [part.keys for part in parts])
+    )
+    edges = _on_device(groups, device)
+    key_edges = edges if key_groups == groups else _on_device(key_groups, device)
+    calls = [
+        DocumentCall(sum(group), max(group), edge, sum(keys), max(keys), key_edge)
+        for group, edge, keys, key_edge in zip(groups, edges, key_groups, key_edges, strict=True)
+    ]
+    return calls, seen
 
 
 @dataclass
 class DocumentCalls:
     """A note on a batch: the calls for rows of documents, which all layers share."""
 
-    known: dict[tuple[object, ...], tuple[list[Runs], list[DocumentCall]]] = field(default_factory=dict)
+    known: dict[tuple[object, ...], tuple[list[Runs], tuple[list[DocumentCall], Runs]]] = field(default_factory=dict)
 
 
-def calls_on(rows: list[Runs], batch: int, length: int, device: torch.device) -> list[DocumentCall]:
+def calls_on(
+    rows: list[Runs], batch: int, queries: tuple[int, int], causal: bool, device: torch.device
+) -> tuple[list[DocumentCall], Runs]:
     """The calls for the documents of a batch, built once for each batch and device.
 
     Args:
         rows: The documents of each row, or of the first row if all are equal.
         batch: B.
-        length: S.
+        queries: The run of queries, (first, last + 1).
+        causal: Whether queries see no later keys.
         device: Where the kernel runs.
+
+    Returns:
+        The calls, and for each row the run of keys that they are about.
     """
     live = live_batch()
     if live is None:
-        return _prepare(rows, batch, length, device)
+        return _prepare(rows, batch, queries, causal, device)
     known = live.notes.of(DocumentCalls).known
     # By identity: hashing thousands of documents in each layer would cost what this saves.
-    key = (tuple(id(documents) for documents in rows), batch, length, device)
+    key = (tuple(id(documents) for documents in rows), batch, queries, causal, device)
     if key not in known:
         # Together with what the key names, so that nothing else gets its place in memory.
-        known[key] = rows, _prepare(rows, batch, length, device)
+        known[key] = rows, _prepare(rows, batch, queries, causal, device)
     return known[key][1]

@@ -101,8 +101,8 @@ class FlashKernel:
             settings[self._sinks] = extras.sinks.to(q.dtype)
         if "deterministic" in self.parameters:
             settings["deterministic"] = self.deterministic or torch.are_deterministic_algorithms_enabled()
-        edges, longest = call.edges, call.longest
-        lengths = {"cu_seqlens_q": edges, "cu_seqlens_k": edges, "max_seqlen_q": longest, "max_seqlen_k": longest}
+        lengths = {"cu_seqlens_q": call.edges, "max_seqlen_q": call.longest}
+        lengths |= {"cu_seqlens_k": call.key_edges, "max_seqlen_k": call.longest_key}
         # (tokens, H, D), and from some versions the log-sum-exp beside it
         out = self.function(q, k, v, **lengths, **settings)
         result: Tensor = out[0] if isinstance(out, tuple) else out

@@ -77,14 +77,12 @@ class _Work:
     Attributes:
         exchange: Of the call.
         meaning: The computation.
-        mesh: Sizes and groups.
         trace: How to repeat it, after `first`.
         draws: The states of random numbers before and after the call, of the host and its device, if it has dropout.
     """
 
     exchange: Exchange
     meaning: Softmax
-    mesh: SequenceMesh
     trace: Trace | None = None
     draws: tuple[_Draws, _Draws] | None = None
 
@@ -94,7 +92,7 @@ class _Work:
         return self.trace is not None and bool(self.trace.calls)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self.meaning.attend(q, k, v, self.exchange.query_heads, self.exchange.kv_index, self.mesh)
+        return self.exchange.attend(self.meaning, q, k, v)
 
     def first(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, list[Tensor]]:
         """The output (B, H, S_r, D_v), and what kernels returned besides."""
@@ -219,7 +217,9 @@ class Ledger:
         """What `exchanged` returns, computed at first and kept from then on; in chunks of heads if there are any."""
         # As `takes` has seen.
         assert isinstance(meaning, Softmax)
-        work = _Work(Exchange.of(batch, q, k, mesh), meaning, mesh) if parts is None else _ChunkedWork(parts, meaning)
+        work = (
+            _Work(Exchange.of(batch, q, k, meaning, mesh), meaning) if parts is None else _ChunkedWork(parts, meaning)
+        )
         out: Tensor = _Attention.apply(self, work, q, k, v)
         return out
 

@@ -44,3 +44,24 @@ def note_kernel(q: Tensor, name: str, slow: str = "") -> None:
     report.said.add((name, slow))
     because = f", which is slower than a fused one: {slow}" if slow else ""
     report.say(f"Attention runs on {name}{because}. First call: q {tuple(q.shape)} in {q.dtype}.")
+
+
+def note_gathered(num_heads: int, ulysses: int, gather: int) -> None:
+    """Says how ranks divide attention, once for each number of heads.
+
+    Args:
+        num_heads: H.
+        ulysses: Ranks that exchange heads.
+        gather: Ranks that gather keys and values.
+    """
+    context = current_context()
+    if context is None:
+        return
+    report, key = context.notes.of(KernelReport), (f"{num_heads} heads", f"{ulysses}")
+    if key not in report.said:
+        report.said.add(key)
+        exchanges = f"groups of {ulysses} exchange heads, and " if ulysses > 1 else ""
+        report.say(
+            f"Attention with H={num_heads} on P={ulysses * gather} ranks: {exchanges}keys and values are gathered over "
+            f"{gather} {'groups' if ulysses > 1 else 'ranks'}."
+        )

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_ulysses.attention.call import AttentionCall, Meaning
+from lightning_ulysses.attention.attend import Softmax
+from lightning_ulysses.attention.call import AttentionCall, Meaning, TokenCall
 from lightning_ulysses.attention.chunked import HeadChunks, chunked_call, exchanged_by_chunks
 from lightning_ulysses.attention.kept import KeptAttention
 from lightning_ulysses.attention.mask_table import MaskTable
@@ -26,7 +27,7 @@ class AttentionTally:
     """A note on a run.
 
     Attributes:
-        calls: Number of attention calls that were exchanged or attended to a memory.
+        calls: Number of calls that were exchanged or attended to a memory, of functions of `mixing` as well.
         attends_memory: Whether the model attended to a memory during its trial.
     """
 
@@ -49,16 +50,28 @@ def route(context: SequenceContext, batch: LocalBatch | None, call: AttentionCal
     Raises:
         UlyssesError: If the call cannot be exchanged exactly.
     """
+    return seen(context, call, plain, lambda: _answer(context, batch, call, plain))
+
+
+def seen(context: SequenceContext, call: TokenCall, plain: Callable[[], Any], answer: Callable[[], Any]) -> Any:
+    """Answers a call, in a trial as that says, and lets a watch see it.
+
+    Args:
+        context: Where the step stands.
+        call: The call.
+        plain: Runs the caller's original function with the caller's arguments.
+        answer: Answers the call in a step.
+    """
     # First, since a trial may run without a batch.
     if context.place.trial is not None:
         return context.place.trial.answer(call, plain)
     place = context.place
     if place.watch is None:
-        return _answer(context, batch, call, plain)
+        return answer()
     # What is called may itself call a function that is taken over.
     with context.at(replace(place, watch=None)):
-        answer = _answer(context, batch, call, plain)
-    return place.watch.note(call, answer)
+        found = answer()
+    return place.watch.note(call, found)
 
 
 def _answer(context: SequenceContext, batch: LocalBatch | None, call: AttentionCall, plain: Callable[[], Any]) -> Any:
@@ -68,9 +81,9 @@ def _answer(context: SequenceContext, batch: LocalBatch | None, call: AttentionC
         # Outside of the regions of a plan, a mask that was described there has no values of its own.
         if known is None or whole is None:
             return plain()
-        return call.write(
-            call.meaning(whole, known).attend(call.q, call.k, call.v, slice(0, call.q.shape[1]), None, ALONE)
-        )
+        meaning = call.meaning(whole, known)
+        meaning = meaning if call.lengths[0] == call.lengths[1] else _of_other(meaning)
+        return call.write(meaning.attend(call.q, call.k, call.v, slice(0, call.q.shape[1]), None, ALONE, 0))
     # On one rank only known masks are replaced, which stand for documents of a packed row.
     if context.mesh.sp_size == 1 and known is None:
         return plain()
@@ -82,7 +95,11 @@ def _answer(context: SequenceContext, batch: LocalBatch | None, call: AttentionC
         if ledger is not None:
             ledger.note("attention to a memory")
         return plain() if call.memory is None else call.write(call.memory())
-    out = _exchanged(context, batch, call, call.meaning(batch, known))
+    batch = batch.across(call.q.shape[-2], call.k.shape[-2], context.mesh.sp_rank)
+    if batch.keys is not None and call.is_causal:
+        raise _causal_memory(call)
+    meaning = call.meaning(batch, known)
+    out = _exchanged(context, batch, call, meaning if batch.keys is None else _of_other(meaning))
     context.notes.of(BackwardTurns).before(out)
     return call.write(out)
 
@@ -90,7 +107,8 @@ def _answer(context: SequenceContext, batch: LocalBatch | None, call: AttentionC
 def _exchanged(context: SequenceContext, batch: LocalBatch, call: AttentionCall, meaning: Meaning) -> Tensor:
     inputs, mesh = (call.q, call.k, call.v), context.mesh
     chunks, ledger = context.notes.of(HeadChunks), context.notes.of(KeptAttention).ledger
-    is_cut = chunks.count != 1 and mesh.sp_group is not None
+    # Chunks of heads travel along one sequence.
+    is_cut = chunks.count != 1 and mesh.sp_group is not None and batch.keys is None
     # Inside of a checkpointed block.
     if ledger is not None and ledger.takes(inputs, meaning):
         parts = chunked_call(batch, call.q, call.k, meaning, mesh, chunks) if is_cut else None
@@ -133,13 +151,30 @@ def _sees_memory(context: SequenceContext, batch: LocalBatch, call: AttentionCal
         UlyssesError: For causal attention to a memory, which has no positions in the sequence.
     """
     queries, keys, shares = call.q.shape[-2], call.k.shape[-2], batch.layout.shares
+    if any(keys in other.shares for other in batch.others):
+        return False
     # A length that equals some rank's share may be a slice. All ranks must decide alike, so all shares count.
     if not call.takes_memory or keys in shares or queries != shares[context.mesh.sp_rank]:
         return False
     if call.is_causal:
-        raise UlyssesError(
-            f"causal attention of {queries} tokens to {keys} keys",
-            "attention to a memory without is_causal, or to the sequence itself",
-            "leave is_causal out where keys are not those of the sequence",
-        )
+        raise _causal_memory(call)
     return True
+
+
+def _of_other(meaning: Meaning) -> Meaning:
+    """Attention to keys of another sequence."""
+    if not isinstance(meaning, Softmax):
+        raise UlyssesError(
+            f"attention by {type(meaning).__name__.lower()} functions to keys of another sequence",
+            "softmax attention, with masks over keys or of both whole sequences",
+            "call torch.nn.functional.scaled_dot_product_attention there",
+        )
+    return replace(meaning, spec=replace(meaning.spec, documents=None, is_other=True))
+
+
+def _causal_memory(call: AttentionCall) -> UlyssesError:
+    return UlyssesError(
+        f"causal attention of {call.q.shape[-2]} tokens to {call.k.shape[-2]} keys",
+        "attention to a memory without is_causal, or to the sequence itself",
+        "leave is_causal out where keys are not those of the sequence",
+    )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from lightning_ulysses.context import LocalBatch, current_context
 from lightning_ulysses.geometry.layout import Runs
 from lightning_ulysses.geometry.mask_spec import MaskSpec
@@ -22,6 +24,40 @@ def clip(runs: Runs, begin: int, end: int) -> Runs:
     """The part of ``runs`` inside ``begin:end``, counted from ``begin``."""
     clipped = ((max(left, begin) - begin, min(right, end) - begin) for left, right in runs)
     return tuple((left, right) for left, right in clipped if left < right)
+
+
+@dataclass(frozen=True)
+class Part:
+    """The queries of one document that a run holds, and the keys of it that they may see.
+
+    Attributes:
+        begin: The document's first token, in the row.
+        queries: How many queries.
+        keys: How many keys, from the document's first token on.
+        first: The key of the first query.
+    """
+
+    begin: int
+    queries: int
+    keys: int
+    first: int
+
+
+def parts_of(documents: Runs, first: int, last: int, causal: bool) -> list[Part]:
+    """The documents of a row that queries ``first:last`` belong to. Causal ones see no key after that of the last."""
+    parts = []
+    for begin, end in documents:
+        if begin < last and end > first:
+            stop = min(end, last)
+            parts.append(
+                Part(begin, stop - max(begin, first), (stop if causal else end) - begin, max(first - begin, 0))
+            )
+    return parts
+
+
+def tokens_of(tensor: Tensor, begin: int, end: int) -> Tensor:
+    """(B, heads, S, D) -> (B, heads, end - begin, D); the tensor itself if that is all of it."""
+    return tensor if (begin, end) == (0, tensor.shape[2]) else tensor[:, :, begin:end]
 
 
 def _row(spec: MaskSpec, row: int, length: int) -> Row:

@@ -20,6 +20,7 @@ class Clock:
         is_boundary: Whether the optimizer steps after this micro-batch.
         is_last: Whether the training batch that was used last is the last one of its epoch.
         is_automatic: Whether the program that drives the run steps the optimizer. False if the module does it itself.
+        is_counted: Whether ``batch`` counts the steps of this stage although no training is known of.
     """
 
     stage: str = "train"
@@ -31,6 +32,7 @@ class Clock:
     is_boundary: bool = True
     is_last: bool = False
     is_automatic: bool = True
+    is_counted: bool = False
 
     @property
     def kind(self) -> str:

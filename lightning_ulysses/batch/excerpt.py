@@ -192,6 +192,37 @@ def middle(whole: WholeBatch) -> int | None:
     return documents[len(documents) // 2][0] if len(documents) > 1 else None
 
 
+def parted_targets(batch: Any, rules: BatchRules, key: str) -> list[Any]:
+    """A batch, and the same twice with some of its targets each, that together are all of them.
+
+    For a batch whose rows cannot be told from each other, such as one with images of all of them.
+
+    Args:
+        batch: A whole batch.
+        rules: How to read it.
+        key: The tensor with the targets.
+
+    Returns:
+        The batch and its parts; nothing if the tensor has too few targets, or they cannot be ignored.
+    """
+    given = entries_of(batch).get(key)
+    is_mask = key in MASK_KEYS
+    if not isinstance(given, Tensor) or given.dim() != 2 or not (is_mask or _is_signed(given)):
+        return []
+    ignored = 0 if is_mask else rules.ignore_index
+    marked = given.clone()
+    if bool((given != ignored).any()):
+        # Labels and shifted ones differ: a sequence that begins with a label.
+        marked[0, 0] = given[given != ignored][0]
+    valid = marked != ignored
+    # A third of them, in the order of rows.
+    first = valid & (valid.flatten().cumsum(0).view_as(valid) <= int(valid.sum()) // 3)
+    if int(first.sum()) < 2:
+        return []
+    parts = (valid, first, valid & ~first)
+    return [rebuild(batch, {key: marked.masked_fill(~part, ignored)}) for part in parts]
+
+
 def with_fewer_targets(batch: Any, rules: BatchRules, name: str, tokens: int) -> Any:
     """A batch in which the first half of the rows has two or three targets left in the first tokens.
 

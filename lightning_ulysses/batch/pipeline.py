@@ -211,7 +211,7 @@ class BatchPipeline:
         different samples. If they dropped different layers, they would deadlock.
         """
         when = (clock.epoch, clock.batch)
-        if not clock.is_training:
+        if not (clock.is_training or clock.is_counted):
             # Evaluation has no counter that a run restores, so calls are counted within the process.
             self._evaluations += 1
             when = (clock.step, self._evaluations)

@@ -225,7 +225,8 @@ def check_lengths(entries: dict[str, Any], dims: dict[str, int], rules: BatchRul
         raise UlyssesError(
             f"sequence tensors of different lengths {lengths} in a batch {_describe(entries)}",
             "one length S for all of them",
-            "pad or cut them to one length in the collate function, or leave one out with sequence_dims={key: None}",
+            "pad or cut them to one length in the collate function, or leave one out with sequence_dims={key: None}; "
+            "if they are those of an encoder and a decoder, set split='blocks' in the strategy",
         )
     for key, value in entries.items():
         # A setting or a known key says for certain that the tensor carries no sequence.

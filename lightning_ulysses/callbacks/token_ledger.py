@@ -168,9 +168,12 @@ class StepLedger:
         self._mesh = mesh
         self._device = device
         self._ignore_index = ignore_index
-        shares = even_shares(operations.heads, mesh.sp_size) if operations.heads else ()
-        # Attention is split by heads, everything else by tokens.
-        self._head_share = shares[mesh.sp_rank] / operations.heads if operations.heads else 1 / mesh.sp_size
+        # Attention is split by heads, everything else by tokens. Ranks with the same heads divide the queries.
+        self._head_share = 1 / mesh.sp_size
+        if operations.heads:
+            ranks = mesh.head_ranks(operations.heads)
+            share = even_shares(operations.heads, ranks)[mesh.sp_rank % ranks]
+            self._head_share *= share * ranks / operations.heads
         self._sums = np.zeros(len(FIELDS))
         self._padding: Tensor | None = None
 

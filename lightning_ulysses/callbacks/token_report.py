@@ -34,8 +34,8 @@ COLUMNS = (
     "peak_gib",
 )
 _WHOLE = ("step", "rank", "targets", "tokens", "padding", "documents")
-# More ranks than this are drawn as a range from the smallest to the largest value.
-_MOST_LINES = 4
+# Steps of a running mean.
+_AVERAGED = 10
 
 _Floats = NDArray[np.float64]
 
@@ -143,46 +143,70 @@ def _marks(count: int) -> dict[str, Any]:
     return {"marker": "o", "markersize": 3, "linewidth": 1.2} if count <= 60 else {"linewidth": 1.0}
 
 
-def _draw_range(axes: Any, steps: _Floats, values: _Floats, label: str, **style: Any) -> None:
-    """Draws the mean over ranks, and the range from the smallest to the largest value."""
-    different, index = np.unique(steps, return_inverse=True)
-    low, high = np.full(len(different), np.inf), np.full(len(different), -np.inf)
-    np.minimum.at(low, index, values)
-    np.maximum.at(high, index, values)
-    axes.fill_between(different, low, high, alpha=0.2, color=style["color"])
-    axes.plot(different, np.bincount(index, values) / np.bincount(index), label=f"{label} (mean, range)", **style)
+def _draw_loss(axes: Any, table: Table) -> None:
+    steps, loss = _of_steps(table, "loss")
+    many = len(steps) > 3 * _AVERAGED
+    axes.plot(steps, loss, color="tab:blue", alpha=0.35 if many else 1.0, label="each step", **_marks(len(steps)))
+    if many:
+        # The mean of the steps so far, of the last ones at most.
+        sums = np.concatenate([[0.0], np.nancumsum(loss)])
+        last = np.arange(1, len(loss) + 1)
+        first = np.maximum(last - _AVERAGED, 0)
+        mean = (sums[last] - sums[first]) / (last - first)
+        axes.plot(steps, mean, color="tab:blue", linewidth=2, label=f"mean of {_AVERAGED} steps")
+        axes.legend(fontsize="small")
+    axes.set(title=f"Loss: {loss[0]:.4g} at first, {loss[-1]:.4g} at last", ylabel="nats per target")
 
 
-def _draw_ranks(axes: Any, table: Table) -> None:
+def _draw_speed(axes: Any, table: Table) -> None:
+    steps, speed = _of_steps(table, "tokens_per_sec")
+    axes.plot(steps, speed, color="tab:green", **_marks(len(steps)))
+    median = _middle(speed)
+    known = not np.isnan(median)
+    axes.set(title=f"Tokens per second: {median:,.0f} in the median" if known else "Tokens per second: not measured")
+    # The first step waits for caches and compilers.
+    axes.set_ylim(bottom=0, top=1.3 * float(np.nanpercentile(speed, 95)) if known else 1)
+    axes.set_ylabel("all ranks, padding included")
+
+
+def _draw_memory(axes: Any, table: Table) -> None:
+    steps, index = np.unique(table["step"], return_inverse=True)
+    low, high = np.full(len(steps), np.inf), np.full(len(steps), -np.inf)
+    np.minimum.at(low, index, table["peak_gib"])
+    np.maximum.at(high, index, table["peak_gib"])
+    axes.fill_between(steps, low, high, alpha=0.25, color="tab:purple", label="from the rank with the least")
+    axes.plot(steps, high, color="tab:purple", label="the rank with the most", **_marks(len(steps)))
+    axes.set(title=f"Peak memory of a rank: {high.max():.2f} GiB at most", ylabel="GiB")
+    axes.set_ylim(bottom=0, top=1.2 * max(float(high.max()), 1e-3))
+    axes.legend(fontsize="small", loc="lower right")
+
+
+def _draw_work(axes: Any, table: Table) -> None:
     is_apart = ~np.isnan(table["rank"])
-    table = {name: values[is_apart] for name, values in table.items()}
-    real, ranks = table["tokens"] - table["padding"], np.unique(table["rank"])
-    if len(ranks) > _MOST_LINES:
-        _draw_range(axes, table["step"], real, "tokens", color="tab:blue")
-        _draw_range(axes, table["step"], table["targets"], "targets", color="tab:orange", linestyle="--")
-    else:
-        for number, rank in enumerate(ranks):
-            own = table["rank"] == rank
-            style: dict[str, Any] = {"color": f"C{number}", "linewidth": 1.2}
-            axes.plot(table["step"][own], real[own], label=f"rank {int(rank)}: tokens", **style)
-            axes.plot(table["step"][own], table["targets"][own], label="targets", linestyle=":", **style)
-    axes.set(title="Tokens and targets of each rank, without padding", ylabel="tokens per step")
-    # Targets may outnumber tokens: a collate function may give labels to tokens that a padding mask excludes.
-    axes.set_ylim(bottom=0, top=1.1 * max(1.0, float(real.max()), float(table["targets"].max())))
-    axes.legend(fontsize="small", ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.13), frameon=False)
-
-
-def _draw_padding(axes: Any, table: Table) -> None:
-    steps, fraction = _of_steps(table, "padding_fraction")
-    axes.fill_between(steps, 100 * fraction, alpha=0.2, color="tab:green")
-    axes.plot(steps, 100 * fraction, color="tab:green", label="padding, all ranks", **_marks(len(steps)))
-    axes.set(title="Padding", ylabel="% of the tokens of a step")
-    axes.set_ylim(bottom=0, top=max(1.0, 120 * float(fraction.max())))
-    axes.legend(fontsize="small")
+    own = {name: values[is_apart] for name, values in table.items()}
+    ranks, index = np.unique(own["rank"], return_inverse=True)
+    left = np.zeros(len(ranks))
+    steps = max(len(np.unique(own["step"])), 1)
+    # Parts of a bar, of which none hides another one.
+    parts = {
+        "targets": np.minimum(own["targets"], own["tokens"] - own["padding"]),
+        "other tokens": np.maximum(own["tokens"] - own["padding"] - own["targets"], 0),
+        "padding": own["padding"],
+    }
+    for (name, values), color in zip(parts.items(), ("tab:blue", "tab:cyan", "lightgray"), strict=True):
+        width = np.bincount(index, values, len(ranks)) / steps
+        if width.any():
+            axes.barh(ranks, width, left=left, color=color, label=name, height=0.8)
+        left += width
+    worst = float(_of_steps(table, "imbalance")[1].mean())
+    axes.set(title=f"Work of each rank: the busiest has {worst:.2f} times the mean", xlabel="tokens per step")
+    axes.set(ylabel="rank", ylim=(ranks[-1] + 0.6, ranks[0] - 0.6), xlim=(0, 1.05 * max(float(left.max()), 1.0)))
+    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.legend(fontsize="small", ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.15), frameon=False)
 
 
 def draw(table: Table, path: Path) -> None:
-    """Draws tokens per rank, padding, imbalance and loss over steps. The title is the name of the folder.
+    """Draws loss, tokens per second and memory over steps, and the work of each rank. The title is the folder's name.
 
     Raises:
         UlyssesError: If matplotlib is not installed.
@@ -196,22 +220,16 @@ def draw(table: Table, path: Path) -> None:
         ) from error
     figure = Figure(figsize=(12, 8), layout="constrained")
     FigureCanvasAgg(figure)
-    (tokens, padding), (balance, loss) = figure.subplots(2, 2, sharex=True)
-    _draw_ranks(tokens, table)
-    _draw_padding(padding, table)
-    steps, values = _of_steps(table, "imbalance")
-    balance.plot(steps, values, color="tab:red", label="imbalance", **_marks(len(steps)))
-    balance.axhline(1, color="gray", linewidth=0.8, linestyle="--", label="all ranks alike")
-    balance.set(title="Imbalance: work of the busiest rank", ylabel="times the mean over ranks")
-    balance.legend(fontsize="small")
-    loss.plot(*_of_steps(table, "loss"), color="tab:blue", label="train/loss", **_marks(len(steps)))
-    loss.set(title="Loss, mean over all targets of the step", ylabel="nats per target")
-    loss.legend(fontsize="small")
-    for axes in (tokens, padding, balance, loss):
-        axes.grid(alpha=0.3)
+    (loss, speed), (memory, work) = figure.subplots(2, 2)
+    _draw_loss(loss, table)
+    _draw_speed(speed, table)
+    _draw_memory(memory, table)
+    _draw_work(work, table)
+    for axes in (loss, speed, memory):
         axes.set_xlabel("optimizer step")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.tick_params(labelbottom=True)
+    for axes in (loss, speed, memory, work):
+        axes.grid(alpha=0.3)
     figure.suptitle("/".join(path.resolve().parts[-3:-1]))
     figure.savefig(path, dpi=120)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, partial
@@ -16,18 +15,16 @@ from typing_extensions import override
 from lightning_ulysses.checkpoints.commit import discard
 from lightning_ulysses.checkpoints.load import find, load_to_evaluate, load_to_train
 from lightning_ulysses.checkpoints.manifest import Division, Manifest
+from lightning_ulysses.checkpoints.naming import RunName, division
 from lightning_ulysses.checkpoints.ranks import from_all, world
 from lightning_ulysses.checkpoints.save import saved_whole
 from lightning_ulysses.export import keep_replaced, restore_replaced
 from lightning_ulysses.upstream import deepspeed as upstream_deepspeed
 from lightning_ulysses.upstream import lightning as upstream_lightning
-from lightning_ulysses.upstream import shards
 
 
 class CheckpointedStrategy(DeepSpeedStrategy):
     """A strategy whose checkpoints are complete or not there, and fit any number of processes."""
-
-    _goes_on: str = ""
 
     def settled(self) -> AbstractContextManager[None]:
         """Around saving: the optimizer's copy of the weights is the module's."""
@@ -38,21 +35,18 @@ class CheckpointedStrategy(DeepSpeedStrategy):
         return 1
 
     @cached_property
-    def _own_run(self) -> str:
-        return uuid.uuid4().hex
+    def _run(self) -> RunName:
+        return RunName()
 
     @property
     def _division(self) -> Division:
         assert isinstance(self.config, dict)
-        return Division(self.world_size, *shards.divided_by(self.config))
+        return division(self.world_size, self.config)
 
     def _manifest(self) -> Manifest:
         assert self.lightning_module is not None
-        optimizer = type(getattr(self.deepspeed_engine.optimizer, "optimizer", None)).__name__
-        sp_size = self.ranks_of_sequence()
-        # A run keeps its name when it is resumed. That of rank 0 counts.
-        run = self._goes_on or self._own_run
-        return Manifest(run, self.lightning_module.trainer.global_step, sp_size, optimizer, self._division)
+        step = self.lightning_module.trainer.global_step
+        return self._run.manifest(step, self.ranks_of_sequence(), self.deepspeed_engine.optimizer, self._division)
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, *args: Any, **kwargs: Any) -> None:
@@ -80,7 +74,7 @@ class CheckpointedStrategy(DeepSpeedStrategy):
         upstream_deepspeed.allow_weights_only_load(self.deepspeed_engine)
         found = find(checkpoint_path)
         if self.lightning_module.trainer.training:
-            self._goes_on = found.run
+            self._run.goes_on(found)
             checkpoint = load_to_train(found, self._division, self.deepspeed_engine, natively, rank_zero_info)
         else:
             checkpoint = load_to_evaluate(found, self._division, self.lightning_module, natively)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lightning_ulysses.attention.route import AttentionTally
 from lightning_ulysses.context import SequenceContext
 from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.regions.notes import RegionTally
+from lightning_ulysses.regions.notes import JointTally, RegionTally
 
 
 def check_joined(context: SequenceContext, step: str, module: str) -> None:
@@ -42,11 +42,12 @@ def check_intercepted(context: SequenceContext, step: str, module: str, suspensi
         )
     check_joined(context, step, module)
     # Counted over all steps so far, and over attention to a memory as well.
-    if context.mesh.sp_size > 1 and not context.notes.of(AttentionTally).calls and not was_hidden:
+    calls = context.notes.of(AttentionTally).calls + context.notes.of(JointTally).calls
+    if context.mesh.sp_size > 1 and not calls and not was_hidden and not context.is_proven:
         raise UlyssesError(
             f"a {step} of {module} without a single attention call intercepted",
             "calls of torch.nn.functional.scaled_dot_product_attention, of transformers' attention functions, or of "
             "lightning_ulysses.ulysses_attention; anything else would stay within this rank's slice",
             "call torch.nn.functional.scaled_dot_product_attention by its full name, or set sp_size=1",
         )
-    return context.plan is None and (context.mesh.sp_size == 1 or bool(context.notes.of(AttentionTally).calls))
+    return context.plan is None and (context.mesh.sp_size == 1 or bool(calls))

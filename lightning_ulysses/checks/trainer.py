@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import lightning.fabric.accelerators as fabric_accelerators
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.callbacks import LearningRateFinder, ModelPruning, WeightAveraging
 from lightning.pytorch.plugins import DeepSpeedPrecision
@@ -16,14 +17,21 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
 
 
+# Of the Trainer and of Fabric.
+_ACCELERATORS = (
+    *(CUDAAccelerator, CPUAccelerator),
+    *(fabric_accelerators.CUDAAccelerator, fabric_accelerators.CPUAccelerator),
+)
+
+
 def check_accelerator(accelerator: object) -> None:
     """Refuses devices other than GPUs of CUDA and CPUs.
 
     Raises:
         UlyssesError: With the class of the accelerator.
     """
-    if not isinstance(accelerator, (CUDAAccelerator, CPUAccelerator)):
-        raise UlyssesError(f"accelerator {type(accelerator).__name__}", "CUDA or CPU", "set Trainer(accelerator='cpu')")
+    if not isinstance(accelerator, _ACCELERATORS):
+        raise UlyssesError(f"accelerator {type(accelerator).__name__}", "CUDA or CPU", "set accelerator='cpu'")
 
 
 def check_trainer(trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -113,17 +121,30 @@ def _check_precision(trainer: pl.Trainer) -> None:
             "the precision plugin of DeepSpeed, whose engine runs backward and step",
             "leave it out of plugins, and set Trainer(precision=...), such as 'bf16-mixed' or '32-true'",
         )
+    check_precision(str(trainer.precision), "Trainer")
+
+
+def check_precision(precision: str, owner: str) -> None:
+    """Refuses a precision that DeepSpeed does not compute in on this device.
+
+    Args:
+        precision: As Lightning calls it.
+        owner: The class that was given it.
+
+    Raises:
+        UlyssesError: With the ones that it can.
+    """
     from deepspeed.accelerator import get_accelerator
 
     # DeepSpeed's view of the device counts, which may differ from torch's: it denies most CPUs float16.
     device = get_accelerator()
     supported = {"16": bool(device.is_fp16_supported()), "bf16": bool(device.is_bf16_supported())}
-    if not supported.get(str(trainer.precision).split("-")[0], True):
+    if not supported.get(precision.split("-")[0], True):
         others = [f"{kind}-mixed" for kind, good in supported.items() if good]
         raise UlyssesError(
-            f"precision={trainer.precision!r} on a {device.device_name()} device that cannot compute in it",
+            f"precision={precision!r} on a {device.device_name()} device that cannot compute in it",
             f"one of {[*others, '32-true']}",
-            f"set Trainer(precision={[*others, '32-true'][0]!r})",
+            f"set {owner}(precision={[*others, '32-true'][0]!r})",
         )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_ulysses import __version__
-from lightning_ulysses.cli import convert, doctor, verify
+from lightning_ulysses.cli import convert, doctor, plan, verify
 from lightning_ulysses.errors import UlyssesError
 
 
@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_command(commands)
     convert.add_command(commands)
     doctor.add_command(commands)
+    plan.add_command(commands)
     return parser
 
 

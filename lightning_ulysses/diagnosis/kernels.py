@@ -12,6 +12,7 @@ from lightning_ulysses.diagnosis.finding import Finding
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.geometry.heads import head_layout
 from lightning_ulysses.geometry.mask_spec import MaskSpec
+from lightning_ulysses.geometry.query_runs import most_ulysses
 
 # Kernels by a part of their operator's name. "math" keeps S x S scores for the backward.
 _NAMES = {
@@ -68,13 +69,14 @@ def kernels(
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         raise UlyssesError(f"--dtype {dtype}", "a floating point type of torch", "use bfloat16, float16 or float32")
-    if not 1 <= sp_size <= heads or not 1 <= kv_heads <= heads or heads % kv_heads:
+    if sp_size < 1 or not 1 <= kv_heads <= heads or heads % kv_heads:
         raise UlyssesError(
             f"{heads} heads, {kv_heads} key/value heads and sp_size={sp_size}",
-            "key/value heads that divide the heads, and at least one head for each rank",
+            "key/value heads that divide the heads, and at least one rank",
             "correct --heads, --kv_heads or --sp_size",
         )
-    layout = head_layout(heads, kv_heads, sp_size)
+    # Of more ranks than heads, some hold the same ones.
+    layout = head_layout(heads, kv_heads, most_ulysses(heads, sp_size))
     # Rank 0 has the most heads.
     (first, last), (kv_first, kv_last) = layout.query_ranges[0], layout.kv_ranges[0]
     index = layout.uneven_groups[0]

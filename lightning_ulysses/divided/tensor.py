@@ -162,6 +162,8 @@ class Divided(Tensor):
         if name in _FACTS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if name == "register_hook":
+            return _hooked(*args)
         if name in _OF_GRAPH:
             return func(*of_slices(args), **of_slices(kwargs))
         return _run(name, func, args, kwargs)
@@ -172,9 +174,27 @@ class Divided(Tensor):
         raise NotImplementedError(f"{func} on a sequence that is divided over ranks")
 
 
+def _hooked(tensor: Divided, hook: Callable[[Tensor], Any]) -> Any:
+    """Calls ``hook`` with the gradient of the whole, divided alike, of which it may return another one."""
+    division, copies = tensor.division, tensor.division.mesh.sp_size
+
+    def hooked(gradient: Tensor) -> Any:
+        # The loss of the whole is that of each rank, and a slice gets the gradients of all of them.
+        answer = hook(Divided(gradient / copies, division))
+        if answer is None:
+            return None
+        return (answer.local if isinstance(answer, Divided) else division.cut(answer, division.dim)) * copies
+
+    return tensor.local.register_hook(hooked)
+
+
 def _lost(gradient: Tensor) -> None:
     # No function gives one to the tensor that only stands for a sequence, except one that does not ask it.
-    raise UlyssesError(
+    raise _own_function()
+
+
+def _own_function() -> UlyssesError:
+    return UlyssesError(
         "a torch.autograd.Function that was applied to a sequence which is divided over ranks",
         "the whole sequence, or functions of torch, whose gradients reach the slices",
         "apply it to lightning_ulysses.gather_sequence(x), or drop 'divided' from the plan",
@@ -240,7 +260,15 @@ def changes_first(name: str) -> bool:
     return (name.endswith("_") and not name.endswith("__")) or name in _INTO or name == "__setitem__"
 
 
+def _has_lost_graph(tensor: Divided) -> bool:
+    """Whether a function that does not ask made it from one with a graph: the graph is not that of the slice."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.requires_grad and not tensor.local.requires_grad
+
+
 def _run(name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if any(map(_has_lost_graph, divided_in(args, kwargs))):
+        raise _own_function()
     # Operators have the rules of functions; methods in place have their own.
     rule = Divided.rules.get(name) or Divided.rules.get(name.removeprefix("__").removesuffix("__"))
     answer = NotImplemented if rule is None else rule(func, args, kwargs)
@@ -248,7 +276,7 @@ def _run(name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
 
 
 def _joined(func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if name in ("backward", "register_hook", "__set__", "numpy", "data_ptr", "untyped_storage", "storage"):
+    if name in ("backward", "__set__", "numpy", "data_ptr", "untyped_storage", "storage"):
         raise NotImplementedError(f"{name} of a sequence that is divided over ranks")
     whole_args, whole_kwargs = joined((args, kwargs))
     answer = func(*whole_args, **whole_kwargs)

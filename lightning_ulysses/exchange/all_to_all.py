@@ -125,7 +125,7 @@ def _pack_heads(send: Tensor, tensors: tuple[Tensor, ...], ranges: tuple[Ranges,
             column.copy_(tensor[:, slice(*ends[peer])].permute(2, 0, 1, 3))
 
 
-def _scatter_heads(
+def scatter_heads(
     tensors: tuple[Tensor, ...],
     ranges: tuple[Ranges, ...],
     shares: tuple[int, ...],
@@ -215,7 +215,8 @@ def _pack_tokens(
     sizes = [tensor.shape[3] for tensor in tensors]
     before, own = sum(shares[:rank]), shares[rank]
     # (elements,) -> (tokens of all others, B, sum of heads * D) -> each (tokens of all others, B, heads, D)
-    rows = send.view(-1, tensors[0].shape[0], sum(w * d for w, d in zip(widths, sizes, strict=True)))
+    width = sum(w * d for w, d in zip(widths, sizes, strict=True))
+    rows = send.view(sum(shares) - own, tensors[0].shape[0], width)
     for column, tensor in zip(side_by_side(rows, widths, sizes), tensors, strict=True):
         # (B, heads, S, D) -> (S, B, heads, D)
         tokens = tensor.permute(2, 0, 1, 3)
@@ -223,7 +224,7 @@ def _pack_tokens(
         column[before:].copy_(tokens[before + own :])
 
 
-def _gather_heads(
+def gather_heads(
     tensors: tuple[Tensor, ...],
     ranges: tuple[Ranges, ...],
     totals: tuple[int, ...],
@@ -270,9 +271,9 @@ def _gather_heads(
         parts = [
             # (elements,) -> (S_r, B, sum of heads * D) -> each (S_r, B, heads, D)
             side_by_side(chunk.view(share, batch, row), width, sizes)
-            for chunk, row, width in zip(recv.split(recv_sizes), rows, widths, strict=True)
-            # Empty for the own chunk, which is inserted below.
-            if chunk.numel()
+            for peer, (chunk, row, width) in enumerate(zip(recv.split(recv_sizes), rows, widths, strict=True))
+            # The own chunk is inserted below.
+            if peer in peers
         ]
         if own is not None:
             parts.insert(rank, own)
@@ -304,11 +305,12 @@ class _SeqToHeads(torch.autograd.Function):
         group: dist.ProcessGroup,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        # The first tensor is q, the others are k and v.
-        ctx.ranges = (layout.query_ranges, *(layout.kv_ranges for _ in tensors[1:]))
+        # The first of one or three tensors is q, the others are k and v.
+        ctx.ranges = (*(layout.query_ranges for _ in tensors[: len(tensors) % 2]),)
+        ctx.ranges += (*(layout.kv_ranges for _ in tensors[len(tensors) % 2 :]),)
         ctx.totals = tuple(tensor.shape[1] for tensor in tensors)
         ctx.shares, ctx.rank, ctx.group = shares, rank, group
-        return _scatter_heads(tensors, ctx.ranges, shares, rank, group)
+        return scatter_heads(tensors, ctx.ranges, shares, rank, group)
 
     @staticmethod
     @once_differentiable
@@ -316,9 +318,9 @@ class _SeqToHeads(torch.autograd.Function):
         where = ctx.shares, ctx.rank, ctx.group
         if _is_bulky(grads, ctx.totals, ctx.shares):
             each = zip(grads, ctx.ranges, ctx.totals, strict=True)
-            results = [_gather_heads((grad,), (ends,), (total,), *where)[0] for grad, ends, total in each]
+            results = [gather_heads((grad,), (ends,), (total,), *where)[0] for grad, ends, total in each]
         else:
-            results = [*_gather_heads(grads, ctx.ranges, ctx.totals, *where)]
+            results = [*gather_heads(grads, ctx.ranges, ctx.totals, *where)]
         return None, None, None, None, *results
 
 
@@ -329,12 +331,12 @@ class _HeadsToSeq(torch.autograd.Function):
         ctx: Any, layout: HeadLayout, shares: tuple[int, ...], rank: int, group: dist.ProcessGroup, out: Tensor
     ) -> Tensor:
         ctx.ranges, ctx.shares, ctx.rank, ctx.group = (layout.query_ranges,), shares, rank, group
-        return _gather_heads((out,), ctx.ranges, (layout.num_heads,), shares, rank, group)[0]
+        return gather_heads((out,), ctx.ranges, (layout.num_heads,), shares, rank, group)[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return None, None, None, None, *_scatter_heads((grad,), ctx.ranges, ctx.shares, ctx.rank, ctx.group)
+        return None, None, None, None, *scatter_heads((grad,), ctx.ranges, ctx.shares, ctx.rank, ctx.group)
 
 
 def seq_to_heads(
@@ -363,6 +365,14 @@ def heads_to_seq(
 ) -> Tensor:
     """The exchange after attention, by one all-to-all: (B, H_r, S, D_v) -> (B, H, S_r, D_v)."""
     return _HeadsToSeq.apply(layout, shares, rank, group, out)
+
+
+def keys_to_heads(
+    k: Tensor, v: Tensor, layout: HeadLayout, shares: tuple[int, ...], rank: int, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """That of keys and values of another sequence than the queries: (B, H_kv, S_r, D) -> (B, heads needed, S, D)."""
+    k, v = _SeqToHeads.apply(layout, shares, rank, group, k, v)
+    return k, v
 
 
 def queries_to_heads(

@@ -28,9 +28,11 @@ from lightning_ulysses.geometry.layout import SequenceLayout
 
 def cut(tensor: Tensor, dim: int, layout: SequenceLayout, rank: int) -> Tensor:
     """(..., S, ...) -> (..., S_r, ...), with gradients."""
-    span = layout.spans[rank]
+    (begin, end), *rest = layout.runs_of(rank)
+    if rest:
+        return torch.cat([tensor.narrow(dim, first, last - first) for first, last in layout.runs_of(rank)], dim)
     # With B > 1 this is a copy, and the whole tensor can be freed. With B = 1 it is contiguous and stays a view.
-    return tensor.narrow(dim, span.start, span.stop - span.start).contiguous()
+    return tensor.narrow(dim, begin, end - begin).contiguous()
 
 
 def sum_slices(whole: Tensor, dim: int, shares: tuple[int, ...], rank: int, group: dist.ProcessGroup) -> Tensor:

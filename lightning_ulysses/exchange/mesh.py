@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.geometry.query_runs import most_ulysses
 
 DATA_AXIS = "data_parallel"
 SEQUENCE_AXIS = "sequence_parallel"
@@ -16,16 +18,23 @@ SEQUENCE_AXIS = "sequence_parallel"
 
 @dataclass(frozen=True)
 class MeshSizes:
-    """The length of each mesh axis. Their product is the world size."""
+    """The length of each mesh axis. Their product is the world size.
+
+    Attributes:
+        sp_size: P.
+        dp_size: Data-parallel ranks.
+        ulysses: Consecutive ranks of a sequence-parallel group that exchange heads, if there are enough; None for P.
+    """
 
     sp_size: int
     dp_size: int
+    ulysses: int | None = None
 
 
 def resolve_sizes(
     world_size: int,
     node_size: int,
-    sp_size: int | Literal["auto"],
+    sp_size: int | Literal["auto"] | Mapping[str, int],
     dp_shard_size: int | None,
 ) -> MeshSizes:
     """Turns the strategy's sizes into axis lengths.
@@ -33,13 +42,18 @@ def resolve_sizes(
     Args:
         world_size: Processes in the run.
         node_size: Processes on this node. ``sp_size="auto"`` takes this number.
-        sp_size: P.
+        sp_size: P, or its factors ``ulysses`` and ``gather``.
         dp_shard_size: Data-parallel ranks. ``None`` takes the world size divided by P.
 
     Raises:
         UlyssesError: If the product is not the world size.
     """
-    sp = node_size if sp_size == "auto" else sp_size
+    ulysses = None
+    if isinstance(sp_size, Mapping):
+        ulysses = sp_size["ulysses"]
+        sp = ulysses * sp_size["gather"]
+    else:
+        sp = node_size if sp_size == "auto" else sp_size
     # For the error messages.
     fitting = [size for size in range(1, world_size + 1) if world_size % size == 0]
     if sp < 1 or world_size % sp:
@@ -55,7 +69,30 @@ def resolve_sizes(
             f"a product equal to the world size, {world_size}",
             f"set dp_shard_size={world_size // sp} (or leave it out) with sp_size={sp}; fitting sp_size: {fitting}",
         )
-    return MeshSizes(sp_size=sp, dp_size=dp)
+    return MeshSizes(sp, dp, ulysses)
+
+
+@dataclass(frozen=True)
+class HeadGrid:
+    """The ranks of a sequence-parallel group for one attention call: U that exchange heads, times R with the same ones.
+
+    Rank r is ``outer * U + inner``. So the tokens of the U ranks that exchange heads are consecutive.
+
+    Attributes:
+        ulysses: U, the ranks that exchange heads.
+        gather: R, the ranks that hold the same heads, and gather their keys and values.
+        inner: The place of this rank among the U.
+        outer: Its place among the R.
+        heads_group: The U ranks; None for one.
+        keys_group: The R ranks; None for one.
+    """
+
+    ulysses: int
+    gather: int
+    inner: int
+    outer: int
+    heads_group: dist.ProcessGroup | None
+    keys_group: dist.ProcessGroup | None
 
 
 def _is_alive(group: dist.ProcessGroup) -> bool:
@@ -92,6 +129,8 @@ class SequenceMesh:
     groups: tuple[dist.ProcessGroup, ...] = ()
     host_group: dist.ProcessGroup | None = None
     host_dp_group: dist.ProcessGroup | None = None
+    ulysses: int | None = None
+    made: dict[int, tuple[dist.ProcessGroup, ...]] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def create(cls, sizes: MeshSizes, device_type: str) -> SequenceMesh:
@@ -112,6 +151,7 @@ class SequenceMesh:
             dp_group=device_mesh.get_group(DATA_AXIS) if sizes.dp_size > 1 else None,
             device_mesh=device_mesh,
             groups=tuple(device_mesh.get_all_groups()),
+            ulysses=sizes.ulysses,
         )
 
     @property
@@ -153,16 +193,60 @@ class SequenceMesh:
         """The data-parallel axis for tensors on the host, or None if it has one rank."""
         return self.host_dp_group or self.dp_group
 
-    def check_heads(self, num_heads: int) -> None:
-        """Raises `UlyssesError` if some rank would get no query head. The error names the largest P that works."""
-        if self.sp_size > num_heads:
-            # It must divide the world size as well.
-            largest = max(size for size in range(1, num_heads + 1) if self.world_size % size == 0)
-            raise UlyssesError(
-                f"sp_size={self.sp_size} for attention with {num_heads} query heads",
-                "at least one query head for each rank of a sequence-parallel group",
-                f"set sp_size={largest}, the largest that works with {self.world_size} processes",
+    def head_ranks(self, num_heads: int) -> int:
+        """U, the ranks that exchange heads in an attention call with ``num_heads`` query heads."""
+        return most_ulysses(num_heads, self.ulysses or self.sp_size)
+
+    def grid(self, num_heads: int) -> HeadGrid:
+        """The ranks of this process's group for an attention call.
+
+        The first call for other numbers than those of the mesh makes groups. So all ranks of a group call it together.
+
+        Args:
+            num_heads: H of the call.
+        """
+        size = self.head_ranks(num_heads)
+        count, (outer, inner) = self.sp_size // size, divmod(self.sp_rank, size)
+        if count == 1:
+            return HeadGrid(size, count, inner, outer, self.sp_group, None)
+        if size == 1:
+            return HeadGrid(size, count, inner, outer, None, self.sp_group)
+        if size not in self.made:
+            first = self.rank - self.sp_rank
+            ranks = ([outer * size + i for i in range(size)], [i * size + inner for i in range(count)])
+            # Only the ranks of a group wait for each other: those of other groups may be elsewhere. Its name follows
+            # from its ranks, and a later group must not take it: so these end with the world, and not in `close`.
+            self.made[size] = tuple(
+                dist.new_group([first + each for each in part], use_local_synchronization=True) for part in ranks
             )
+        return HeadGrid(size, count, inner, outer, *self.made[size])
+
+
+def opened(
+    former: SequenceMesh | None,
+    world_size: int,
+    node_size: int,
+    sp_size: int | Literal["auto"] | Mapping[str, int],
+    dp_shard_size: int | None,
+    device_type: str,
+) -> SequenceMesh:
+    """The mesh of a strategy whose processes are connected, with groups on the host. Every process must call it.
+
+    Args:
+        former: The strategy's mesh of an earlier run, which may still be open.
+        world_size: See `resolve_sizes`, as for the following ones.
+        node_size: The same.
+        sp_size: The same.
+        dp_shard_size: The same.
+        device_type: Of the model.
+
+    Raises:
+        UlyssesError: If the product of the sizes is not the world size.
+    """
+    if former is None or former.is_closed:
+        sizes = resolve_sizes(world_size, node_size, sp_size, dp_shard_size)
+        former = SequenceMesh.create(sizes, device_type)
+    return former.with_host_groups(device_type)
 
 
 #: A process by itself.

@@ -23,13 +23,13 @@ class Wire:
     Args:
         shares: S_r of every rank.
         rank: This process's rank in ``group``.
-        group: The sequence-parallel group.
+        group: The ranks that exchange heads; None for this one alone.
         overlaps: Whether an exchange runs beside what follows until it is ended. Otherwise it is waited for at once.
     """
 
     shares: tuple[int, ...]
     rank: int
-    group: dist.ProcessGroup
+    group: dist.ProcessGroup | None
     overlaps: bool = False
 
     @property
@@ -43,6 +43,8 @@ class Wire:
         Returns:
             What waits for it. On a GPU it has the current stream wait, and not the host.
         """
+        if self.group is None:
+            return _nothing
         # The work keeps both tensors until it is waited for. On a GPU it runs on a stream of the group's own.
         work = dist.all_to_all_single(recv, send, recv_sizes, send_sizes, group=self.group, async_op=self.overlaps)
         return work.wait if work is not None else _nothing

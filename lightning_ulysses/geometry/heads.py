@@ -26,6 +26,7 @@ class HeadLayout:
         num_heads: H, the query heads of the attention call.
         num_kv_heads: H_kv, the key/value heads. H must be a multiple of it.
         sp_size: P, the ranks of one sequence-parallel group. At most H.
+        may_idle: Whether P may be larger than H, so that the last ranks get no heads.
 
     Raises:
         UlyssesError: If P > H or H is not a multiple of H_kv.
@@ -34,6 +35,7 @@ class HeadLayout:
     num_heads: int
     num_kv_heads: int
     sp_size: int
+    may_idle: bool = False
 
     def __post_init__(self) -> None:
         if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
@@ -42,7 +44,7 @@ class HeadLayout:
                 "a number of query heads that is a multiple of the number of key/value heads",
                 "change the model's head counts",
             )
-        if self.sp_size > self.num_heads:
+        if self.sp_size > self.num_heads and not self.may_idle:
             raise UlyssesError(
                 f"sp_size={self.sp_size} for an attention call with {self.num_heads} query heads",
                 "at least one query head for each rank of a sequence-parallel group",
@@ -79,7 +81,9 @@ class HeadLayout:
     @cached_property
     def uneven_groups(self) -> tuple[tuple[int, ...] | None, ...]:
         """For each rank its `kv_index` if a kernel cannot group the heads by itself, else None; see `uneven_group`."""
-        return tuple(uneven_group(heads, self.group_size) for heads in self.query_ranges)
+        return tuple(
+            uneven_group(heads, self.group_size) if heads[0] < heads[1] else None for heads in self.query_ranges
+        )
 
 
 def kv_index(heads: tuple[int, int], group_size: int) -> tuple[int, ...]:
@@ -101,6 +105,6 @@ def uneven_group(heads: tuple[int, int], group_size: int) -> tuple[int, ...] | N
 
 
 @lru_cache(maxsize=256)
-def head_layout(num_heads: int, num_kv_heads: int, sp_size: int) -> HeadLayout:
+def head_layout(num_heads: int, num_kv_heads: int, sp_size: int, may_idle: bool = False) -> HeadLayout:
     """`HeadLayout`, computed once per combination of sizes."""
-    return HeadLayout(num_heads, num_kv_heads, sp_size)
+    return HeadLayout(num_heads, num_kv_heads, sp_size, may_idle)

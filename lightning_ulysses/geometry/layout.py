@@ -7,7 +7,7 @@ from functools import cached_property
 from itertools import pairwise
 
 from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.geometry.shares import even_shares, starts
+from lightning_ulysses.geometry.shares import even_shares, shares_apart, starts
 
 # Ranges of tokens (begin, end) in one row, in order and without overlap.
 Runs = tuple[tuple[int, int], ...]
@@ -28,6 +28,8 @@ class SequenceLayout:
         num_padding: Tokens that this package added at the end of each row to reach a multiple. No real token may attend
             to them.
         uncached: Other documents, which transformers sees in calls without a mask and without a cache.
+        beside: Shares of other sequences in the same step; see `shares_apart`.
+        parts: Sequences of which this one consists, one after the other. A rank holds its slice of each.
 
     Raises:
         UlyssesError: If S < P.
@@ -39,6 +41,8 @@ class SequenceLayout:
     valid: tuple[Runs, ...] | None = None
     num_padding: int = 0
     uncached: tuple[Runs, ...] | None = None
+    beside: tuple[tuple[int, ...], ...] = ()
+    parts: tuple[SequenceLayout, ...] = ()
 
     def __post_init__(self) -> None:
         if self.seq_len < self.sp_size:
@@ -46,6 +50,12 @@ class SequenceLayout:
                 f"a batch of {self.seq_len} tokens per row for sp_size={self.sp_size}",
                 "at least one token for each rank",
                 "use longer sequences (pack short ones together) or a smaller sp_size",
+            )
+        if self.beside and shares_apart(self.seq_len, self.sp_size, self.beside) is None:
+            raise UlyssesError(
+                f"a sequence of {self.seq_len} tokens beside one of {sum(self.beside[0])} for sp_size={self.sp_size}",
+                "lengths of which each rank gets different shares",
+                "pad one of them further, or use a smaller sp_size",
             )
 
     @property
@@ -55,8 +65,11 @@ class SequenceLayout:
 
     @cached_property
     def shares(self) -> tuple[int, ...]:
-        """Tokens per rank, S_r. They differ by at most one."""
-        return even_shares(self.seq_len, self.sp_size)
+        """Tokens per rank, S_r. They differ by at most one, except `beside` another sequence of nearly the same S."""
+        if self.parts:
+            return tuple(map(sum, zip(*(part.shares for part in self.parts), strict=True)))
+        apart = shares_apart(self.seq_len, self.sp_size, self.beside) if self.beside else None
+        return apart or even_shares(self.seq_len, self.sp_size)
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
@@ -67,6 +80,28 @@ class SequenceLayout:
     def spans(self) -> tuple[slice, ...]:
         """For each rank its tokens as a Python slice of the whole sequence."""
         return tuple(slice(begin, begin + share) for begin, share in zip(self.starts, self.shares, strict=True))
+
+    @classmethod
+    def of_both(cls, *parts: SequenceLayout) -> SequenceLayout:
+        """The geometry of sequences that stand one after the other."""
+        return cls(sum(part.seq_len for part in parts), parts[0].sp_size, parts=parts)
+
+    def runs_of(self, rank: int) -> Runs:
+        """The runs of tokens that a rank holds, counted in the whole sequence."""
+        if not self.parts:
+            span = self.spans[rank]
+            return ((span.start, span.stop),)
+        begins = starts(tuple(part.seq_len for part in self.parts))
+        return tuple(
+            (begin + part.spans[rank].start, begin + part.spans[rank].stop)
+            for begin, part in zip(begins, self.parts, strict=True)
+        )
+
+    @property
+    def order(self) -> list[int]:
+        """The tokens in the order in which attention has them after the exchange: those of the first rank first."""
+        runs = (run for rank in range(self.sp_size) for run in self.runs_of(rank))
+        return [token for begin, end in runs for token in range(begin, end)]
 
 
 def runs_from_starts(begins: list[int], seq_len: int) -> Runs:

@@ -21,6 +21,8 @@ class MaskSpec:
         ahead: With ``window`` and without ``causal``, query i sees only keys up to i + ahead.
         chunk: A query sees only keys of its own chunk of so many tokens. Chunks are counted from the start of the
             document, after the left padding of the row.
+        is_other: Whether keys are those of another sequence than the queries, with a length of its own. They have
+            neither order nor documents.
     """
 
     causal: bool
@@ -30,6 +32,7 @@ class MaskSpec:
     num_padding: int = 0
     ahead: int | None = None
     chunk: int | None = None
+    is_other: bool = False
 
     def __post_init__(self) -> None:
         if self.window is not None and not self.causal and self.ahead is None:

@@ -7,16 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.geometry.joint import ONLY_OUTPUT, PADDED, Halo, Joined, Joint
 
 # Name or index of an input -> the dimension that carries the sequence; None for the only one of the right length.
 Dims = Mapping[str, int | None]
-# Stands for an output that is one tensor and therefore has no index or key.
-ONLY_OUTPUT = ""
 
 
 @dataclass(frozen=True)
 class SequencePlan:
-    """Where a model is split along the sequence, and where it is joined.
+    """Where a model is split along the sequence, where it is joined, and what inside runs on more than its slice.
 
     Submodules are named by patterns. A pattern consists of parts between dots, and each part may hold ``*`` and ``?``.
     Patterns are relative to a model anywhere below the LightningModule: ``transformer.h.*`` matches
@@ -25,13 +24,20 @@ class SequencePlan:
     Attributes:
         split: For each submodule the inputs that carry the sequence, by parameter name or position, with their
             dimension. The first of these submodules to be called begins the region in which each rank holds its slice.
-            A dimension of ``None`` stands for the only one that is as long as the sequence.
+            A dimension of ``None`` stands for the only one that is as long as the sequence. Empty where the batch is
+            cut, and only `joints` are said.
         join: For each submodule the outputs that carry the sequence, by index or key, with their dimension. ``""``
             stands for an output that is one tensor. The region ends there. Without ``join``, it ends with the step.
         local: Submodules inside a region whose attention is plain, because its keys are whole on every rank. An example
             is cross-attention to a text.
         whole: Keys of the batch (or indices of a tuple, as strings) that every rank gets whole. With ``join``, every
             rank gets the whole batch.
+        cross: For each submodule the inputs that carry another sequence, of a length of its own, such as what an
+            encoder returns. They are cut as well, and attention exchanges heads of keys and values cut so.
+        both: For each submodule the inputs that belong to both sequences, such as positions of a text and an image
+            that attend to each other: one tensor as long as both, or one for each.
+        cross_first: Whether those of ``cross`` stand before those of ``split`` where attention joins both.
+        joints: Submodules inside a region in which tokens meet outside of attention, with how each of them runs.
         is_family: Whether the plan fits several models. Patterns and inputs that a model lacks are then ignored.
         is_absolute: Whether patterns are relative to the LightningModule itself.
         is_divided: Whether what follows the join sees whole sequences and computes slices of them; see `divided`.
@@ -41,13 +47,19 @@ class SequencePlan:
     join: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     local: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
+    cross: Mapping[str, Dims] = field(default_factory=dict)
+    both: Mapping[str, Dims] = field(default_factory=dict)
+    cross_first: bool = True
+    joints: Mapping[str, Joint] = field(default_factory=dict)
     is_family: bool = False
     is_absolute: bool = False
     is_divided: bool = False
 
     def __post_init__(self) -> None:
-        if not self.split:
+        if not self.split and not self.joints:
             raise _error("nothing to split", "name at least one submodule and its inputs under split")
+        if not self.split and (self.join or self.local or self.whole):
+            raise _error("nothing to split", "drop join, local and keys under whole: the batch is cut")
         # With a join every rank gets the whole batch, so there is nothing to list.
         if self.join and self.whole:
             raise _error(
@@ -55,7 +67,7 @@ class SequencePlan:
             )
         if self.is_divided and not self.join:
             raise _error("divided and no join", "drop divided: nothing is joined that could stay divided")
-        if not self.join and not self.whole:
+        if self.split and not self.join and not self.whole:
             raise _error(
                 "neither join nor whole, so that the model would get a batch that is cut already",
                 "join the output, or name the model's inputs under whole and take the loss of each rank's slice",
@@ -83,9 +95,11 @@ SHIPPED: dict[str, SequencePlan] = {
     ),
 }
 
+_KEYS = {"split", "cross", "both", "cross_first", "join", "local", "whole", "halo", "divided"}
 _FORM = (
-    "{'split': {submodule: {input: dim}}, 'join': {submodule: dim}, 'local': [submodule], 'whole': [batch key], "
-    "'divided': bool}"
+    "{'split': {submodule: {input: dim}}, 'cross': {submodule: {input: dim}}, 'both': {submodule: {input: dim}}, "
+    "'cross_first': bool, 'join': {submodule: dim}, 'local': [submodule], 'whole': [batch key] or "
+    "{submodule: {input: dim}}, 'halo': {submodule: dim}, 'divided': bool}"
 )
 
 
@@ -98,7 +112,9 @@ def read_plan(plan: str | Mapping[str, Any] | SequencePlan | None) -> SequencePl
 
     Args:
         plan: None, the name of a shipped plan, or a mapping with ``split`` and ``join``, ``local`` or ``whole``, such
-            as one from YAML.
+            as one from YAML. ``whole`` is a list of keys of the batch, or a mapping: from submodules that run on the
+            joined sequence to their inputs, and from keys of the batch to None. ``halo`` names convolutions and
+            poolings of stride 1 with the dimension of the sequence.
 
     Raises:
         UlyssesError: If it is none of these, or contradicts itself.
@@ -111,16 +127,50 @@ def read_plan(plan: str | Mapping[str, Any] | SequencePlan | None) -> SequencePl
         return SHIPPED[plan]
     if not isinstance(plan, Mapping):
         raise _error(f"the value {plan!r}", "write a mapping")
-    unknown = sorted(set(map(str, plan)) - {"split", "join", "local", "whole", "divided"})
+    unknown = sorted(set(map(str, plan)) - _KEYS)
     if unknown:
         raise _error(f"the keys {unknown}", f"drop or rename {unknown[0]!r}")
     return SequencePlan(
         split={name: _dims("split", name, dims) for name, dims in _mapping("split", plan.get("split")).items()},
         join={name: _outputs(name, dims) for name, dims in _mapping("join", plan.get("join")).items()},
         local=_names("local", plan.get("local")),
-        whole=_names("whole", plan.get("whole")),
+        whole=_batch_keys(plan.get("whole")),
+        cross={name: _dims("cross", name, dims) for name, dims in _mapping("cross", plan.get("cross")).items()},
+        both={name: _dims("both", name, dims) for name, dims in _mapping("both", plan.get("both")).items()},
+        cross_first=_flag("cross_first", plan.get("cross_first", True)),
+        joints=_joints(plan.get("whole"), plan.get("halo")),
         is_divided=_flag("divided", plan.get("divided", False)),
     )
+
+
+def _batch_keys(value: Any) -> tuple[str, ...]:
+    if isinstance(value, Mapping):
+        return tuple(str(name) for name, dims in value.items() if dims is None)
+    return _names("whole", value)
+
+
+def _joints(whole: Any, halo: Any) -> dict[str, Joint]:
+    joined = whole if isinstance(whole, Mapping) else {}
+    found: dict[str, Joint] = {str(name): _joined(str(name), dims) for name, dims in joined.items() if dims is not None}
+    return {**found, **{name: _halo(name, value) for name, value in _mapping("halo", halo).items()}}
+
+
+def _joined(name: str, value: Any) -> Joined:
+    if isinstance(value, Mapping) and set(value) == {"inputs", "outputs"}:
+        outputs = value["outputs"]
+        given = {ONLY_OUTPUT: outputs} if type(outputs) is int else _dims("whole", name, outputs)
+        return Joined(_dims("whole", name, value["inputs"]), given)
+    return Joined(_dims("whole", name, value))
+
+
+def _halo(name: str, value: Any) -> Halo:
+    given = value if isinstance(value, Mapping) else {"dim": value}
+    if type(given.get("dim")) is not int or set(given) - {"dim", "padded"}:
+        raise _error(f"halo[{name!r}]={value!r}", "give the dimension of the sequence, such as 2 for (B, C, S)")
+    padded = given.get("padded", "before")
+    if padded not in PADDED:
+        raise _error(f"padded={padded!r} in halo[{name!r}]", f"write one of {list(PADDED)}")
+    return Halo(given["dim"], padded)
 
 
 def _mapping(key: str, value: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from lightning_ulysses.divided import aware, touched
 from lightning_ulysses.interceptors import (
     flash_attn,
     highest_position,
+    mixers,
     torch_draws,
     torch_flex,
     torch_multihead,
@@ -65,8 +66,9 @@ def _install(handle: Handle, context: SequenceContext, module: nn.Module, zero_s
     handle.add(flash_attn.install(context, module).remove)
     handle.add(xformers.install(context, module).remove)
     handle.add(torch_flex.install(context, module).remove)
-    if context.plan is not None:
-        handle.add(regions.install(context, module, context.plan).remove)
+    handle.add(mixers.install(context, module).remove)
+    if context.chosen is not None:
+        handle.add(regions.install(context, module, context.chosen).remove)
     # If the module contains a transformers model, the package has been imported. Otherwise it is not needed.
     if "transformers.modeling_utils" in sys.modules:
         from lightning_ulysses.interceptors.transformers import attention

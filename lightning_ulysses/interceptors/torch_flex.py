@@ -1,8 +1,8 @@
 """Intercepts ``torch.nn.attention.flex_attention.flex_attention``, including compiled copies of it.
 
 Its score and mask functions get indices of heads and positions. After the exchange each rank has the whole sequence, so
-positions are right. Head indices are shifted by the first head of this rank. A `BlockMask` must cover the whole
-sequence.
+positions are right; where it has a run of the queries, theirs are shifted. Head indices are shifted by the first head
+of this rank. A `BlockMask` must cover the whole sequence.
 
 Source: torch ``nn/attention/flex_attention.py``.
 """
@@ -49,22 +49,26 @@ def _check_block_mask(block_mask: BlockMask | None, num_heads: int, layout: Sequ
         )
 
 
-def _shifted(mod: Mod, first: int, heads_at: int) -> Mod:
-    """``mod`` with ``first`` added to its argument number ``heads_at``, the index of the head."""
+def _shifted(mod: Mod, first_head: int, first_query: int, heads_at: int) -> Mod:
+    """``mod`` with numbers added to its argument number ``heads_at``, the index of the head, and the query after it."""
 
     def shifted(*args: Tensor) -> Tensor:
-        return mod(*args[:heads_at], args[heads_at] + first, *args[heads_at + 1 :])
+        head, query = args[heads_at] + first_head, args[heads_at + 1] + first_query
+        return mod(*args[:heads_at], head, query, *args[heads_at + 2 :])
 
     return shifted
 
 
-def _of_heads(block_mask: BlockMask, heads: slice) -> BlockMask:
-    """The part of a mask for some of the query heads."""
+def _part_of(block_mask: BlockMask, heads: slice, first: int, last: int) -> BlockMask:
+    """The part of a mask for some of the query heads and for queries ``first:last``, both at edges of blocks."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    # A mask with one head is for all heads.
+    size = block_mask.BLOCK_SIZE[0]
+    rows = slice(first // size, -(-last // size))
+
+    # A mask with one head is for all heads. (B, H | 1, blocks of queries, ...) -> (B, H_r | 1, blocks, ...)
     def cut(tensor: Tensor | None) -> Any:
-        return tensor if tensor is None or tensor.shape[1] == 1 else tensor[:, heads]
+        return tensor if tensor is None else (tensor if tensor.shape[1] == 1 else tensor[:, heads])[:, :, rows]
 
     return BlockMask.from_kv_blocks(
         cut(block_mask.kv_num_blocks),
@@ -72,8 +76,8 @@ def _of_heads(block_mask: BlockMask, heads: slice) -> BlockMask:
         cut(block_mask.full_kv_num_blocks),
         cut(block_mask.full_kv_indices),
         BLOCK_SIZE=block_mask.BLOCK_SIZE,
-        mask_mod=_shifted(block_mask.mask_mod, heads.start, 1),
-        seq_lengths=block_mask.seq_lengths,
+        mask_mod=_shifted(block_mask.mask_mod, heads.start, first, 1),
+        seq_lengths=(last - first, block_mask.seq_lengths[1]),
         compute_q_blocks=block_mask.q_indices is not None,
     )
 
@@ -104,24 +108,52 @@ class Flex:
         """See `attention.call.Meaning`."""
         return self
 
+    @property
+    def grows(self) -> bool:
+        """See `attention.call.Meaning`; a mask function does not tell."""
+        return False
+
     def attend(
-        self, q: Tensor, k: Tensor, v: Tensor, heads: slice, kv_index: tuple[int, ...] | None, mesh: SequenceMesh
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        heads: slice,
+        kv_index: tuple[int, ...] | None,
+        mesh: SequenceMesh,
+        first: int,
     ) -> Tensor:
         """See `attention.call.Meaning`."""
+        real, total = self.layout.real_len, q.shape[2]
         # Without the padding that this package added, which the mask does not cover.
-        q, k, v = (t[:, :, : self.layout.real_len] for t in (q, k, v))
+        q, k, v = q[:, :, : max(real - first, 0)], k[:, :, :real], v[:, :, :real]
         # Fused kernels need groups of equal size, and the size must be a power of two. Otherwise heads are copied.
         if kv_index is None and (ratio := q.shape[1] // k.shape[1]) & (ratio - 1):
             kv_index = tuple(head // ratio for head in range(q.shape[1]))
         if kv_index is not None:
             k, v = heads_of(k, kv_index), heads_of(v, kv_index)
-        # A score function gets (score, batch, head, ...), a mask function (batch, head, ...).
-        score = None if self.score_mod is None else _shifted(self.score_mod, heads.start, 2)
-        mask = None if self.block_mask is None else _of_heads(self.block_mask, heads)
+        if q.shape[2]:
+            out = self._run(q, k, v, heads, first)
+        else:
+            # (B, H_r, 0, D) -> (B, H_r, 0, D_v), of the graph of q
+            out = q.sum(dim=-1, keepdim=True).expand(-1, -1, -1, v.shape[3])
+        # (B, H_r, queries that are no padding, D_v) -> (B, H_r, S_q, D_v)
+        return nn.functional.pad(out, (0, 0, 0, total - out.shape[2]))
+
+    def _run(self, q: Tensor, k: Tensor, v: Tensor, heads: slice, first: int) -> Tensor:
+        """The user's function for the run of queries (B, H_r, S_q, D) that begins at ``first``."""
+        # Blocks of a mask begin at multiples of their size: other queries fill those at the edges.
+        size = 1 if self.block_mask is None else self.block_mask.BLOCK_SIZE[0]
+        before, length = first % size, q.shape[2]
+        begin, end = first - before, min(-(-(first + length) // size) * size, k.shape[2])
+        if end - begin > length:
+            q = nn.functional.pad(q, (0, 0, before, end - first - length))
+        # A score function gets (score, batch, head, query, ...), a mask function (batch, head, query, ...).
+        score = None if self.score_mod is None else _shifted(self.score_mod, heads.start, begin, 2)
+        mask = None if self.block_mask is None else _part_of(self.block_mask, heads, begin, end)
         is_grouped = q.shape[1] != k.shape[1]
         out: Tensor = self.original(q, k, v, score, mask, enable_gqa=is_grouped, **self.settings)
-        # (B, H_r, S without padding, D_v) -> (B, H_r, S, D_v)
-        return nn.functional.pad(out, (0, 0, 0, self.layout.num_padding))
+        return out[:, :, before : before + length]
 
 
 def _wrap(context: SequenceContext, original: Callable[..., Any]) -> Callable[..., Any]:

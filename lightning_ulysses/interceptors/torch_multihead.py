@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ulysses.attention.call_mask import BiasTable, local_mask_error, whole_keys
+from lightning_ulysses.attention.call_mask import BiasTable, covers_sequence, local_mask_error, whole_keys
 from lightning_ulysses.context import LocalBatch, SequenceContext
-from lightning_ulysses.geometry.layout import SequenceLayout
 from lightning_ulysses.patching.handle import Handle
 
 _MASKS = ("attn_mask", "key_padding_mask")
@@ -45,7 +44,7 @@ def install(context: SequenceContext) -> Handle:
         call = signature.bind(*args, **kwargs)
         call.arguments["need_weights"] = False
         if batch is not None:
-            _stand_in(batch, context.share, call.arguments)
+            _stand_in(batch, context.mesh.sp_rank, call.arguments)
         return original(*call.args, **call.kwargs)
 
     handle = Handle()
@@ -57,36 +56,39 @@ def install(context: SequenceContext) -> Handle:
     return handle
 
 
-def _stand_in(batch: LocalBatch, share: int, arguments: dict[str, Any]) -> None:
-    """Replaces the masks of self-attention by one of the shape that the function expects of a slice."""
+def _stand_in(batch: LocalBatch, rank: int, arguments: dict[str, Any]) -> None:
+    """Replaces the masks of an exchanged call by one of the shape that the function expects of a slice."""
     query, key, mask, padded = (arguments.get(name) for name in ("query", "key", *_MASKS))
     if mask is None and padded is None:
         return
     # Queries (S_r, B, E) and keys of a slice.
-    if not isinstance(query, Tensor) or query.dim() != 3 or not isinstance(key, Tensor) or len(key) != share:
+    if not isinstance(query, Tensor) or query.dim() != 3 or not isinstance(key, Tensor):
         return
-    # (S_r, S_r) in the memory of one element, which the function passes on as it is.
-    stand_in = query.new_zeros(()).expand(share, share)
+    seen = batch.across(len(query), len(key), rank)
+    if len(key) != seen.key_layout.shares[rank]:
+        return
+    # (S_r, S_k) in the memory of one element, which the function passes on as it is.
+    stand_in = query.new_zeros(()).expand(len(query), len(key))
     # With the hint alone, the function drops the mask.
     if not arguments.get("is_causal") or padded is not None:
-        batch.notes.of(BiasTable)[stand_in] = _whole(batch.layout, mask, padded, query, arguments["num_heads"])
+        batch.notes.of(BiasTable)[stand_in] = _whole(seen, mask, padded, query, arguments["num_heads"])
         arguments["is_causal"] = False
     arguments |= {"attn_mask": stand_in, "key_padding_mask": None}
 
 
-def _whole(layout: SequenceLayout, mask: Tensor | None, padded: Tensor | None, query: Tensor, heads: int) -> Tensor:
-    """(B | 1, H | 1, S | 1, S): a bool that is True where a query sees a key, or floats that are added to scores."""
+def _whole(batch: LocalBatch, mask: Tensor | None, padded: Tensor | None, query: Tensor, heads: int) -> Tensor:
+    """(B | 1, H | 1, S_q | 1, S): a bool that is True where a query sees a key, or floats that are added to scores."""
     parts = []
     if mask is not None:
-        # (S, S) or (B * H, S, S)
-        if mask.shape[-2:] != (layout.real_len, layout.real_len):
-            raise local_mask_error(mask, layout)
-        # (B * H, S, S) -> (B, H, S, S), or (S, S) -> (1, 1, S, S)
+        # (S_q, S) or (B * H, S_q, S)
+        if not covers_sequence(mask, batch):
+            raise local_mask_error(mask, batch)
+        # (B * H, S_q, S) -> (B, H, S_q, S), or (S_q, S) -> (1, 1, S_q, S)
         parts.append(mask.unflatten(0, (-1, heads)) if mask.dim() == 3 else mask[None, None])
     if padded is not None:
-        keys = whole_keys(padded, layout)
+        keys = whole_keys(padded, batch.key_layout)
         if keys is None:
-            raise local_mask_error(padded, layout)
+            raise local_mask_error(padded, batch)
         # (B, S) -> (B, 1, 1, S)
         parts.append(keys[:, None, None])
     # Here True hides a key, unlike in scaled_dot_product_attention.

@@ -5,6 +5,7 @@ Which weights are right is no belief either: the trial of the step compares what
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -113,6 +114,7 @@ class LoggedValues:
         self._mesh = mesh
         self._device = device
         self.of_kinds: dict[str, LogRules] = {}
+        self._told: set[str] = set()
 
     @contextmanager
     def exchanged(
@@ -127,8 +129,8 @@ class LoggedValues:
             totals: Targets of the group's batch.
             settled: The tensor that holds the targets, if it is known.
         """
-        known, original = self.of_kinds.get(kind, LogRules()), getattr(module, "log", None)
-        if not known.rules or original is None or self._mesh.sp_group is None:
+        known, original = self.of_kinds.get(kind), getattr(module, "log", None)
+        if known is None or original is None or self._mesh.sp_group is None:
             yield
             return
         held: dict[str, tuple[Any, tuple[Any, ...], dict[str, Any]]] = {}
@@ -138,6 +140,8 @@ class LoggedValues:
             if name in known.rules and is_number(value):
                 held[name] = (value, args, kwargs)
             else:
+                if is_number(value) and name not in (*known.unknown, *self._told):
+                    self._tell(name, type(module).__name__)
                 original(name, value, *args, **kwargs)
 
         own = vars(module).get("log")
@@ -148,10 +152,22 @@ class LoggedValues:
             del vars(module)["log"]
             if own is not None:
                 vars(module)["log"] = own
+        if not known.rules:
+            return
         given = {name: value for name, (value, _, _) in held.items()}
         values = self._exchange(known, given, local, totals, settled)
         for name, (_, args, kwargs) in held.items():
             original(name, values[name], *args, **kwargs)
+
+    def _tell(self, name: str, module: str) -> None:
+        self._told.add(name)
+        if self._mesh.rank == 0:
+            warnings.warn(
+                f"{module} logs {name!r} where a trial of the step did not come, such as after the backward of manual "
+                "optimization: each rank logs that of its slice. Log it before; split='blocks' in the strategy logs "
+                "that of the whole sequence.",
+                stacklevel=4,
+            )
 
     def _exchange(
         self,

@@ -20,6 +20,7 @@ from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.memory.blocks import already
 from lightning_ulysses.memory.offload import HostOffload
 from lightning_ulysses.memory.replaced import Replaced
+from lightning_ulysses.notes import is_plain
 from lightning_ulysses.patching.handle import Handle
 from lightning_ulysses.patching.outside_graphs import eager
 
@@ -134,8 +135,8 @@ class _Arguments:
 
     def _lift_tensor(self, value: Tensor) -> Any:
         # A subclass stands for something else, such as a sequence that is divided over ranks.
-        self.is_plain &= type(value) in (Tensor, nn.Parameter)
-        if type(value) is not Tensor:
+        self.is_plain &= is_plain(value)
+        if not is_plain(value) or isinstance(value, nn.Parameter):
             return value
         self._device = value if self._device is None else self._device
         if not value.requires_grad:

@@ -7,15 +7,23 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_ulysses.config import MemoryConfig
 from lightning_ulysses.context import SequenceContext
 from lightning_ulysses.memory.replaced import Replaced
 from lightning_ulysses.memory.trying import check_ready, is_watched, try_rows
+from lightning_ulysses.notes import is_plain
 from lightning_ulysses.patching.handle import Handle
 
 Step = Callable[[Tensor], Tensor]
+#: Width and type of logits, by whether the module trains, the type of hidden states, and mixed precision.
+KnownLogits = dict[Any, tuple[int, torch.dtype]]
+
+
+def _has_rows(hidden: Any) -> bool:
+    return hidden.dim() > 1 and hidden.numel() > 0 and hidden.is_floating_point()
 
 
 class Head:
@@ -28,6 +36,7 @@ class Head:
         config: Sizes of tiles.
         defer: Makes the logits that stand for those of hidden states (..., D), of a width and a type.
         forget: Called after the module was tried, for whoever keeps count of the module calls of a step.
+        known: Of the logits, where it was tried before.
     """
 
     def __init__(
@@ -38,6 +47,7 @@ class Head:
         config: MemoryConfig,
         defer: Callable[[Head, Tensor, int, torch.dtype], Any],
         forget: Callable[[], None] | None = None,
+        known: KnownLogits | None = None,
     ) -> None:
         self.name = name
         self.config = config
@@ -50,8 +60,7 @@ class Head:
         self._call: Callable[..., Any] = module._call_impl
         self._plain: Callable[..., Any] = module.forward
         self._work: Callable[[Tensor], Any] | None = None
-        # Width and type of logits, by whether the module trains, the type of hidden states, and mixed precision.
-        self._logits: dict[Any, tuple[int, torch.dtype]] = {}
+        self._logits: KnownLogits = {} if known is None else known
 
     def install(self) -> Handle:
         """Has calls of the module return deferred logits, before any hook of the module runs."""
@@ -112,19 +121,29 @@ class Head:
     def _called(self, *args: Any, **kwargs: Any) -> Any:
         hidden = args[0] if len(args) == 1 and not kwargs else None
         place = self._context.place
-        is_plain = type(hidden) is Tensor and hidden.dim() > 1 and hidden.numel() > 0 and hidden.is_floating_point()
+        has_rows = is_plain(hidden) and not isinstance(hidden, nn.Parameter) and _has_rows(hidden)
         # Without gradients in training, a reentrant checkpoint runs the forward, whose outputs must be real.
         is_graph = torch.is_grad_enabled() or not self._module.training
-        if not is_plain or not is_graph or place.takes_calls or place.batch is None:
+        if not has_rows or not is_graph or place.takes_calls or place.batch is None:
             return self._call(*args, **kwargs)
         assert isinstance(hidden, Tensor)
         if is_watched(self._module):
             self.note("a hook of the module")
             return self._call(hidden)
+        return self.deferred(hidden)
+
+    def deferred(self, hidden: Tensor) -> Any:
+        """Stands for the logits of hidden states (..., D)."""
         return self._defer(self, hidden, *self._known(hidden))
 
     def _known(self, hidden: Tensor) -> tuple[int, torch.dtype]:
-        """Width and type of the logits of ``hidden``, tried on a few tokens at first."""
+        """Width and type of the logits of ``hidden``; tried on a few tokens at first, unless it is a linear layer."""
+        weight: Any = getattr(self._module, "weight", None)
+        if getattr(self._plain, "__func__", None) is nn.Linear.forward and type(self._module) is nn.Linear:
+            with torch.no_grad():
+                # ZeRO-3 may have the weight elsewhere.
+                logits = F.linear(hidden.new_empty(1, 1), weight.new_empty(1, 1))
+            return self._module.out_features, logits.dtype
         kind = hidden.device.type
         cast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         key = (self._module.training, hidden.dtype, *cast)

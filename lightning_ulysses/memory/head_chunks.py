@@ -32,12 +32,12 @@ def cut_heads(context: SequenceContext, root: nn.Module, config: MemoryConfig) -
         UlyssesError: If no model below ``root`` has so many heads. Others are refused at the call.
     """
     handle = Handle()
-    sp_size, most = context.mesh.sp_size, max(_query_heads(root), default=0)
-    if sp_size == 1:
+    most = max(_query_heads(root), default=0)
+    if context.mesh.sp_size == 1:
         return handle
-    # P > H has an error of its own.
-    if most >= sp_size and config.head_chunks != "auto" and config.head_chunks > most // sp_size:
-        raise too_many_chunks(config.head_chunks, most, sp_size)
+    ranks = context.mesh.head_ranks(most) if most else 1
+    if most and config.head_chunks != "auto" and config.head_chunks > most // ranks:
+        raise too_many_chunks(config.head_chunks, most, ranks)
     chunks = context.notes.of(HeadChunks)
     chunks.count, chunks.overlaps = config.head_chunks, config.overlap
 

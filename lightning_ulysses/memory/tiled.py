@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,9 +13,11 @@ from torch.autograd.function import once_differentiable
 from lightning_ulysses.config import MemoryConfig
 from lightning_ulysses.context import SequenceContext
 from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.memory.exact_sums import ExactSums
 from lightning_ulysses.memory.replaced import Replaced
 from lightning_ulysses.memory.tiles import Conditions, GradientSums, aliased, as_call, rows_of, spans
 from lightning_ulysses.memory.trying import check_ready, try_rows
+from lightning_ulysses.notes import is_plain
 from lightning_ulysses.patching.handle import Handle
 from lightning_ulysses.patching.outside_graphs import eager
 
@@ -64,12 +67,16 @@ class _Anchor(torch.autograd.Function):
         sums = GradientSums(work.parameters)
         for begin, end in work.tiles:
             tile = rows[begin:end].detach().requires_grad_(needs_x)
-            with aliased(work.module, work.parameters) as own_parameters, torch.enable_grad():
+            with (
+                aliased(work.module, work.parameters) as own,
+                torch.enable_grad(),
+                ExactSums(sums, own),
+            ):
                 output = work(tile)
-            wanted = [tile, *own_parameters] if needs_x else own_parameters
+            wanted = [tile, *own] if needs_x else own
             found = list(torch.autograd.grad(output, wanted, upstream[begin:end], allow_unused=True))
-            if of_rows is not None and (own := found.pop(0)) is not None:
-                of_rows[begin:end] = own
+            if of_rows is not None and (part := found.pop(0)) is not None:
+                of_rows[begin:end] = part
             sums.add(found)
         return None, None if of_rows is None else of_rows.view_as(x), *sums.result()
 
@@ -124,6 +131,10 @@ def run_tiles(module: nn.Module, call: Callable[[Tensor], Tensor], x: Tensor, si
     return output
 
 
+def _with(plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], rows: Tensor) -> Any:
+    return plain(rows, *args, **kwargs)
+
+
 class TiledModule:
     """The forward of one module, tile by tile.
 
@@ -156,16 +167,15 @@ class TiledModule:
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else None
         # A subclass stands for something else, such as a sequence that is divided over ranks.
-        is_plain = isinstance(x, Tensor) and type(x) in (Tensor, nn.Parameter) and x.dim() > 1 and x.numel() > 0
-        if not is_plain or self._context.place.takes_calls:
+        has_rows = isinstance(x, Tensor) and is_plain(x) and x.dim() > 1 and x.numel() > 0
+        if not has_rows or self._context.place.takes_calls:
             return self._plain(*args, **kwargs)
         assert isinstance(x, Tensor)
         self._check_arguments(args[1:], kwargs)
         check_ready(self._part, self._name, self._module)
 
-        def call(rows: Tensor) -> Any:
-            return self._plain(rows, *args[1:], **kwargs)
-
+        # Without the tokens: the graph holds it, and a checkpoint around the module must be able to let them go.
+        call = partial(_with, self._plain, args[1:], kwargs)
         size = self._size(call, x)
         if rows_of(x) <= size:
             return self._plain(*args, **kwargs)

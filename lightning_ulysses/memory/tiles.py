@@ -125,6 +125,11 @@ class GradientSums:
         self._parameters = parameters
         self._sums: list[Tensor | None] = [None] * len(parameters)
 
+    def add_to(self, index: int, gradient: Tensor) -> None:
+        """Adds a gradient of one parameter, which nobody else holds."""
+        total = self._sums[index]
+        self._sums[index] = gradient if total is None else total.add_(gradient)
+
     def add(self, gradients: Sequence[Tensor | None]) -> None:
         """Adds what one tile gives, in the order of the parameters."""
         for index, gradient in enumerate(gradients):
@@ -133,9 +138,16 @@ class GradientSums:
             total = self._sums[index]
             if total is None:
                 # A copy: autograd may hand out one tensor twice.
-                self._sums[index] = gradient.to(_precise(gradient.dtype), copy=True)
+                self._sums[index] = gradient.to(precise(gradient.dtype), copy=True)
             else:
                 total.add_(gradient)
+
+    def unrounded(self) -> list[Tensor]:
+        """The sums, zeros for a parameter that no tile used."""
+        return [
+            torch.zeros_like(parameter, dtype=precise(parameter.dtype)) if total is None else total
+            for total, parameter in zip(self._sums, self._parameters, strict=True)
+        ]
 
     def result(self, fills: bool = False) -> list[Tensor | None]:
         """The sums, each in the type of its parameter.
@@ -149,5 +161,6 @@ class GradientSums:
         ]
 
 
-def _precise(dtype: torch.dtype) -> torch.dtype:
+def precise(dtype: torch.dtype) -> torch.dtype:
+    """The type in which values of a type are summed."""
     return torch.float32 if dtype.itemsize < 4 else dtype

@@ -67,17 +67,13 @@ def try_rows(part: str, name: str, module: nn.Module, call: Callable[[Tensor], A
     """
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(sum(_TILES), x.shape[-1], generator=generator).to(x.device, x.dtype)
-    kept, parameters = _Kept(module), [each for each in module.parameters() if each.requires_grad]
+    parameters = [each for each in module.parameters() if each.requires_grad]
     own: list[Tensor] = []
     with _unchanged(module) as changes:
         try:
             # Parameters that are reached by another way than their module get no gradient of a tile.
-            with (
-                aliased(module, parameters) as own,
-                torch.enable_grad(),
-                torch.autograd.graph.saved_tensors_hooks(kept.pack, _same),
-            ):
-                whole = call(as_call(rows.clone().requires_grad_(), x.dim()))
+            with aliased(module, parameters) as own:
+                whole, kept = run_rows(module, call, as_call(rows, x.dim()))
             with torch.no_grad():
                 parts = [call(as_call(tile, x.dim())) for tile in rows.split(_TILES)] if _fits(whole, x) else []
         except UlyssesError:
@@ -87,7 +83,14 @@ def try_rows(part: str, name: str, module: nn.Module, call: Callable[[Tensor], A
     reason = _reason(own, whole, parts, changes, x)
     if reason is not None:
         raise _refused(part, name, module, reason)
-    return max(kept.bytes // len(rows), 1)
+    return max(kept // len(rows), 1)
+
+
+def run_rows(module: nn.Module, call: Callable[[Tensor], Any], rows: Tensor) -> tuple[Any, int]:
+    """What ``call`` gives for a copy of rows, and the bytes that it keeps for the backward, parameters left out."""
+    kept = _Kept(module)
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(kept.pack, _same):
+        return call(rows.clone().requires_grad_()), kept.bytes
 
 
 def _same(value: Any) -> Any:
@@ -131,15 +134,15 @@ class _Kept:
 
     def __init__(self, module: nn.Module) -> None:
         self.bytes = 0
-        self._seen = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+        self._seen = {parameter.untyped_storage()._cdata for parameter in module.parameters()}
         self._held: list[Tensor] = []
 
     def pack(self, tensor: Tensor) -> Tensor:
         # Another object: an output that its own graph holds is never freed, and the parameters with it.
         tensor = tensor.detach()
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
+        if storage._cdata not in self._seen:
+            self._seen.add(storage._cdata)
             self._held.append(tensor)
             self.bytes += storage.nbytes()
         return tensor

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from lightning_ulysses.regions.hooks import install
+from lightning_ulysses.regions.joints import joint_modules
 
-__all__ = ["install"]
+__all__ = ["install", "joint_modules"]

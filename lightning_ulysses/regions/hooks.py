@@ -13,13 +13,15 @@ from lightning_ulysses.context import LocalBatch, Place, SequenceContext
 from lightning_ulysses.divided import Divided, Division, joined
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.exchange.cut_and_join import cut, join
+from lightning_ulysses.geometry.joint import ONLY_OUTPUT
 from lightning_ulysses.geometry.layout import SequenceLayout
-from lightning_ulysses.geometry.split_plan import ONLY_OUTPUT, SequencePlan
+from lightning_ulysses.geometry.split_plan import SequencePlan
 from lightning_ulysses.patching.handle import Handle
 from lightning_ulysses.patching.outside_graphs import eager
-from lightning_ulysses.regions import recompute
+from lightning_ulysses.regions import joints, recompute
 from lightning_ulysses.regions.matching import Inputs, Matcher
 from lightning_ulysses.regions.notes import RegionSizes, RegionTally
+from lightning_ulysses.regions.others import OtherInputs, other_inputs
 from lightning_ulysses.regions.same_inputs import check_same_inputs
 
 # Regions of a run whose inputs are compared over the group; each comparison is a collective.
@@ -37,19 +39,24 @@ class Splitter:
         context: Tells what is split at this moment.
         name: Name of the submodule.
         inputs: The inputs to cut.
+        others: Inputs that carry other sequences.
     """
 
-    def __init__(self, context: SequenceContext, name: str, inputs: Inputs) -> None:
+    def __init__(self, context: SequenceContext, name: str, inputs: Inputs, others: OtherInputs) -> None:
         self._context = context
         self._name = name
         self._inputs = inputs
+        self._others = others
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The forward pre-hook."""
         context = self._context
         # What an earlier region left divided, such as the output of an encoder.
-        args, kwargs = joined(args), joined(kwargs)
+        others = self._others.get(args, kwargs)
+        args, kwargs = joined(self._others.put(args, kwargs, dict.fromkeys(others)))
         given = self._inputs.get(args, kwargs)
+        others |= self._others.as_long(given, others, self._inputs)
+        given = {key: value for key, value in given.items() if key not in others}
         leaves = {key: self._tensors(key, value) for key, value in given.items()}
         region = context.region
         if region is None:
@@ -57,6 +64,8 @@ class Splitter:
         # Inside a region, inputs that are slices already pass unchanged.
         new = {key: self._cut(key, value, leaves, region.layout) for key, value in given.items()}
         context.enter(region)
+        new |= self._others.cut(others, region, self._context.mesh.sp_rank, self._inputs)
+        new |= self._others.cut_both(args, kwargs, region, self._context.mesh.sp_rank)
         return self._inputs.put(args, kwargs, new)
 
     def _tensors(self, key: str, value: Any) -> list[Tensor]:
@@ -113,6 +122,7 @@ class Splitter:
             # Inputs as long as the batch have its documents and padding. Patches of an image, for example, do not.
             layout = running.layout if seq_len == length else SequenceLayout(seq_len, mesh.sp_size)
             region = LocalBatch(layout, rows=running.rows)
+            region.cross_first = context.plan is None or context.plan.cross_first
             # `predict` joins by this layout if the batch itself has no sequence.
             running.notes.of(RegionSizes).layout = layout
         tally = context.notes.of(RegionTally)
@@ -173,10 +183,14 @@ class Joiner:
             self._check_whole(output)
             return None
         # All outputs are checked before the first collective.
-        parts = {key: self._part(key, output) for key in self._dims}
+        parts = {key: self._part(key, output) for key in self._dims if self._is_there(key, output)}
         joined = {key: self._join(key, part, region.layout) for key, part in parts.items()}
         self._context.leave(region.layout)
         return self._rebuild(output, joined)
+
+    def _is_there(self, key: str, output: Any) -> bool:
+        """The last block may return nothing of one of two sequences."""
+        return not (len(self._dims) > 1 and isinstance(output, tuple) and key.isdigit() and output[int(key)] is None)
 
     def _part(self, key: str, output: Any) -> Tensor:
         try:
@@ -201,6 +215,10 @@ class Joiner:
 
     def _join(self, key: str, part: Tensor, layout: SequenceLayout) -> Tensor:
         mesh, dim = self._context.mesh, self._dims[key]
+        others = self._context.region.others if self._context.region is not None else ()
+        if -part.dim() <= dim < part.dim():
+            length = part.shape[dim]
+            layout = next((each for each in (layout, *others) if each.shares[mesh.sp_rank] == length), layout)
         share = layout.shares[mesh.sp_rank]
         if not -part.dim() <= dim < part.dim() or part.shape[dim] != share:
             raise self._refusal(part, f"this rank's share, {share}, along dimension {dim}")
@@ -264,7 +282,7 @@ def _in_steps(context: SequenceContext, plan: SequencePlan, hook: Callable[..., 
 
     def choose(*args: Any) -> Any:
         place = context.place
-        is_off = place.trial is not None or place.batch is None or context.plan is not plan
+        is_off = place.trial is not None or place.batch is None or context.chosen is not plan
         return None if is_off else outside(*args)
 
     return choose
@@ -291,8 +309,9 @@ def install(context: SequenceContext, root: nn.Module, plan: SequencePlan) -> Ha
         for name, module in matcher.find("split", pattern):
             # Several patterns may match one submodule. Their inputs are cut by one hook.
             inputs.setdefault(name, (module, {}))[1].update(dims)
+    others = other_inputs(matcher, plan, {name: module for name, (module, _) in inputs.items()})
     splitters = [
-        (module, Splitter(context, name, Inputs(name, module, dims, plan.is_family)))
+        (module, Splitter(context, name, Inputs(name, module, dims, plan.is_family), others[name]))
         for name, (module, dims) in inputs.items()
     ]
     joiners = [
@@ -304,6 +323,7 @@ def install(context: SequenceContext, root: nn.Module, plan: SequencePlan) -> Ha
     if plan.join and not joiners:
         raise matcher.nothing("join", list(plan.join))
     local = [module for pattern in plan.local for _, module in matcher.find("local", pattern)]
+    whole = joints.hooks_of(context, matcher, plan)
     for module, splitter in splitters:
         handle.add(module.register_forward_pre_hook(_in_steps(context, plan, splitter), with_kwargs=True).remove)
     for module, joiner in joiners:
@@ -313,5 +333,6 @@ def install(context: SequenceContext, root: nn.Module, plan: SequencePlan) -> Ha
         handle.add(module.register_forward_pre_hook(eager(hooks.enter)).remove)
         # `always_call`: attention must not stay plain after an exception.
         handle.add(module.register_forward_hook(eager(hooks.leave), always_call=True).remove)
+    joints.install(whole, handle)
     recompute.install(context, root, handle)
     return handle

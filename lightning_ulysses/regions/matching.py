@@ -19,12 +19,18 @@ _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 Parts = tuple[str, ...]
 
 
+def clean_name(name: str) -> str:
+    """The name of a submodule as plans write it."""
+    return ".".join(part for part in name.split(".") if part and part not in _WRAPPERS)
+
+
 def submodules(root: nn.Module) -> dict[Parts, nn.Module]:
     """Every submodule by the parts of its name. A wrapped module takes the place of its wrapper."""
     found: dict[Parts, nn.Module] = {}
     for name, module in root.named_modules():
         # The wrapped module has the same parts and comes later, so it overwrites the wrapper: it declares the inputs.
-        found[tuple(part for part in name.split(".") if part and part not in _WRAPPERS)] = module
+        clean = clean_name(name)
+        found[tuple(clean.split(".")) if clean else ()] = module
     return found
 
 
@@ -48,10 +54,11 @@ class Matcher:
         self._plan = plan
         self._submodules = submodules(root)
         # The first pattern finds the model. In a plan for several models, any pattern may.
-        first = list(plan.split) if plan.is_family else list(plan.split)[:1]
+        patterns = plan.split or plan.joints
+        first = list(patterns) if plan.is_family else list(patterns)[:1]
         self._prefixes: set[Parts] = {()} if plan.is_absolute else self._find_prefixes(first)
         if not self._prefixes:
-            raise self.nothing("split", first)
+            raise self.nothing("split" if plan.split else "whole or halo", first)
 
     def _find_prefixes(self, patterns: Iterable[str]) -> set[Parts]:
         prefixes = set()
@@ -112,12 +119,13 @@ class Inputs:
         module: The submodule.
         dims: The inputs, by parameter name or position, with the dimension of each.
         is_family: Whether inputs that the submodule lacks are ignored.
+        where: The part of the plan that names them.
 
     Raises:
         UlyssesError: If it has no such input.
     """
 
-    def __init__(self, name: str, module: nn.Module, dims: Dims, is_family: bool) -> None:
+    def __init__(self, name: str, module: nn.Module, dims: Dims, is_family: bool, where: str = "split") -> None:
         parameters = inspect.signature(module.forward).parameters.values()
         # With **kwargs any name may be an input, with *args any position.
         takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
@@ -133,9 +141,9 @@ class Inputs:
                 self.dims[self._positional[int(key)] if by_name else key] = dim
             elif not is_family:
                 raise UlyssesError(
-                    f"a plan that splits the input {key!r} of {name} ({type(module).__name__})",
+                    f"a plan whose {where} names the input {key!r} of {name} ({type(module).__name__})",
                     f"one of its inputs, {names}",
-                    f"change the name under split[{name!r}]",
+                    f"change the name under {where}[{name!r}]",
                 )
 
     def get(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,13 @@ class RegionTally:
 
 
 @dataclass
+class JointTally:
+    """A note on a run: the number of calls of submodules so far that ran on more than a slice."""
+
+    calls: int = 0
+
+
+@dataclass
 class RegionSizes:
     """A note on a batch: the layout of the last region in its step."""
 

@@ -127,7 +127,7 @@ class StepRecorder(pl.Callback):
 def split_trainer(run: SplitRun, callbacks: Sequence[pl.Callback] = ()) -> pl.Trainer:
     """A quiet Trainer for one of the processes of ``run``, on the CPU unless ``run.trainer`` says otherwise."""
     settings = {**QUIET, "accelerator": "cpu", "use_distributed_sampler": False, "max_epochs": 1, **run.trainer}
-    strategy = UlyssesDeepSpeedStrategy(sp_size=run.sp_size, **run.strategy)
+    strategy = UlyssesDeepSpeedStrategy(**{"sp_size": run.sp_size, **run.strategy})
     return pl.Trainer(devices=run.world_size, strategy=strategy, callbacks=list(callbacks), **settings)
 
 

@@ -303,3 +303,26 @@ def forget_world() -> None:
     Init.param_id = 0
     counter: Any = DeepSpeedZeRoOffload._register_deepspeed_module.__defaults__
     counter[0][0] = 0
+
+
+def gradient_norm(optimizer: Any) -> torch.Tensor:
+    """The 2-norm of the gradients that the next step will use, before clipping, () float; a collective.
+
+    It is that of ``zero/stage_1_and_2.py``, ``zero/stage3.py`` and ``bf16_optimizer.py``, each in its ``step``; -1 or
+    infinite for gradients that are not finite.
+    """
+    if hasattr(optimizer, "get_grads_for_norm"):
+        from deepspeed.runtime.utils import get_global_norm_of_tensors
+
+        norm = get_global_norm_of_tensors(
+            input_tensors=optimizer.get_grads_for_norm()[0], mpu=optimizer.mpu, norm_type=optimizer.norm_type
+        )
+        return torch.as_tensor(norm, dtype=torch.float32)
+    if hasattr(optimizer, "scaled_global_norm"):
+        norms = [optimizer.scaled_global_norm()]
+    else:
+        norms = optimizer._get_norm_groups()
+    stacked = torch.stack([torch.as_tensor(norm, dtype=torch.float32) for norm in norms])
+    # One group that is not finite must not look like one of norm 1.
+    whole = torch.linalg.vector_norm(stacked) if bool((stacked >= 0).all()) else stacked.min()
+    return whole / float(optimizer.loss_scale)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
+from typing import Any
 
 from torch import Tensor
 
@@ -20,3 +21,18 @@ def leaves_of(output: Tensor) -> Iterator[Tensor]:
         if isinstance(leaf, Tensor):
             yield leaf
         nodes += [following for following, _ in node.next_functions]
+
+
+def reached(output: Tensor, stops: Container[Any]) -> set[Any]:
+    """The nodes among ``stops`` that ``output`` depends on, without going on behind them."""
+    nodes, seen, found = [output.grad_fn], set(), set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node in stops:
+            found.add(node)
+        else:
+            nodes += [following for following, _ in node.next_functions]
+    return found

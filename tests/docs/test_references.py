@@ -41,7 +41,8 @@ def test_the_table_of_modules_is_complete() -> None:
     folders = {f"{folder.parent.name}/" for folder in package.glob("*/__init__.py")}
     modules = {file.name for file in package.glob("*.py")} - {"__init__.py"}
     assert rows == folders | modules, "say in CONTRIBUTING.md what each of them does"
-    assert len(modules) <= 8
+    # The strategies of the Trainer and of Fabric, and what both stand on.
+    assert len(modules) <= 9
 
 
 def test_registered_names_are_those_in_the_documents() -> None:

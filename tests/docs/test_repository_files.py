@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import yaml
@@ -14,12 +15,44 @@ from lightning_ulysses.cli.main import main
 MAKEFILE = (ROOT / "Makefile").read_text()
 
 
-def test_workflow_runs_targets_of_the_makefile() -> None:
-    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
-    commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
-    targets = set(re.findall(r"^(\w+):", MAKEFILE, re.MULTILINE))
-    assert {command.removeprefix("make ") for command in commands} == {"lint", "quick", "test", "docs"} <= targets
-    assert jobs["quick"]["strategy"]["matrix"]["python"] == ["3.10", "3.13"]
+TARGETS = set(re.findall(r"^(\w+):", MAKEFILE, re.MULTILINE))
+
+
+def workflow(name: str) -> dict[Any, Any]:
+    found: dict[Any, Any] = yaml.safe_load((ROOT / ".github" / "workflows" / f"{name}.yml").read_text())
+    return found
+
+
+def commands(name: str) -> list[str]:
+    return [step["run"] for job in workflow(name)["jobs"].values() for step in job["steps"] if "run" in step]
+
+
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("ci", {"lint", "quick", "test", "docs", "lowest"}),
+        ("nightly", {"env", "nightly", "lowest"}),
+        ("gpu", {"env"}),
+        ("release", {"test"}),
+    ],
+)
+def test_workflows_run_targets_of_the_makefile(name: str, targets: set[str]) -> None:
+    assert {each.removeprefix("make ") for each in commands(name) if each.startswith("make ")} == targets <= TARGETS
+    assert all("timeout-minutes" in job for job in workflow(name)["jobs"].values())
+    # Files that a command names are there.
+    named = re.findall(r"\b(?:tests/[\w./]+|CHANGELOG\.md)", " ".join(commands(name)))
+    assert all((ROOT / each).exists() for each in named)
+
+
+def test_both_ends_of_python_are_tested() -> None:
+    assert workflow("ci")["jobs"]["quick"]["strategy"]["matrix"]["python"] == ["3.10", "3.13"]
+
+
+def test_a_release_has_one_version() -> None:
+    """The commands of the release accept this version, and no other."""
+    # YAML reads `on` as true.
+    assert workflow("release")[True]["push"]["tags"] == ["v*"]
+    assert f"## [{lightning_ulysses.__version__}] - " in (ROOT / "CHANGELOG.md").read_text()
 
 
 @pytest.mark.parametrize("name", ["wrong_number", "failure"])

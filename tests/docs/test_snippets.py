@@ -51,12 +51,13 @@ USES: dict[str, Use] = {
     "docs/data.md / Data / 1": Use(checks.check_files, given.given_files),
     "docs/data.md / Datasets of your own / 1": Use(checks.check_sampler, given.given_documents),
     "docs/data.md / Streams / 1": Use(checks.check_stream, given.given_documents, world=1),
-    "docs/splitting.md / Plans / 2": Use(checks.check_plan, given.given_positions),
+    "docs/splitting.md / Plans / 3": Use(checks.check_plan, given.given_positions),
     "docs/your-model.md / Hand-written models / 1": Use(checks.check_tiny_gpt),
     "docs/your-model.md / Hand-written models / 2": Use(checks.check_explicit_attention, given.given_heads, world=1),
     "docs/your-model.md / The whole sequence inside a step / 1": Use(checks.check_unsharded),
     "docs/loss-and-logging.md / Which losses are exact / 1": Use(checks.check_loss, world=1),
     "docs/loss-and-logging.md / `TokenCountMonitor` / 1": Use(checks.check_monitor),
+    "docs/memory.md / In a loss written by hand / 1": Use(checks.check_tiled_loss, given.given_hidden, world=1),
     "docs/checkpoints.md / Checkpoints / 1": Use(checks.check_resumed, prepare=given.save_last),
     "docs/checkpoints.md / Weights for other programs / 1": Use(checks.check_export, world=1, prepare=given.save_last),
     "docs/verify.md / Verify / 2": Use(checks.nothing, given.given_whole, world=0),
@@ -64,6 +65,7 @@ USES: dict[str, Use] = {
     "docs/reliability.md / Checkpoints / 1": Use(
         checks.check_resumed_newest, given.given_trainer, prepare=given.save_last
     ),
+    "docs/fabric.md / Fabric / 1": Use(checks.check_fabric, given.given_loop),
     "docs/errors.md / Errors / 1": Use(checks.check_default, given.given_trainer),
     "CONTRIBUTING.md / A parity test, with its negative control / 1": Use(checks.nothing, world=0),
     "CONTRIBUTING.md / An attention interceptor / 1": Use(checks.check_interceptor, given.given_ops),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from compiled import OPERATORS, PAIRS, CompiledByHand, named_as, watched
 from exact import BOUND, fit_broken
+from mixing import PAIRS as MIXED
 from mixing import Between, Conv, refused
 from models import HandWritten, LlamaModule, count_targets, token_batch
 from planned import LitModule
@@ -150,7 +151,7 @@ class CompiledBetween(Between):
             self.between.compile(backend=watched)
 
 
-REFUSED = {
+MENDED = {
     "wrapped": partial(CompiledBetween, "wrapped"),
     "in place": partial(CompiledBetween, "in place"),
     "whole": partial(whole, partial(Between, Conv)),
@@ -158,10 +159,29 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("how", REFUSED)
+@pytest.mark.parametrize("how", MENDED)
+def test_compiled_convolutions_get_a_halo(pool: ProcessPool, how: str) -> None:
+    make = MENDED[how]
+    reference = fit_single(partial(Between, Conv), [[batch] for batch in MIXED], count_targets)
+    for result, _ in pool.run(fit_compiled, make, MIXED, SplitRun(strategy={"split": "batch"}), world_size=2):
+        assert compare(named_as(result, reference), reference).largest <= BOUND
+
+
+class Adding(HandWritten):
+    """Adds up tokens between its submodules."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.embed(x).cumsum(1)
+        for block in self.blocks:
+            h = block(h)
+        return self.head(h)
+
+
+@pytest.mark.parametrize("how", ["whole", "itself"])
 def test_the_check_sees_compiled_models(pool: ProcessPool, how: str) -> None:
-    for error in pool.run(refused, REFUSED[how], SplitRun(strategy={"split": "batch"}), world_size=2):
-        assert "'between.conv' (Conv1d)" in str(error)
+    make = partial({"whole": whole, "itself": itself}[how], Adding)
+    for error in pool.run(refused, make, SplitRun(strategy={"split": "batch"}), world_size=2):
+        assert "'blocks.0.norm1' (LayerNorm)" in str(error)
 
 
 def test_wrappers_under_zero_3_are_refused(pool: ProcessPool) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from guests import GUESTS, Guest
 from nightly import sampled
+from pairs import PAIRS
+from sights import SIGHTS
 from zoo import ZOO, compared, run_guest, run_one
 
 from lightning_ulysses.testing.processes import ProcessPool
@@ -22,6 +24,18 @@ def test_one_step(pool: ProcessPool, name: str) -> None:
     "guest", sampled(GUESTS, 2), ids=lambda guest: f"{guest.name}, {'planned' if guest.plan else 'plain'}"
 )
 def test_one_step_of_others(pool: ProcessPool, guest: Guest) -> None:
+    result, message = run_guest(pool, guest)
+    assert result == ("exact" if guest.exact else "refused"), message
+    if not guest.exact:
+        assert guest.why in message
+
+
+@pytest.mark.parametrize(
+    "guest",
+    sampled([*PAIRS, *SIGHTS], 10, (guest for guest in PAIRS if not guest.exact)),
+    ids=lambda guest: guest.name,
+)
+def test_one_step_of_pairs(pool: ProcessPool, guest: Guest) -> None:
     result, message = run_guest(pool, guest)
     assert result == ("exact" if guest.exact else "refused"), message
     if not guest.exact:

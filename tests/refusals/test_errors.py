@@ -71,8 +71,10 @@ def test_sizes(case: str) -> None:
 SETTINGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "stage": ({"stage": 0}, ("ZeRO stage 0", "stage 1, 2 or 3", "stage=1")),
     "no zero": ({"zero_optimization": False}, ("ZeRO stage 0", "stage=1")),
-    "sp_size": ({"sp_size": 0}, ("sp_size=0", "'auto' or a positive number")),
-    "sp_size as text": ({"sp_size": "4"}, ("sp_size='4'", "'auto' or a positive number")),
+    "sp_size": ({"sp_size": 0}, ("sp_size=0", "'auto', a positive number")),
+    "one factor": ({"sp_size": {"ulysses": 4}}, ("sp_size={'ulysses': 4}", "such as {'ulysses': 8, 'gather': 4}")),
+    "no factor": ({"sp_size": {"ulysses": 4, "gather": 0}}, ("'gather': 0}", "such as {'ulysses': 8, 'gather': 4}")),
+    "sp_size as text": ({"sp_size": "4"}, ("sp_size='4'", "'auto', a positive number")),
     "loss_weighting": ({"loss_weighting": "token"}, ("loss_weighting='token'", "'tokens'", "'none'")),
     "replicas": (
         {"dp_shard_size": 2, "dp_replicate_size": 2},

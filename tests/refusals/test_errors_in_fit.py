@@ -11,7 +11,7 @@ import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
-from models import VOCAB, Block, HandWritten, LlamaModule, hand_written, llama, pair_batch, token_batch
+from models import VOCAB, Block, HandWritten, LlamaModule, llama, pair_batch, token_batch
 from torch import Tensor, nn
 
 from lightning_ulysses import UlyssesError
@@ -133,18 +133,6 @@ TOKENS, PAIRS = [token_batch(1, 33, 2), token_batch(2, 33, 2)], [pair_batch(1, 3
 CASES: dict[str, tuple[Any, list[Any], SplitRun, tuple[str, ...]]] = {
     "sp_size": (llama(), TOKENS, run(4, 3), ("sp_size=3", "world of 4 processes", "[1, 2, 4]")),
     "product": (llama(), TOKENS, run(4, 2, {"dp_shard_size": 1}), ("= 2", "world size, 4", "dp_shard_size=2")),
-    "heads": (
-        hand_written(heads=3, kv_heads=3),
-        PAIRS,
-        run(4, 4),
-        ("sp_size=4", "3 query heads", "sp_size=2, the"),
-    ),
-    "heads of llama": (
-        llama(heads=3, kv_heads=1),
-        TOKENS,
-        run(4, 4),
-        ("sp_size=4", "3 query heads", "sp_size=2, the"),
-    ),
     "short": (llama(), [token_batch(1, 3)], run(4, 4), ("3 tokens per row for sp_size=4",)),
     "batch": (
         llama(),
@@ -159,12 +147,6 @@ CASES: dict[str, tuple[Any, list[Any], SplitRun, tuple[str, ...]]] = {
         ("batch['attention_mask'] of shape (2, 1, 33, 33)", "only locally"),
     ),
     "local mask": (LocalMask, PAIRS, run(), ("attention mask of shape (17, 17) inside a step", "is_causal=True")),
-    "by hand": (
-        ByHand,
-        PAIRS,
-        run(),
-        ("without a single attention call intercepted", "scaled_dot_product_attention", "sp_size=1"),
-    ),
     "by hand, not checked": (
         ByHand,
         PAIRS,

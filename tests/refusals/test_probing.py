@@ -1,10 +1,11 @@
-"""Models that mix tokens outside of attention, or restart their positions, are refused by the module's name."""
+"""Models that mix tokens outside of attention, or restart their positions: exact, or refused by the module's name."""
 
 from __future__ import annotations
 
 import math
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,16 @@ from models import HandWritten, LlamaModule, count_targets, hand_written, llama,
 from torch import Tensor, nn
 
 from lightning_ulysses import UlyssesError
-from lightning_ulysses.testing import SplitRun, compare, fit_single, fit_split, split_loader, split_trainer
+from lightning_ulysses.testing import (
+    SplitRun,
+    StepResult,
+    compare,
+    fit_rank,
+    fit_single,
+    fit_split,
+    split_loader,
+    split_trainer,
+)
 from lightning_ulysses.testing.processes import ProcessPool
 
 TOKENS = [token_batch(seed, 40) for seed in range(2)]
@@ -164,24 +174,36 @@ def between(layer: Any) -> Any:
     return partial(Between, layer)
 
 
+class Running(HandWritten):
+    """Adds up tokens in the step itself, where no submodule could be given all of them."""
+
+    def _loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        h = self.embed(x).cumsum(1)
+        for block in self.blocks:
+            h = block(h)
+        return F.cross_entropy(self.head(h).flatten(0, 1), y.flatten())
+
+
+# What runs on more than a slice.
+MENDED: dict[str, tuple[Any, str]] = {
+    "convolution": (between(Conv), "between.conv (Conv1d) get the few tokens"),
+    "recurrence": (between(Recurrent), "between.gru (GRU)"),
+    "batch norm": (between(Norm), "between.norm (BatchNorm1d)"),
+    "scan": (between(Scan), "between (Scan)"),
+    "attention by hand": (between(ByHand), "between (ByHand)"),
+    "chunks": (between(Chunks), "between (Chunks)"),
+    "a branch at zero": (between(Gated), "between.conv (Conv1d) get the few tokens"),
+    "a convolution at zero": (between(ZeroConv), "between.conv (Conv1d) get the few tokens"),
+    "a gate at zero": (between(ZeroGate), "between (ZeroGate)"),
+    "arange": (between(Arange), "between (Arange)"),
+    "rotary arange": (between(Rotary), "between (Rotary)"),
+}
 REFUSED: dict[str, tuple[Any, tuple[str, ...]]] = {
-    "convolution": (between(Conv), ("'between.conv' (Conv1d)", "sp_size=1")),
-    "recurrence": (between(Recurrent), ("'between.gru' (GRU)",)),
-    "batch norm": (between(Norm), ("'between.norm' (BatchNorm1d)",)),
-    "scan": (between(Scan), ("'between' (Scan)",)),
-    "attention by hand": (between(ByHand), ("'between' (ByHand)", "scaled_dot_product_attention")),
-    "chunks": (between(Chunks), ("'between' (Chunks)",)),
-    "a branch at zero": (between(Gated), ("'between.conv' (Conv1d)",)),
-    "a convolution at zero": (between(ZeroConv), ("'between.conv' (Conv1d)",)),
-    "a gate at zero": (between(ZeroGate), ("'between' (ZeroGate)",)),
     "a head at zero": (ZeroHead, ("no mean over tokens",)),
     "a loss beside attention": (Beside, ("no mean over tokens",)),
-    "arange": (between(Arange), ("'between.table' (Embedding)", "sequence_positions(x)")),
-    "rotary arange": (
-        between(Rotary),
-        ("the queries of attention call 0, in 'between' (Rotary)", "sequence_positions(x)"),
-    ),
     "arange in the step": (Outside, ("'place' (Embedding)", "sequence_positions(x)")),
+    "a sum in the step": (Running, ("'blocks.0.norm1' (LayerNorm)", "sp_size=1")),
 }
 
 
@@ -195,16 +217,33 @@ def test_every_rank_refuses_what_cannot_be_split(pool: ProcessPool, case: str) -
 FOUR = SplitRun(4, 4, {"stage": 3})
 
 
+def fit_and_listen(rank: int, make: Any, run: SplitRun) -> tuple[StepResult, str]:
+    said: list[str] = []
+    with mock.patch("lightning_ulysses.strategy.rank_zero_info", said.append):
+        result = fit_rank(rank, make, PAIRS, run)
+    return result, " ".join(said)
+
+
+@pytest.mark.parametrize("case", MENDED)
+def test_what_mixes_tokens_runs_on_more_than_a_slice(pool: ProcessPool, case: str) -> None:
+    make, part = MENDED[case]
+    reference = fit_single(make, [[batch] for batch in PAIRS], count_targets)
+    results = pool.run(fit_and_listen, make, CUT, world_size=2)
+    assert part in results[0][1] and part not in results[1][1], results[0][1]
+    for result, _ in results:
+        assert compare(result, reference).largest <= BOUND, compare(result, reference)
+
+
 @pytest.mark.parametrize(
     ("case", "run"),
     [
-        *((case, SplitRun()) for case in REFUSED),
+        *((case, SplitRun()) for case in {**MENDED, **REFUSED}),
         *((case, FOUR) for case in ("convolution", "a loss beside attention", "arange in the step")),
     ],
 )
-def test_by_default_they_are_split_inside(pool: ProcessPool, case: str, run: SplitRun) -> None:
-    """What mixes tokens lies outside of the blocks that are split, or is given the whole sequence."""
-    make, _ = REFUSED[case]
+def test_by_default_they_are_split(pool: ProcessPool, case: str, run: SplitRun) -> None:
+    """What mixes tokens lies outside of the blocks that are split, or is given more than a slice."""
+    make: Any = {**MENDED, **REFUSED}[case][0]
     reference = fit_single(make, [[batch] for batch in PAIRS], count_targets)
     for result in fit_split(pool, make, PAIRS, run):
         assert compare(result, reference).largest <= BOUND, compare(result, reference)
@@ -217,27 +256,24 @@ def validated(rank: int, make: Any) -> str:
     return str(caught.value)
 
 
-class Measuring(Between):
+class Measuring(Running):
     """Validates by a metric, without a loss."""
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("largest", self(batch[0]).max().item())
+        h = self(batch[0]).cumsum(1)
+        self.log("largest", self.blocks[0](h[..., :32]).max().item())
 
 
 def test_evaluation_alone_is_refused_too(pool: ProcessPool) -> None:
-    for text in pool.run(validated, partial(Measuring, Conv), world_size=2):
-        assert "validation_step" in text and "'between.conv' (Conv1d)" in text, text
+    for text in pool.run(validated, Measuring, world_size=2):
+        assert "validation_step" in text and "'blocks.0.norm1' (LayerNorm)" in text, text
 
 
-class WithoutAttention(Between):
+class WithoutAttention(HandWritten):
     """Trains with attention, and validates without any."""
 
-    def __init__(self) -> None:
-        super().__init__(nn.Identity)
-        self.side = Conv(self.embed.embedding_dim)
-
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("loss", F.cross_entropy(self.head(self.side(self.embed(batch[0]))).flatten(0, 1), batch[1].flatten()))
+        self.log("loss", F.cross_entropy(self.head(self.embed(batch[0]).cumsum(1)).flatten(0, 1), batch[1].flatten()))
 
 
 def validated_after_training(rank: int) -> str:
@@ -249,7 +285,7 @@ def validated_after_training(rank: int) -> str:
 
 def test_an_evaluation_without_attention_is_refused_too(pool: ProcessPool) -> None:
     for text in pool.run(validated_after_training, world_size=2):
-        assert "validation_step" in text and "'side.conv' (Conv1d)" in text, text
+        assert "validation_step" in text and "'head' (Linear)" in text, text
 
 
 def test_the_same_without_the_check_trains_wrongly(pool: ProcessPool) -> None:
@@ -260,8 +296,8 @@ def test_the_same_without_the_check_trains_wrongly(pool: ProcessPool) -> None:
 
 
 def test_zero_3_and_four_ranks(pool: ProcessPool) -> None:
-    for error in pool.run(refused, between(Conv), SplitRun(4, 4, {"stage": 3, "split": "batch"}), world_size=4):
-        assert "'between.conv' (Conv1d)" in str(error)
+    for error in pool.run(refused, Running, SplitRun(4, 4, {"stage": 3, "split": "batch"}), world_size=4):
+        assert "'blocks.0.norm1' (LayerNorm)" in str(error)
 
 
 def layer(width: int) -> nn.Module:

@@ -15,6 +15,7 @@ from lightning_ulysses.attention import MaskSpec, attend
 from lightning_ulysses.attention.attend import Softmax
 from lightning_ulysses.attention.chunked import HeadChunks, exchanged_by_chunks
 from lightning_ulysses.attention.explicit import Extras
+from lightning_ulysses.attention.ulysses import exchanged
 from lightning_ulysses.context import LocalBatch
 from lightning_ulysses.exchange.mesh import SequenceMesh
 from lightning_ulysses.geometry.layout import SequenceLayout
@@ -54,7 +55,7 @@ def worst(pairs: list[tuple[Tensor, Tensor]]) -> float:
 def step(
     mesh: SequenceMesh,
     heads: tuple[int, int],
-    chunks: HeadChunks,
+    chunks: HeadChunks | None,
     spec: MaskSpec,
     rows: int = 1,
     seq_len: int = 13,
@@ -65,7 +66,7 @@ def step(
     on_gpu: bool = False,
     **settings: Any,
 ) -> float:
-    """The largest relative error of the output and of all gradients."""
+    """The largest relative error of the output and of all gradients; without ``chunks`` of all heads at once."""
     layout = SequenceLayout(seq_len, mesh.sp_size)
     span = layout.spans[mesh.sp_rank]
     whole = [
@@ -81,6 +82,8 @@ def step(
     batch, meaning = LocalBatch(layout, rows=rows), Softmax(spec, bias, extras=extras, **settings)
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if chunks is None:
+            return exchanged(batch, q, k, v, meaning, mesh)
         return exchanged_by_chunks(batch, q, k, v, meaning, mesh, chunks)
 
     with gpu_paths() if on_gpu else nullcontext():

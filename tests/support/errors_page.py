@@ -20,6 +20,7 @@ WARNERS = {"warn", "rank_zero_warn"}
 
 # Headings, with the folders and modules whose messages they collect. Every message needs one.
 AREAS = {
+    "Fabric": ("fabric.py", "checks/own_loop.py"),
     "Settings": (
         "config.py",
         "strategy.py",
@@ -32,7 +33,7 @@ AREAS = {
     "The step": ("checks/step.py", "checks/trial", "context.py", "sequence.py", "sequence_parallel.py"),
     "Batches": ("batch", "geometry/documents.py", "geometry/layout.py", "geometry/batch_keys.py"),
     "Attention": ("attention", "geometry/heads.py", "geometry/mask_spec.py", "geometry/shares.py"),
-    "Models": ("interceptors",),
+    "Models": ("interceptors", "mixing"),
     "Plans and divided tensors": ("regions", "divided", "geometry/split_plan.py"),
     "Loss": ("loss",),
     "Memory": ("memory",),

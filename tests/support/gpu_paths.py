@@ -129,15 +129,32 @@ class CudaSdpa:
 
 
 def varlen_attention(
-    q: Tensor, k: Tensor, v: Tensor, edges: Tensor, window: tuple[int, int], scale: float | None, **extras: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    edges: Tensor,
+    window: tuple[int, int],
+    scale: float | None,
+    key_edges: Tensor | None = None,
+    **extras: Any,
 ) -> Tensor:
-    """What a variable-length kernel computes: q (tokens, H, D), k and v (tokens, heads, D) -> (tokens, H, D)."""
-    left, right = (len(q) if side is None or side < 0 else side for side in window)
+    """What a variable-length kernel computes: q (tokens, H, D), k and v (key tokens, heads, D) -> (tokens, H, D).
+
+    Windows and causal masks are aligned at the last query and the last key of each document.
+    """
+    key_edges = edges if key_edges is None else key_edges
+    left, right = (len(k) if side is None or side < 0 else side for side in window)
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-    place = torch.arange(len(q))
-    number = torch.bucketize(place, edges[1:], right=True)
-    distance = place[:, None] - place
-    keep = (number[:, None] == number) & (distance <= left) & (distance >= -right)
+    place = key_place = torch.arange(len(q))
+    number = key_number = torch.bucketize(place, edges[1:], right=True)
+    if key_edges is not edges:
+        key_place = torch.arange(len(k))
+    distance = place[:, None] - key_place
+    if key_edges is not edges:
+        key_number = torch.bucketize(key_place, key_edges[1:], right=True)
+        # Counted from the ends of the documents.
+        distance = distance + (key_edges - edges)[1:][number][:, None]
+    keep = (number[:, None] == key_number) & (distance <= left) & (distance >= -right)
     # (tokens, H, D) -> (H, tokens, D)
     q, k, v = (t.transpose(0, 1) for t in (q, k, v))
     scores = q @ k.transpose(1, 2) * (q.shape[2] ** -0.5 if scale is None else scale)
@@ -150,7 +167,7 @@ def varlen_attention(
     if sinks is not None:
         # (H,) -> (H, tokens, 1)
         scores = torch.cat([scores, sinks.to(scores)[:, None, None].expand(-1, len(place), 1)], dim=-1)
-    weights = scores.softmax(-1)[..., : len(place)]
+    weights = scores.softmax(-1)[..., : len(key_place)]
     return (weights @ v).transpose(0, 1)
 
 
@@ -179,14 +196,18 @@ class TorchVarlen:
         enable_gqa: bool = False,
     ) -> Tensor:
         assert cu_seq_q.dtype == torch.int32 and int(cu_seq_q[-1]) == len(q) and max_q == int(cu_seq_q.diff().max())
-        assert enable_gqa == (q.shape[1] != k.shape[1]) and cu_seq_k is cu_seq_q and max_k == max_q
+        assert enable_gqa == (q.shape[1] != k.shape[1])
+        if cu_seq_k is cu_seq_q:
+            assert max_k == max_q and len(k) == len(q)
+        else:
+            assert int(cu_seq_k[-1]) == len(k) and max_k == int(cu_seq_k.diff().max())
         # Documents are the second axis of the kernel's grid.
         assert len(cu_seq_q) - 1 <= 65_535
         self.calls.append(len(cu_seq_q) - 1)
-        if max_q == 1:
+        if max_q == max_k == 1:
             # (tokens, heads, D) -> (tokens, H, D): a token that sees itself alone.
             return v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
-        return varlen_attention(q, k, v, cu_seq_q, window_size, scale)
+        return varlen_attention(q, k, v, cu_seq_q, window_size, scale, cu_seq_k)
 
 
 def _is_gpu(tensor: Tensor) -> bool:

@@ -55,6 +55,24 @@ def check_default(names: Names) -> None:
     trained(names, fit_single(llama(lr=0.1), in_order(names, WHOLE), count_targets))
 
 
+def check_fabric(names: Names) -> None:
+    """The steps of one process on the rows that the loader dealt, two of them in each."""
+    model = names["model"].module
+    after = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    names["fabric"].strategy.close()
+    alone = type(model)(positions="own")
+    optimizer = torch.optim.SGD(alone.parameters(), lr=0.1)
+    rows = list(names["loader"])
+    for step in range(2):
+        for row in rows[2 * step : 2 * step + 2]:
+            (F.cross_entropy(alone(row[:, :-1]).flatten(0, 1), row[:, 1:].flatten()) / 2).backward()
+        torch.nn.utils.clip_grad_norm_(alone.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, parameter in alone.named_parameters():
+        assert float((after[name] - parameter).norm() / parameter.norm()) <= 1e-5, name
+
+
 def check_plan(names: Names) -> None:
     assert names["trainer"].global_step == 4
     whole = [{**batch, "shift_labels": F.pad(batch["labels"][:, 1:], (0, 1), value=-100)} for batch in WHOLE]
@@ -209,6 +227,12 @@ def check_chats(names: Names) -> None:
 def check_place(names: Names) -> None:
     module, x = names["self"], names["x"]
     torch.testing.assert_close(names["h"], module.embed(x) + module.place.weight[:6])
+
+
+def check_tiled_loss(names: Names) -> None:
+    logits = 30.0 * torch.tanh(names["self"].head(names["hidden"]) / 30.0)
+    wanted = F.cross_entropy(logits.flatten(0, 1), names["labels"].flatten())
+    torch.testing.assert_close(names["loss"], wanted)
 
 
 def check_pack(names: Names) -> None:

@@ -40,6 +40,12 @@ def given_package(folder: str) -> Names:
     return {**public, **given(folder)}
 
 
+def given_loop(folder: str) -> Names:
+    torch.manual_seed(0)
+    rows = token_batch(1, 34, 4)["input_ids"]
+    return {"model": HandWritten(positions="own"), "loader": DataLoader(rows, batch_size=1)}  # type: ignore[arg-type]
+
+
 def given_positions(folder: str) -> Names:
     return {"module": HandWritten(positions="own", lr=0.1), "data": DataLoader(ROWS, batch_size=1)}
 
@@ -144,6 +150,11 @@ def given_chats(folder: str) -> Names:
 
 def given_place(folder: str) -> Names:
     return {"self": HandWritten(), "x": torch.arange(12).view(2, 6), **given_package(folder)}
+
+
+def given_hidden(folder: str) -> Names:
+    hidden, labels = torch.randn(2, 6, 32), torch.tensor([[1, 2, 3, -100, 5, 6], [-100, 2, 3, 4, 5, 6]])
+    return {"self": HandWritten(), "hidden": hidden, "labels": labels, "lightning_ulysses": lightning_ulysses}
 
 
 def given_ray(folder: str) -> Names:

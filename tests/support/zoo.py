@@ -15,7 +15,10 @@ from typing import Any
 import lightning as L
 import torch
 from guests import GUESTS, Guest
+from hybrids import HYBRIDS, STRONG, decay_slowly
 from models import VOCAB, token_batch
+from pairs import PAIRS
+from sights import SIGHTS
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -143,47 +146,7 @@ ENTRIES = [
     ),
     Entry("Esm", "ForMaskedLM", {**SIZES, "position_embedding_type": "rotary"}),
     Entry("Electra", "ForMaskedLM", {**SIZES, "embedding_size": 32}),
-    Entry(
-        "T5",
-        "ForConditionalGeneration",
-        {"d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 4},
-        exact=False,
-        why="an encoder-decoder model",
-    ),
-    Entry(
-        "Mamba",
-        sizes={"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
-        exact=False,
-        why="takes no position_ids",
-    ),
-    Entry(
-        "Jamba",
-        sizes={
-            **GROUPED,
-            "num_experts": 2,
-            "attn_layer_period": 2,
-            "attn_layer_offset": 1,
-            "expert_layer_period": 2,
-            "expert_layer_offset": 1,
-            "use_mamba_kernels": False,
-            "mamba_d_state": 4,
-        },
-        why="state spaces on the whole sequence, attention layers split",
-    ),
-    Entry(
-        "Qwen3Next",
-        sizes={
-            **HEADS,
-            **EXPERTS,
-            "num_experts": 4,
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 2,
-            "linear_key_head_dim": 8,
-            "linear_value_head_dim": 8,
-            "layer_types": ["linear_attention", "full_attention"],
-        },
-        why="linear attention on the whole sequence, other layers split",
-    ),
+    *(Entry(**{**given, "sizes": {**given["sizes"], **STRONG}}) for given in HYBRIDS),
 ]
 ZOO = {entry.name: entry for entry in ENTRIES}
 
@@ -205,6 +168,7 @@ class Specimen(L.LightningModule):
         kind = getattr(transformers, entry.kind)
         config._attn_implementation = "sdpa" if kind._supports_sdpa else "eager"
         self.model = kind(config)
+        decay_slowly(self.model)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss: Tensor = self.model(**batch).loss
@@ -248,6 +212,8 @@ def shifted(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """What the strategy adds to a batch of text."""
     if "input_ids" not in batch:
         return batch
+    if batch["labels"].shape != batch["input_ids"].shape:
+        return batch
     return {**batch, "shift_labels": pad(batch["labels"][:, 1:], (0, 1), value=-100)}
 
 
@@ -285,7 +251,21 @@ def table() -> str:
         f"| {'exact' if guest.exact else 'refused'} | {guest.why} |\n"
         for guest in GUESTS
     )
-    return head + "".join(rows) + other + "".join(guests)
+    two = (
+        "\n## Encoders and decoders\n\n"
+        "A text with padding, and labels of another length. Both are split inside the model, without a plan.\n\n"
+        "| Model | Result | |\n| --- | --- | --- |\n"
+    )
+    seeing = (
+        "\n## Images with text\n\n"
+        "An image in each row. The tower sees all of them on every rank, and the language model is split inside.\n\n"
+        "| Model | Result | |\n| --- | --- | --- |\n"
+    )
+    pairs, sights = (
+        "".join(f"| {each.name} | {'exact' if each.exact else 'refused'} | {each.why} |\n" for each in found)
+        for found in (PAIRS, SIGHTS)
+    )
+    return head + "".join(rows) + two + pairs + seeing + sights + other + "".join(guests)
 
 
 if __name__ == "__main__":

@@ -198,3 +198,38 @@ def test_a_module_is_called_by_its_own_call_impl() -> None:
     module = nn.Linear(2, 2)
     vars(module)["_call_impl"] = lambda *args: args
     assert module(1, 2) == (1, 2)
+
+
+def test_fabric_keeps_what_its_strategy_overrides() -> None:
+    from lightning.fabric import fabric, wrappers
+    from lightning.fabric.strategies.ddp import DDPStrategy
+    from lightning.fabric.strategies.deepspeed import DeepSpeedStrategy
+    from lightning.fabric.utilities.load import _move_state_into
+    from lightning.fabric.utilities.seed import pl_worker_init_function
+
+    assert parameters(DeepSpeedStrategy._setup_distributed) == parameters(DDPStrategy.setup_environment) == ["self"]
+    assert parameters(DeepSpeedStrategy.setup_module_and_optimizers) == ["self", "module", "optimizers", "scheduler"]
+    assert "_backward_sync_control.no_backward_sync(forward_module, enabled)" in inspect.getsource(fabric.Fabric)
+    # The class of a wrapped optimizer is made of that of the optimizer.
+    assert "(self.__class__, optimizer.__class__)" in inspect.getsource(wrappers._FabricOptimizer)
+    assert parameters(_move_state_into) == ["source", "destination", "keys"]
+    assert parameters(pl_worker_init_function) == ["worker_id", "rank"]
+
+
+def test_deepspeed_clips_unless_it_is_told_not_to() -> None:
+    from deepspeed.runtime.config import get_gradient_clipping
+
+    assert get_gradient_clipping({}) == 1.0 and get_gradient_clipping({"gradient_clipping": 0.0}) == 0.0
+
+
+def test_deepspeed_has_the_norm_of_gradients_before_a_step() -> None:
+    from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
+    from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    for owner, name in (
+        (BF16_Optimizer, "get_grads_for_norm"),
+        (DeepSpeedZeroOptimizer, "scaled_global_norm"),
+        (DeepSpeedZeroOptimizer_Stage3, "_get_norm_groups"),
+    ):
+        assert f"self.{name}(" in inspect.getsource(owner.step)

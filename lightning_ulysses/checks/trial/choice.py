@@ -17,6 +17,8 @@ from lightning_ulysses.batch.whole import WholeBatch
 from lightning_ulysses.checks.trial.messages import (
     advice,
     chosen,
+    cut_with_joints,
+    joints_of,
     refusal,
     unfit,
     unsplittable,
@@ -35,6 +37,9 @@ from lightning_ulysses.loss.logged import LoggedValues
 from lightning_ulysses.loss.weights import StepWeights
 from lightning_ulysses.patching.handle import Handle
 
+# Steps that are not named after their kind; those of Fabric are calls of a module.
+_STEPS = {"train": "training_step", "validate": "validation_step", "forward": "forward", "evaluation": "forward"}
+
 
 class SplitChoice:
     """Tries the first step of each kind, and has all of them split in the way that was exact.
@@ -51,6 +56,7 @@ class SplitChoice:
         found: What the trial found in the running step, raised where nothing can say more of it.
         logged: Exchanges what steps log whose batch is cut.
         advice: What to say if the step fails that could not be tried.
+        proven: Kinds of steps that a trial has shown to be those of one process.
     """
 
     def __init__(
@@ -76,6 +82,7 @@ class SplitChoice:
         self._is_open = False
         self.found: UlyssesError | None = None
         self.advice: str | None = None
+        self.proven: set[str] = set()
         self._refuses = refuses
         self.say: Callable[[str], None] = logging.getLogger("lightning_ulysses").info
 
@@ -147,18 +154,26 @@ class SplitChoice:
         is_exact = verdict.is_known and (is_mean or verdict.adds_up)
         # Where nothing is known, the batch is cut: the step may still run, or say itself what is wrong.
         stays = cuts and (is_exact or not verdict.shows_fault)
+        # Attention inside of what runs on the whole sequence is not divided: better split the blocks.
+        whole_attention = stays and trial.joins_attention
+        cut_plan = trial.cut_plan
+        stays = stays and (not whole_attention or self._settings.split == "batch")
         if not stays and verdict.is_recorded and self._settings.split != "batch":
             for plan in trial.plans:
-                fits = trial.fits(step, plan)
+                fitting = trial.fits(step, plan)
                 self._forget()
-                if fits:
-                    self._split_inside(clock, plan, trial, step, verdict)
+                if fitting is not None and not (whole_attention and trial.joins_attention):
+                    self._split_inside(clock, fitting, trial, step, verdict)
                     return True
-        self._plans[clock.kind] = None
+        self._plans[clock.kind] = self._installed(cut_plan)
+        if cuts and verdict.is_known:
+            self.proven.add(clock.kind)
+        if cut_plan is not None and self._context.mesh.rank == 0:
+            self.say(cut_with_joints(clock.kind, cut_plan, trial.kinds_of(cut_plan)))
         self._pipeline.use(clock.kind, self._settings.rules)
         self.logged.of_kinds[clock.kind] = trial.log_rules
         if not cuts:
-            raise self._pipeline.unread.get(clock.kind) or unsplittable(type(self._module).__name__, trial.fault)
+            raise unsplittable(type(self._module).__name__, trial.fault, self._pipeline.unread.get(clock.kind))
         if trial.log_rules.unknown and self._context.mesh.rank == 0:
             warn_logged(trial.log_rules.unknown, type(self._module).__name__, clock.kind)
         self._judge(clock, trial, verdict, is_exact)
@@ -224,8 +239,11 @@ class SplitChoice:
         verdict = trial.rehearse(step, plan)
         self._forget()
         name, kind = type(self._module).__name__, _step_of(clock)
-        if verdict.fails and self._refuses:
+        moves = verdict.fails or verdict.moved is not None
+        if moves and self._refuses:
             raise unfit(verdict, name, kind)
+        if verdict.is_known and not verdict.fails:
+            self.proven.add(clock.kind)
         if verdict.reason is not None:
             self._warn(clock, verdict, name, kind)
         elif plan.join:
@@ -236,17 +254,23 @@ class SplitChoice:
         else:
             self._weights.settle_evaluation(verdict.names)
 
-    def _split_inside(self, clock: Clock, plan: SequencePlan, trial: StepTrial, step: Step, verdict: Verdict) -> None:
+    def _installed(self, plan: SequencePlan | None) -> SequencePlan | None:
+        """The same plan, with its hooks in place."""
         same = next((known for known in self._plans.values() if known == plan), None)
-        if same is None:
+        if plan is not None and same is None:
             self._handle.add(regions.install(self._context, self._module, plan).remove)
             # Graphs that were compiled without the hooks would run on without them.
             torch.compiler.reset()
-        self._plans[clock.kind] = same or plan
+        return same or plan
+
+    def _split_inside(self, clock: Clock, plan: SequencePlan, trial: StepTrial, step: Step, verdict: Verdict) -> None:
+        self._plans[clock.kind] = self._installed(plan)
         self._pipeline.use(clock.kind, whole_rules(self._settings.rules))
         names = self._weigh_joined(clock, trial, step, verdict.is_additive)
         if self._context.mesh.rank == 0:
-            self.say(chosen(clock.kind, plan, why_blocks(verdict, trial.is_whole), names))
+            why, is_choice = why_blocks(verdict, trial.is_whole), self._settings.split == "auto"
+            said = chosen(clock.kind, plan, why, names, is_choice)
+            self.say(f"{said} {joints_of(plan, trial.kinds_of(plan))}".strip())
 
     def _weigh_joined(self, clock: Clock, trial: StepTrial, step: Step, is_token_mean: bool) -> frozenset[str]:
         """Finds out how losses of whole sequences add up over micro-batches and groups.
@@ -280,7 +304,7 @@ class SplitChoice:
 
 
 def _step_of(clock: Clock) -> str:
-    return {"train": "training_step", "validate": "validation_step"}.get(clock.kind, f"{clock.kind}_step")
+    return _STEPS.get(clock.kind, f"{clock.kind}_step")
 
 
 def _nothing() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from lightning_ulysses.checks.trial.blocks import written
 from lightning_ulysses.checks.trial.outputs import Change
 from lightning_ulysses.checks.trial.verdict import Verdict
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.geometry.batch_keys import KEPT
+from lightning_ulysses.geometry.joint import Halo
 from lightning_ulysses.geometry.split_plan import SequencePlan
 from lightning_ulysses.loss.targets import AmbiguousTargets
 
@@ -67,6 +68,9 @@ def moved_error(change: Change, what: str, instead: str) -> NoTokenMean:
 def unfit(verdict: Verdict, module: str, step: str) -> UlyssesError:
     """For a plan of the user's own under which the step is another one."""
     instead = "split the model elsewhere, or leave plan out, so that a place is looked for"
+    if verdict.found is not None:
+        joints = written(SequencePlan({}, joints=dict.fromkeys(verdict.found.names, verdict.found.joint)))
+        instead = f"add {joints} to the plan, so that it runs on more than a slice; or {instead}"
     if verdict.moved is not None:
         return moved_error(verdict.moved, f"a plan under which, in {step} of {module},", instead)
     return UlyssesError(
@@ -94,29 +98,63 @@ def why_blocks(verdict: Verdict, is_whole: bool) -> str:
     return "the step does not run on a slice of the batch"
 
 
-def chosen(kind: str, plan: SequencePlan, why: str, names: frozenset[str]) -> str:
-    """One line on a model that is split inside."""
+def chosen(kind: str, plan: SequencePlan, why: str, names: frozenset[str], is_choice: bool) -> str:
+    """One line on a model that is split inside; ``is_choice`` tells that the batch could have been cut instead."""
     weighted = f", weighted by the targets of {sorted(names)[0].removesuffix(KEPT)!r}" if names else ""
     costs = "Before and after, every rank computes the whole sequence"
     if plan.is_divided:
         costs = "Before, every rank computes the whole sequence; after it each keeps to its slice"
     return (
         f"Ulysses splits {'/'.join(plan.split)} in steps of {kind!r}, since {why}. {costs}{weighted}; that costs its "
-        "time and memory. split='batch' in the strategy forbids it."
+        "time and memory." + " split='batch' in the strategy forbids it." * is_choice
     )
 
 
-def unsplittable(module: str, fault: str) -> UlyssesError:
-    """For ``split="blocks"`` where no blocks are found."""
+def cut_with_joints(kind: str, plan: SequencePlan, kinds: Mapping[str, str]) -> str:
+    """One line on a batch that is cut although tokens meet outside of attention."""
+    return f"Ulysses cuts the batch in steps of {kind!r}. {joints_of(plan, kinds)}"
+
+
+def joints_of(plan: SequencePlan, kinds: Mapping[str, str]) -> str:
+    """What runs on more than a slice, and what that costs.
+
+    Args:
+        plan: The plan.
+        kinds: The class of what each of its joints names.
+    """
+    halos = [f"{name} ({kinds[name]})" for name, joint in plan.joints.items() if isinstance(joint, Halo)]
+    whole = [f"{name} ({kinds[name]})" for name, joint in plan.joints.items() if not isinstance(joint, Halo)]
+    said = []
+    if whole:
+        said.append(
+            f"Tokens meet outside of attention in {', '.join(whole)}: every rank runs that on the whole sequence, so "
+            "its time and memory are not divided."
+        )
+    if halos:
+        said.append(f"{', '.join(halos)} get the few tokens that they reach beside a slice from its neighbours.")
+    return " ".join(said)
+
+
+def unsplittable(module: str, fault: str, unread: UlyssesError | None) -> UlyssesError:
+    """For a model that is to be split at its blocks, where none are found.
+
+    Args:
+        module: The user's class.
+        fault: What differed when blocks were split, if any were found.
+        unread: Why the batch cannot be cut instead; None if that was not to be.
+    """
+    if unread is not None:
+        blocks = f"; {module} is another step where its blocks are split ({fault})" if fault else ""
+        return UlyssesError(f"{unread.got}{blocks}", unread.expected, unread.fix)
     return UlyssesError(
-        f"split='blocks' for {module}, "
+        f"{module} to split at its blocks, "
         + (
             f"whose blocks give another step when they are split ({fault})"
             if fault
             else "in which no module that attends has the sequence in its inputs and outputs"
         ),
         "a model whose tokens meet in attention only, in modules that take and return the sequence",
-        "set split='batch', or say where to split by plan={'split': ..., 'join': ...} in the strategy",
+        "say where to split by plan={'split': ..., 'join': ...} in the strategy; in a Trainer, or set split='batch'",
     )
 
 

@@ -15,16 +15,19 @@ class Attempt:
     Attributes:
         names: Tensors whose counts are then the weights; None if nothing can be said.
         fails: Whether the step takes no ignored entries there.
+        breaks: Whether it runs on all rows, and not on some of them.
     """
 
     names: frozenset[str] | None = None
     fails: bool = False
+    breaks: bool = False
 
 
 def agreed(attempts: Sequence[Attempt]) -> Attempt:
     """The attempts of all ranks as one."""
     known = [attempt.names for attempt in attempts if attempt.names is not None]
-    return Attempt(frozenset.intersection(*known) if known else None, any(attempt.fails for attempt in attempts))
+    names = frozenset.intersection(*known) if known else None
+    return Attempt(names, any(each.fails for each in attempts), any(each.breaks for each in attempts))
 
 
 def narrow(names: frozenset[str], attempt: Callable[[str], Attempt]) -> frozenset[str]:

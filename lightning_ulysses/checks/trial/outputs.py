@@ -6,6 +6,7 @@ that does not mixes tokens, or takes positions from the length of what it gets.
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,13 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_ulysses.context import LocalBatch
+from lightning_ulysses.geometry.layout import SequenceLayout
+from lightning_ulysses.patching.handle import Handle
 
-# A call: the name of the module, and how often it was called before.
-_Call = tuple[str, int]
+# The name of a module, and how often it was called before.
+Call = tuple[str, int]
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,15 @@ class Change:
         where: What it is, such as ``"what 'conv' (Conv1d) returns"``.
         distance: By how much, relative to the size of a token.
         is_result: Whether it is what the step itself returns, and not anything inside.
+        place: Which of the calls that finish in the whole shows it.
+        call: That call, or the one in which it was seen.
     """
 
     where: str
     distance: float
     is_result: bool = False
+    place: int = 0
+    call: Call | None = None
 
 
 @dataclass(frozen=True)
@@ -52,37 +57,97 @@ class Slice:
     seq_len: int
     rows: int
 
+    @property
+    def share(self) -> int:
+        """S_r."""
+        return self.span.stop - self.span.start
+
     @classmethod
-    def of(cls, batch: LocalBatch, rank: int) -> Slice:
+    def of(cls, layout: SequenceLayout, rows: int, rank: int) -> Slice:
         """One rank's slice of a batch, or of a region."""
-        return cls(batch.layout.spans[rank], batch.layout.seq_len, batch.rows)
+        return cls(layout.spans[rank], layout.seq_len, rows)
+
+
+@dataclass
+class Called:
+    """A call of a module.
+
+    Attributes:
+        kind: Its class.
+        around: The calls in which it is made, the innermost one first.
+        inputs: What it got, by parameter name or position.
+        output: What it returned; None if it has not.
+    """
+
+    kind: str
+    around: tuple[Call, ...]
+    inputs: dict[str, Any]
+    output: Any = None
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Those of floats that it returned."""
+        return [leaf for leaf in tree_leaves(self.output) if type(leaf) is Tensor and leaf.is_floating_point()]
 
 
 class ModuleOutputs:
-    """What modules return in a run, in the order in which they finish."""
+    """What modules get and return in a run.
+
+    Attributes:
+        found: Calls in the order in which they finish.
+        open: Calls that have not finished, the innermost one last.
+    """
 
     def __init__(self) -> None:
-        self._names: dict[int, str] = {}
         self._calls: Counter[str] = Counter()
-        self.found: dict[_Call, tuple[str, list[Tensor]]] = {}
+        self.found: dict[Call, Called] = {}
+        self.open: list[tuple[Call, Called]] = []
 
-    def _note(self, module: nn.Module, args: Any, output: Any) -> None:
-        name = self._names.get(id(module))
-        if name is None:
-            return
-        tensors = [leaf.detach() for leaf in tree_leaves(output) if type(leaf) is Tensor and leaf.is_floating_point()]
-        self.found[name, self._calls[name]] = type(module).__name__, tensors
-        self._calls[name] += 1
+    @property
+    def around(self) -> tuple[Call, ...]:
+        """The calls that run at this moment, the innermost one first."""
+        return tuple(call for call, _ in reversed(self.open))
 
     @contextmanager
     def watched(self, root: nn.Module) -> Iterator[None]:
         """Takes note of all modules below ``root`` that run inside."""
-        self._names = {id(module): name for name, module in root.named_modules() if name}
-        hook = register_module_forward_hook(self._note)
+        handle = Handle()
+        for name, module in root.named_modules():
+            if name:
+                self._watch(name, module, handle)
         try:
             yield
         finally:
-            hook.remove()
+            handle.remove()
+
+    def _watch(self, name: str, module: nn.Module, handle: Handle) -> None:
+        parameters = inspect.signature(module.forward).parameters.values()
+        names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
+            # Positions stand for names that a forward does not have.
+            given = {names[i] if i < len(names) else str(i): value for i, value in enumerate(args)}
+            call = (name, self._calls[name])
+            self._calls[name] += 1
+            self.open.append((call, Called(type(module).__name__, self.around, detached({**given, **kwargs}))))
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            # Those inside that failed, where what runs around them has gone on.
+            while self.open and self.open[-1][0][0] != name:
+                self.open.pop()
+            if self.open:
+                call, noted = self.open.pop()
+                noted.output = detached(output)
+                self.found[call] = noted
+
+        # Before hooks that join inputs, and behind those that cut outputs.
+        handle.add(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True).remove)
+        handle.add(module.register_forward_hook(leave).remove)
+
+
+def detached(values: Any) -> Any:
+    """Nested values without their graph."""
+    return tree_map(lambda leaf: leaf.detach() if type(leaf) is Tensor else leaf, values)
 
 
 def first_changed(
@@ -97,13 +162,14 @@ def first_changed(
         bound: The distance that counts as none.
         pooled: Whether to look for outputs without tokens instead, which encoders often have and nothing uses.
     """
-    for call, (kind, tensors) in whole.found.items():
-        _, others = part.found.get(call, ("", []))
-        for one, other in zip(tensors, others, strict=False):
-            is_pooled = one.shape == other.shape and one.numel() > 1
-            distance = _by_token(one, other, cut) if not pooled else _distance(one, other) if is_pooled else 0.0
+    for place, (call, one) in enumerate(whole.found.items()):
+        other = part.found.get(call)
+        pairs = [] if other is None else zip(one.tensors, other.tensors, strict=False)
+        for a, b in pairs:
+            is_pooled = a.shape == b.shape and a.numel() > 1
+            distance = _by_token(a, b, cut) if not pooled else distance_of(a, b) if is_pooled else 0.0
             if not distance <= bound:
-                return Change(f"what {called(call[0], kind)} returns", distance)
+                return Change(f"what {called(call[0], one.kind)} returns", distance, place=place, call=call)
     return None
 
 
@@ -118,7 +184,7 @@ def result_change(whole: Any, part: Any, cut: Slice, bound: float) -> Change | N
     for one, other in zip(tree_leaves(whole), tree_leaves(part), strict=False):
         if not (isinstance(one, Tensor) and isinstance(other, Tensor) and one.is_floating_point()):
             continue
-        distance = _distance(one, other) if one.shape == other.shape else _by_token(one, other, cut)
+        distance = distance_of(one, other) if one.shape == other.shape else _by_token(one, other, cut)
         if not distance <= bound:
             return Change("what it returns", distance, is_result=True)
     return None
@@ -126,7 +192,7 @@ def result_change(whole: Any, part: Any, cut: Slice, bound: float) -> Change | N
 
 def _by_token(whole: Tensor, part: Tensor, cut: Slice) -> float:
     """The largest distance of a token; 0 where ``part`` is not as long as a slice of ``whole``."""
-    span, share = cut.span, cut.span.stop - cut.span.start
+    span, share = cut.span, cut.share
     dims = [dim for dim, (n, m) in enumerate(zip(whole.shape, part.shape, strict=False)) if n != m]
     if whole.dim() != part.dim() or len(dims) != 1:
         return 0.0
@@ -137,10 +203,11 @@ def _by_token(whole: Tensor, part: Tensor, cut: Slice) -> float:
     # (B * S, ...) -> (B, S, ...) -> (S, B, ...), and (..., S, ...) -> (S, 1, ...)
     a = whole.unflatten(dim, (rows, cut.seq_len)).movedim(dim + 1, 0)[span]
     b = part.unflatten(dim, (rows, share)).movedim(dim + 1, 0)
-    return 0.0 if torch.equal(a, b) else _distance(a, b, apart=True)
+    return 0.0 if torch.equal(a, b) else distance_of(a, b, apart=True)
 
 
-def _distance(a: Tensor, b: Tensor, *, apart: bool = False) -> float:
+def distance_of(a: Tensor, b: Tensor, *, apart: bool = False) -> float:
+    """The largest distance of two tensors of one shape, of each entry of the first dimension if ``apart``."""
     if not a.numel():
         return 0.0
     if not apart:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from lightning_ulysses.attention.call import AttentionCall
+from lightning_ulysses.attention.call import TokenCall
 from lightning_ulysses.checks.trial.blocks import BlockFinder
-from lightning_ulysses.checks.trial.outputs import ModuleOutputs
+from lightning_ulysses.checks.trial.outputs import Call, ModuleOutputs, Slice
 from lightning_ulysses.context import LocalBatch, SequenceContext
+from lightning_ulysses.exchange.cut_and_join import cut
 from lightning_ulysses.interceptors.draw_table import Drawn
+from lightning_ulysses.regions.notes import split_layout
 
 # Outputs of submodules whose gradients are compared where attention is not taken over.
 _EARLY = 8
@@ -26,28 +28,38 @@ class Recording:
     """What one run of a step did with attention.
 
     Attributes:
-        inputs: For each call q, k and v as they reached it, detached.
+        inputs: For each call the tensors with tokens that reached it, detached, by what messages call them.
+        whats: What messages call each call.
         outputs: For each call the tensor that it returned, a leaf of the graph.
         gradients: Of the loss with respect to ``outputs``; see `differentiate`.
         loss: The loss.
         logged: Numbers that the step logged.
         returned: What the step returned.
-        modules: What modules returned.
+        modules: What modules got and returned.
+        around: For each call of attention the modules that ran around it.
+        edges: What submodules returned that run on more than a slice, leaves of the graph.
+        edge_gradients: The same for ``edges``.
     """
 
-    inputs: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+    inputs: list[dict[str, Tensor]] = field(default_factory=list)
+    whats: list[str] = field(default_factory=list)
     outputs: list[Tensor] = field(default_factory=list)
     gradients: list[Tensor] = field(default_factory=list)
     loss: Tensor | None = None
     logged: dict[str, float] = field(default_factory=dict)
     returned: Any = None
     modules: ModuleOutputs = field(default_factory=ModuleOutputs)
+    around: list[tuple[Call, ...]] = field(default_factory=list)
+    edges: list[Tensor] = field(default_factory=list)
+    edge_gradients: list[Tensor] = field(default_factory=list)
 
-    def note(self, call: AttentionCall, answer: Any, value: Tensor | None = None) -> Any:
+    def note(self, call: TokenCall, answer: Any, value: Tensor | None = None) -> Any:
         """Keeps the first tensor in ``answer``, or ``value`` in its place, as a leaf."""
-        self.inputs.append((call.q.detach(), call.k.detach(), call.v.detach()))
+        self.inputs.append({name: tensor.detach() for name, tensor in call.operands.items()})
+        self.whats.append(call.what)
+        self.around.append(self.modules.around)
         # Dropout inside of attention draws differently in each kind of run, and what follows must not.
-        _reseed(len(self.inputs), call.q)
+        _reseed(len(self.inputs), _some(call))
         leaves, spec = tree_flatten(answer)
         index = _first_tensor(leaves)
         # Outside of any graph that the caller may have switched off, so that its own grad mode decides what follows.
@@ -56,12 +68,34 @@ class Recording:
         return tree_unflatten(leaves, spec)
 
     def differentiate(self, loss: Tensor) -> None:
-        """Fills `gradients`; those that the loss does not depend on are zero."""
+        """Fills `gradients` and `edge_gradients`; those that the loss does not depend on are zero."""
         self.loss = loss.detach()
-        if loss.requires_grad and self.outputs:
-            found = torch.autograd.grad(loss, self.outputs, allow_unused=True)
-            pairs = zip(found, self.outputs, strict=True)
-            self.gradients = [torch.zeros_like(out) if grad is None else grad for grad, out in pairs]
+        leaves = [*self.outputs, *self.edges]
+        if loss.requires_grad and leaves:
+            grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+            found = [torch.zeros_like(leaf) if grad is None else grad for grad, leaf in zip(grads, leaves, strict=True)]
+            self.gradients, self.edge_gradients = found[: len(self.outputs)], found[len(self.outputs) :]
+
+    @contextmanager
+    def ending_at(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+        """Cuts the graph behind these modules: through them, a loss of one slice depends on tokens of all."""
+
+        def keep(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor) or not leaf.requires_grad:
+                return leaf
+            self.edges.append(leaf.detach().requires_grad_())
+            # A copy, since the caller may write to it.
+            return self.edges[-1].clone()
+
+        def end(module: nn.Module, args: Any, output: Any) -> Any:
+            return tree_map(keep, output)
+
+        hooks = [module.register_forward_hook(end) for module in modules]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
 
 @contextmanager
@@ -104,16 +138,18 @@ class Recorder:
         """For each call of attention the name of the module that made it, where blocks are told."""
         return self.blocks.callers if self.blocks is not None else []
 
-    def answer(self, call: AttentionCall, plain: Callable[[], Any]) -> Any:
+    def answer(self, call: TokenCall, plain: Callable[[], Any]) -> Any:
         """See `context.Trial`."""
+        queries, keys = call.lengths
         if self.blocks is not None:
-            self.blocks.attends(call.q.shape[-2], call.k.shape[-2])
-        self.sees_memory |= call.q.shape[-2] != call.k.shape[-2]
-        before = _random_state(call.q)
+            operands = call.operands
+            self.blocks.attends(queries, keys, operands.get("queries"), operands.get("keys"))
+        self.sees_memory |= queries != keys
+        before = _random_state(_some(call))
         # What is called may itself call a function that is taken over.
         with self.context.plain():
             answer = plain()
-        self.draws.append(not torch.equal(before, _random_state(call.q)))
+        self.draws.append(not torch.equal(before, _random_state(_some(call))))
         return self.recording.note(call, answer)
 
 
@@ -126,15 +162,17 @@ class Replay:
         whole: What `Recorder` kept.
         span: The slice.
         narrowed: For each call the dimension of its output that was cut; None for one that is whole here as well.
+        inside: For each call whether it is made in a submodule that runs on the whole sequence.
     """
 
     context: SequenceContext
     whole: Recording
     span: slice
     narrowed: list[int | None] = field(default_factory=list)
+    inside: list[bool] = field(default_factory=list)
     recording: Recording = field(default_factory=Recording)
 
-    def answer(self, call: AttentionCall, plain: Callable[[], Any]) -> Any:
+    def answer(self, call: TokenCall, plain: Callable[[], Any]) -> Any:
         """See `context.Trial`.
 
         Raises:
@@ -143,14 +181,15 @@ class Replay:
         """
         kept = self.whole.outputs[len(self.recording.outputs)].detach()
         region = self.context.split
-        if region is not None and call.k.shape[-2] == self.context.share:
+        if region is not None and call.lengths[1] == self.context.share:
             # A mask that makes no sense on a slice is refused here, as it would be in the step.
-            call.meaning(region, None)
-        # (B, H, S_r, D_v) in the caller's own form, to see where the sequence is in it.
-        form = call.write(call.q.new_empty(*call.q.shape[:-1], call.v.shape[-1]))
+            call.check(region)
+        # To see where the sequence is in it.
+        form = call.form()
         leaves, _ = tree_flatten(form)
         dim = cut_dim(kept, leaves[_first_tensor(leaves)])
         self.narrowed.append(dim)
+        self.inside.append(self.context.place.is_joined)
         return self.recording.note(call, form, narrowed(kept, dim, self.span))
 
 
@@ -165,6 +204,7 @@ class Rehearsal:
         whole: What `Recorder` kept.
         returned: What the calls themselves returned.
         regions: For each call the batch that is split there; None where nothing is.
+        inside: For each call whether it is made in a submodule that runs on the whole sequence.
     """
 
     context: SequenceContext
@@ -172,14 +212,36 @@ class Rehearsal:
     recording: Recording = field(default_factory=Recording)
     returned: list[Tensor] = field(default_factory=list)
     regions: list[LocalBatch | None] = field(default_factory=list)
+    inside: list[bool] = field(default_factory=list)
 
-    @property
-    def spans(self) -> list[slice | None]:
-        """For each call this rank's slice of the sequence; None where nothing is split."""
-        rank = self.context.mesh.sp_rank
-        return [None if region is None else region.layout.spans[rank] for region in self.regions]
+    def cut(self, local: LocalBatch) -> Slice:
+        """This rank's slice of what is split in the step of ``local``."""
+        return self.cuts(local)[0]
 
-    def note(self, call: AttentionCall, answer: Any) -> Any:
+    def cuts(self, local: LocalBatch) -> list[Slice]:
+        """The same for all sequences that are split in it."""
+        places = [region for region in self.regions if region is not None]
+        layouts = [layout for region in places for layout in (region.layout, *region.others)] or [split_layout(local)]
+        cuts = [Slice.of(layout, local.rows, self.context.mesh.sp_rank) for layout in layouts]
+        return [cut for number, cut in enumerate(cuts) if cut not in cuts[:number]]
+
+    def slice_of(self, number: int, whole: Tensor, part: Tensor) -> Tensor:
+        """This rank's slice of what a call had or returned in one process; all of it where nothing is split.
+
+        Args:
+            number: Of the call.
+            whole: The tensor.
+            part: The same on this rank, of the shape of a slice.
+        """
+        return self._slice_in(self.regions[number], whole, part)
+
+    def _slice_in(self, region: LocalBatch | None, whole: Tensor, part: Tensor) -> Tensor:
+        dim = cut_dim(whole, part)
+        if region is None or dim is None:
+            return whole
+        return cut(whole, dim, region.layout_of(whole.shape[dim]), self.context.mesh.sp_rank)
+
+    def note(self, call: TokenCall, answer: Any) -> Any:
         """See `context.Watch`.
 
         Raises:
@@ -189,10 +251,14 @@ class Rehearsal:
         leaves, _ = tree_flatten(answer)
         own = leaves[_first_tensor(leaves)]
         region = self.context.place.region or self.context.place.hidden
-        span = None if region is None else region.layout.spans[self.context.mesh.sp_rank]
         self.returned.append(own.detach())
         self.regions.append(region)
-        return self.recording.note(call, answer, kept if span is None else narrowed(kept, cut_dim(kept, own), span))
+        self.inside.append(self.context.place.is_joined)
+        return self.recording.note(call, answer, self._slice_in(region, kept, own))
+
+
+def _some(call: TokenCall) -> Tensor:
+    return next(iter(call.operands.values()))
 
 
 def _first_tensor(leaves: list[Any]) -> int:

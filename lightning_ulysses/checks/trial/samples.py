@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_ulysses.batch.excerpt import excerpts, halves, middle, most_filled, most_uneven, with_fewer_targets
+from lightning_ulysses.batch.excerpt import (
+    excerpts,
+    halves,
+    middle,
+    most_filled,
+    most_uneven,
+    parted_targets,
+    with_fewer_targets,
+)
 from lightning_ulysses.batch.pipeline import fill_mask, local_batch
 from lightning_ulysses.batch.whole import WholeBatch, read_batch
 from lightning_ulysses.context import LocalBatch
 from lightning_ulysses.exchange.mesh import SequenceMesh
-from lightning_ulysses.geometry.batch_keys import BatchRules
+from lightning_ulysses.geometry.batch_keys import KEPT, BatchRules
 from lightning_ulysses.geometry.shares import even_shares
 
 Inputs = tuple[Any, LocalBatch]
@@ -117,7 +125,9 @@ class Samples:
         """
         rules = self._row_rules
         if self._uneven is None:
-            self._uneven = most_uneven([*self._excerpts(), *([self._batch.template] if self._is_small else [])], rules)
+            # A step that needs the whole batch fails on an excerpt.
+            short = [] if self._best is self._batch.template else self._excerpts()
+            self._uneven = most_uneven([*short, *([self._batch.template] if self._is_small else [])], rules)
         parts = self._uneven
         if parts and name is not None:
             whole = read_batch(parts[0], rules, 1)
@@ -125,6 +135,15 @@ class Samples:
             fewer = with_fewer_targets(parts[0], rules, name, edge)
             parts = [] if fewer is None else [fewer, *halves(fewer, rules)]
         return [self._read(rows, rules, 1, stand_in=False) for rows in parts]
+
+    def by_targets(self) -> Iterator[list[Inputs]]:
+        """For each tensor that may hold the targets the sample, and its two parts; see `parted_targets`."""
+        rules = self._row_rules
+        names = [name.removesuffix(KEPT).removeprefix("shift_") for name in self._batch.counts]
+        for key in dict.fromkeys(names):
+            parts = parted_targets(self._best, rules, key)
+            if parts:
+                yield [self._read(part, rules, 1, stand_in=False) for part in parts]
 
     def _sample(self, short: Any) -> Sample:
         part, size = None, self._mesh.sp_size

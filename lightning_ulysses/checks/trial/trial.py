@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import nn
 
-from lightning_ulysses import regions
 from lightning_ulysses.attention.route import AttentionTally
 from lightning_ulysses.batch.whole import WholeBatch
 from lightning_ulysses.checks.step import check_joined
-from lightning_ulysses.checks.trial.blocks import BlockFinder
+from lightning_ulysses.checks.trial.joints import Found, added
 from lightning_ulysses.checks.trial.narrowing import Attempt, agreed, narrow
-from lightning_ulysses.checks.trial.outputs import Change
-from lightning_ulysses.checks.trial.replay import Recorder, Recording, Rehearsal, Replay, early_outputs
-from lightning_ulysses.checks.trial.samples import Inputs, Sample, Samples, is_tensor
-from lightning_ulysses.checks.trial.sandbox import StepEnds, computes_precisely, repeatable, sandbox, state_kept
+from lightning_ulysses.checks.trial.outputs import Change, Slice
+from lightning_ulysses.checks.trial.replay import Rehearsal, Replay
+from lightning_ulysses.checks.trial.runs import Step, TrialRuns
+from lightning_ulysses.checks.trial.samples import Inputs, Sample, Samples
+from lightning_ulysses.checks.trial.sandbox import computes_precisely, repeatable, state_kept
 from lightning_ulysses.checks.trial.verdict import (
     HALF,
     LOGS,
@@ -32,25 +30,21 @@ from lightning_ulysses.checks.trial.verdict import (
     disagreement,
     judge,
     names_of_rows,
+    names_of_targets,
     part_of_loss,
 )
 from lightning_ulysses.context import LocalBatch, SequenceContext
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.geometry.batch_keys import BatchRules
 from lightning_ulysses.geometry.split_plan import SequencePlan
-from lightning_ulysses.interceptors.draw_table import DrawTable
-from lightning_ulysses.loss.logged import Logged, LogRules, find_rules, numbers_of
-from lightning_ulysses.regions.notes import RegionTally
-from lightning_ulysses.upstream.meeting import all_arrive, arrive, next_meeting
-
-Step = Callable[[Any], Any]
+from lightning_ulysses.loss.logged import Logged, LogRules, find_rules
 
 _NOT_FINITE = "a loss that is not finite"
-# Seconds for which a rank whose step failed waits for the others.
-_PATIENCE = 60.0
+# Kinds of submodules in which tokens meet, and the ways in which each of them may run.
+_TRIES = 64
 
 
-class StepTrial:
+class StepTrial(TrialRuns):
     """Tries one kind of step.
 
     Args:
@@ -69,23 +63,22 @@ class StepTrial:
         rules: BatchRules,
         whole_rules: BatchRules,
     ) -> None:
-        self._context = context
-        self._module = module
-        self._device = device
+        super().__init__(context, module, device)
         # Padding is nothing that the step in one process has.
         self._rules = replace(rules, pad_to_multiple_of=None)
         self._whole_rules = whole_rules
         self._samples: Samples | None = None
         self._first: Sample | None = None
         self._sample: Sample | None = None
-        self._recorder: Recorder | None = None
-        self._logged: dict[str, Any] = {}
         #: Plans that may divide the model, the one that divides most of it first.
         self.plans: tuple[SequencePlan, ...] = ()
         #: See `loss.logged`.
         self.log_rules = LogRules()
         #: What differed under the plan that was tried last.
         self.fault = ""
+        #: Whether attention is called inside of `joints`, and so not divided.
+        self.joins_attention = False
+        self._found: Found | None = None
 
     @property
     def is_whole(self) -> bool:
@@ -126,10 +119,24 @@ class StepTrial:
                     self._sample = self._samples.all()
             verdict = self._run(step, self._sample)
         self.plans = verdict.plans
+        verdict = self._mended(verdict, partial(self._run, step, self._sample))
         if verdict.is_recorded and verdict.moved is None and not verdict.fails:
             # Keys of another length were the same on the slice: they are no pooled tokens.
             self._take_memory()
             verdict = replace(verdict, names=narrow(verdict.names, partial(self._with_fewer, partial(self._run, step))))
+        return verdict
+
+    def _mended(self, verdict: Verdict, run: Callable[[], Verdict]) -> Verdict:
+        """Runs more and more submodules on more than a slice, until nothing differs or nothing is left to try."""
+        first, tries = verdict, 0
+        while verdict.found is not None and self.given is None and tries < _TRIES:
+            self.joints = added(self.joints, verdict.found)
+            verdict, tries = run(), tries + 1
+        # A step of evaluation may have no loss to judge by.
+        is_judged = verdict.is_known or (self._recorder is not None and self._recorder.recording.loss is None)
+        if tries and (verdict.moved is not None or verdict.fails or not is_judged):
+            self.joints = {}
+            return first
         return verdict
 
     def _with_fewer(self, run: Callable[[Sample], Verdict], name: str) -> Attempt:
@@ -152,7 +159,7 @@ class StepTrial:
         counts = {} if sample.part is None else sample.part[1].counts
         plans: tuple[SequencePlan, ...] = ()
         report = SliceReport(counts, reason="")
-        self._recorder, logged = None, Logged()
+        self._recorder, self._found, logged = None, None, Logged()
         failed: Exception | None = None
         try:
             with self._tried():
@@ -168,7 +175,7 @@ class StepTrial:
             reason = "" if isinstance(failure, UlyssesError) else repr(failure)
             report = SliceReport(counts, reason=reason, fails=fails, is_recorded=fails)
         assert self._samples is not None
-        report = replace(report, is_empty=not self._samples.has_targets)
+        report = replace(report, is_empty=not self._samples.has_targets, found=self._found)
         reports, everyones_plans, everyones_logs = zip(*self._from_all((report, plans, logged), failed), strict=True)
         verdict = judge([*zip(reports, everyones_plans, strict=True)], self._context.mesh.sp_size)
         bound = HALF if any(report.is_half for report in reports) else LOGS
@@ -185,10 +192,42 @@ class StepTrial:
         loss = None if self._recorder is None else self._recorder.recording.loss
         return loss is None or bool(torch.isfinite(loss).all())
 
-    def fits(self, step: Step, plan: SequencePlan) -> bool:
-        """Whether a step whose model is split as ``plan`` says is that of one process; a collective."""
+    def fits(self, step: Step, plan: SequencePlan) -> SequencePlan | None:
+        """The plan, with what runs on more than a slice, under which a step is that of one process; a collective.
+
+        Args:
+            step: Calls the user's step on inputs.
+            plan: Where the model is split.
+
+        Returns:
+            None if it is another step, whatever runs on more than a slice.
+        """
         assert self._sample is not None
-        return self._rehearse(step, plan, self._sample.planned)[0] is None
+        self._cuts = False
+        if self._recorder is not None and self._recorder.recording.edges:
+            # Behind a join, gradients pass through what runs on more than a slice.
+            self._record_again(step, self._sample)
+        before = self.joints
+        self.joints = {name: joint for name, joint in before.items() if not self._finder.is_around(name, plan)}
+        for _ in range(_TRIES):
+            tried = replace(plan, joints=self._finder.patterns(self.joints)) if self.joints else plan
+            fault, _, found = self._rehearse(step, tried, self._sample.planned)
+            if fault is None:
+                return tried
+            if found is None:
+                break
+            self.joints = added(self.joints, found)
+        self.joints = before
+        return None
+
+    def _record_again(self, step: Step, sample: Sample) -> None:
+        failed: Exception | None = None
+        try:
+            with self._tried(), self._context.cutting():
+                self._record(step, sample)
+        except Exception as failure:
+            failed = failure
+        self._from_all(None, failed)
 
     def rehearse(self, step: Step, plan: SequencePlan) -> Verdict:
         """Tries a plan of the user's on the excerpt; a collective.
@@ -201,6 +240,10 @@ class StepTrial:
             UlyssesError: On every rank, if the plan does not fit the model.
         """
         assert self._first is not None
+        self.given = plan
+        if not plan.split:
+            with self._context.cutting():
+                return self.run(step)
         run = partial(self._rehearse_on, step, plan)
         verdict = run(self._first)
         return replace(verdict, names=narrow(verdict.names, partial(self._with_fewer, run)))
@@ -220,24 +263,27 @@ class StepTrial:
             return Verdict(reason=errors[0], is_recorded=False)
         part = sample.part
         inputs = sample.planned if part is None else lambda: part
-        fault, reports = self._rehearse(step, plan, inputs)
+        fault, reports, found = self._rehearse(step, plan, inputs)
         if isinstance(fault, UlyssesError):
             raise fault
         if fault is not None:
             moved = fault if isinstance(fault, Change) else None
-            return Verdict(moved=moved, reason=None if moved else str(fault), fails=True)
+            return Verdict(moved=moved, reason=None if moved else str(fault), fails=True, found=found)
         return judge([(report, ()) for report in reports], self._context.mesh.sp_size)
 
     def _rehearse(
         self, step: Step, plan: SequencePlan, planned: Callable[[], Inputs]
-    ) -> tuple[UlyssesError | Change | str | None, list[SliceReport]]:
-        """What differs from the step of one process, or went wrong; and what losses of slices say."""
+    ) -> tuple[UlyssesError | Change | str | None, list[SliceReport], Found | None]:
+        """What differs from the step of one process, or went wrong; what losses of slices say; where tokens meet."""
         assert self._recorder is not None
         context, recorder = self._context, self._recorder
         rehearsal = Rehearsal(context, recorder.recording)
         fault: UlyssesError | Change | str | None = None
         failed: Exception | None = None
         report = SliceReport({})
+        found: Found | None = None
+        local: LocalBatch | None = None
+        half = not computes_precisely(self._module)
         tally = context.notes.of(AttentionTally)
         before = tally.attends_memory
         self._take_memory()
@@ -245,23 +291,31 @@ class StepTrial:
             with self._tried(), self._split_by(plan), state_kept(self._module):
                 inputs, local = planned()
                 draws = self._draws.replaying(recorder.drawn)
-                with repeatable(self._device), draws, context.rehearsed(plan, local, rehearsal), torch.enable_grad():
+                edges, split = rehearsal.recording.ending_at(self._edges()), context.rehearsed(plan, local, rehearsal)
+                with repeatable(self._device), draws, edges, split, torch.enable_grad():
                     self._differentiate(step, inputs, rehearsal.recording)
                     check_joined(context, "step", type(self._module).__name__)
-                half = not computes_precisely(self._module)
-                fault = disagreement(recorder, rehearsal, context.mesh, half, is_joined=bool(plan.join))
+                fault = disagreement(recorder, rehearsal, local, context.mesh, half, is_joined=bool(plan.join))
                 if fault is None and not plan.join:
                     report = part_of_loss(recorder.recording, rehearsal, local.counts, half)
         except UlyssesError as error:
             failed = fault = error
         except Exception as failure:
             failed, fault = failure, repr(failure)
-        faults, reports = zip(*self._from_all((fault, report), failed), strict=True)
-        found = [each for each in faults if each is not None]
-        if found:
+        self.joins_attention = any(rehearsal.inside)
+        if fault is not None and local is not None:
+            cut = rehearsal.cut(local)
+            call = fault.call if isinstance(fault, Change) else None
+            if call is not None or failed is not None:
+                found = self._look(rehearsal.recording, cut, call, half)
+        everyone = self._from_all((fault, report, found), failed)
+        faults = [each for each in everyone if each[0] is not None]
+        if faults:
             tally.attends_memory = before
-        self.fault = getattr(found[0], "where", str(found[0])) if found else ""
-        return found[0] if found else None, list(reports)
+        # The first change of any rank: later ones may follow from it.
+        first, _, found = min(faults, key=lambda each: getattr(each[0], "place", 0), default=(None, None, None))
+        self.fault = "" if first is None else getattr(first, "where", str(first))
+        return first, [report for _, report, _ in everyone], found
 
     def targets_by_rows(self, step: Step) -> frozenset[str] | None:
         """Tensors whose counts of targets weight the losses of some rows in the loss of all; a collective.
@@ -273,7 +327,24 @@ class StepTrial:
             Names of tensors; none of a loss that rows do not add up to; None if that could not be tried.
         """
         found = self._by_rows(step, None)
+        if found.names is None or found.breaks:
+            return self._by_targets(step, found.names)
         return found.names if not found.names else narrow(found.names, partial(self._by_rows, step))
+
+    def _by_targets(self, step: Step, names: frozenset[str] | None) -> frozenset[str] | None:
+        """The same for a step that does not run on some rows alone."""
+        assert self._samples is not None
+        try:
+            with self._tried(), state_kept(self._module):
+                self._module.eval()
+                for whole, *parts in self._samples.by_targets():
+                    recording, *runs = (self._alone(step, *each).recording for each in (whole, *parts))
+                    each = [*zip(runs, (local for _, local in parts), strict=True)]
+                    found = names_of_targets(recording, each, not computes_precisely(self._module))
+                    names = found if names is None else names | (found or frozenset())
+        except Exception as failure:
+            return agreed(self._from_all(Attempt(names), failure)).names
+        return agreed(self._from_all(Attempt(names), None)).names
 
     def _by_rows(self, step: Step, name: str | None) -> Attempt:
         assert self._samples is not None
@@ -291,92 +362,24 @@ class StepTrial:
                     attempt = Attempt(names_of_rows(runs[0][0], runs[1:], not computes_precisely(self._module)))
         except Exception as failure:
             failed = failure
-            attempt = Attempt(attempt.names, fails=attempt.names is None)
+            attempt = Attempt(attempt.names, fails=attempt.names is None, breaks=attempt.names is not None)
         return agreed(self._from_all(attempt, failed))
-
-    @property
-    def _draws(self) -> DrawTable:
-        return self._context.notes.of(DrawTable)
-
-    def _from_all(self, mine: Any, failed: Exception | None) -> list[Any]:
-        # A rank that failed alone may have left the others in an exchange of the step, where they wait for it.
-        meeting = next_meeting("trial")
-        if failed is None:
-            arrive(meeting)
-        elif not all_arrive(meeting, _PATIENCE):
-            raise failed
-        everyone: list[Any] = [None] * self._context.mesh.world_size
-        dist.all_gather_object(everyone, mine)
-        return everyone
-
-    @contextmanager
-    def _tried(self) -> Iterator[None]:
-        tallies = self._context.notes.of(AttentionTally), self._context.notes.of(RegionTally)
-        before = tallies[0].calls, tallies[1].begun
-        try:
-            with torch.inference_mode(False), sandbox(self._module, self._device) as self._logged:
-                yield
-        finally:
-            tallies[0].calls, tallies[1].begun = before
-
-    @contextmanager
-    def _split_by(self, plan: SequencePlan) -> Iterator[None]:
-        if self._context.plan is plan:
-            # The user's own, whose hooks are in place.
-            yield
-            return
-        handle = regions.install(self._context, self._module, plan)
-        try:
-            yield
-        finally:
-            handle.remove()
-
-    def _record(self, step: Step, sample: Sample) -> tuple[SequencePlan, ...]:
-        blocks = BlockFinder(self._module)
-        try:
-            recorder = self._alone(step, *sample.whole, blocks)
-        finally:
-            blocks.close()
-        self._recorder = recorder
-        return tuple(blocks.plans())
-
-    def _alone(self, step: Step, inputs: Any, local: LocalBatch, blocks: BlockFinder | None = None) -> Recorder:
-        recorder = Recorder(self._context, blocks)
-        # One process takes over hardly any attention, whose gradients could be compared.
-        is_split = self._context.mesh.sp_size > 1
-        hooks = nullcontext() if is_split else early_outputs(self._module, recorder.recording.outputs)
-        with hooks, self._context.alone(), self._draws.recording(recorder.drawn):
-            self._try(step, inputs, local, recorder, recorder.recording)
-        return recorder
 
     def _compare(self, step: Step, part: Inputs) -> tuple[SliceReport, Logged]:
         assert self._recorder is not None
         inputs, local = part
-        replay = Replay(self._context, self._recorder.recording, local.layout.spans[self._context.mesh.sp_rank])
-        with self._draws.replaying(self._recorder.drawn):
-            self._try(step, inputs, local, replay, replay.recording)
-        logged = Logged(self._recorder.recording.logged, replay.recording.logged, local.counts)
-        half = not computes_precisely(self._module)
-        return compare(self._recorder, replay, local, half), logged
-
-    def _try(self, step: Step, inputs: Any, local: LocalBatch, trial: Any, recording: Recording) -> None:
-        kept, streams = state_kept(self._module), repeatable(self._device)
-        with kept, streams, self._context.tried(trial, local), torch.enable_grad():
-            self._differentiate(step, inputs, recording)
-
-    def _differentiate(self, step: Step, inputs: Any, recording: Recording) -> None:
+        rank, half = self._context.mesh.sp_rank, not computes_precisely(self._module)
+        replay = Replay(self._context, self._recorder.recording, local.layout.spans[rank])
+        cut = Slice.of(local.layout, local.rows, rank)
         try:
-            with recording.modules.watched(self._module):
-                output = step(inputs)
-        except StepEnds as end:
-            output = end.loss
-        # Without its graph, on whose nodes DeepSpeed's hooks hold the engine.
-        recording.returned = tree_map(lambda leaf: leaf.detach() if is_tensor(leaf) else leaf, output)
-        loss = output.get("loss") if isinstance(output, dict) else output
-        # Steps of evaluation often only log their loss.
-        losses = [loss, *(value for name, value in self._logged.items() if "loss" in name)]
-        recording.logged = numbers_of(self._logged)
-        self._logged.clear()
-        found = next((each for each in losses if isinstance(each, Tensor) and each.numel() == 1), None)
-        if found is not None:
-            recording.differentiate(found)
+            with self._draws.replaying(self._recorder.drawn), self._joining():
+                self._try(step, inputs, local, replay, replay.recording)
+        except Exception:
+            self._found = self._look(replay.recording, cut, None, half)
+            raise
+        logged = Logged(self._recorder.recording.logged, replay.recording.logged, local.counts)
+        report = compare(self._recorder, replay, local, half)
+        self.joins_attention = any(replay.inside)
+        if report.moved is not None and not report.moved.is_result:
+            self._found = self._look(replay.recording, cut, report.moved.call, half)
+        return report, logged

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lightning_ulysses.checks.trial.joints import Found
 from lightning_ulysses.checks.trial.outputs import Change, Slice, first_changed, result_change
 from lightning_ulysses.checks.trial.replay import Recorder, Recording, Rehearsal, Replay, cut_dim, narrowed
 from lightning_ulysses.context import LocalBatch
@@ -33,13 +34,11 @@ HALF = 0.1
 # The same for single tokens, and for the weights of slices beside the nearest ones.
 TOKENS_IN_HALF, COUNTS_IN_HALF = 0.2, 1e-2
 
-_INPUTS = {"q": "queries", "k": "keys", "v": "values"}
 
-
-def attention_call(number: int, callers: Sequence[str]) -> str:
-    """A call of attention as messages call it."""
-    name = callers[number] if number < len(callers) else ""
-    return f"attention call {number}" + (f", in {name}" if name else "")
+def named_call(number: int, recorder: Recorder) -> str:
+    """A call of attention, or of another function in which tokens meet, as messages call it."""
+    name = recorder.callers[number] if number < len(recorder.callers) else ""
+    return f"{recorder.recording.whats[number]} {number}" + (f", in {name}" if name else "")
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,7 @@ class SliceReport:
         losses: Those of the whole and of the slice.
         is_recorded: Whether the step ran on the whole, with a finite loss.
         is_empty: Whether the batch has no targets, outside of the excerpt as well.
+        found: Submodules in which tokens meet, the next ones to run on more than a slice.
     """
 
     counts: Mapping[str, float]
@@ -71,6 +71,7 @@ class SliceReport:
     losses: tuple[float, float] = (0.0, 0.0)
     is_recorded: bool = True
     is_empty: bool = False
+    found: Found | None = None
 
 
 def compare(recorder: Recorder, replay: Replay, local: LocalBatch, half: bool) -> SliceReport:
@@ -88,16 +89,25 @@ def compare(recorder: Recorder, replay: Replay, local: LocalBatch, half: bool) -
         return SliceReport(counts, reason=f"{len(part.outputs)} attention calls, and {len(whole.outputs)} on the whole")
     bound = TOKENS_IN_HALF if half else INPUTS
     moved = first_changed(whole.modules, part.modules, cut, bound)
-    moved = moved or _first_moved(recorder, part, replay.span, HALF if half else INPUTS)
+    moved = moved or _first_moved(recorder, part, replay.span, replay.inside, HALF if half else INPUTS)
     if moved is None and whole.loss is None:
         moved = result_change(whole.returned, part.returned, cut, bound)
     if moved is not None:
         return SliceReport(counts, moved=moved)
-    if not whole.gradients or not part.gradients:
+    found = [*zip(whole.gradients, part.gradients, replay.narrowed, replay.inside, strict=False)]
+    # Of what is whole here as well, the gradient is that of this slice alone.
+    pairs = [(narrowed(a, dim, replay.span), b) for a, b, dim, is_inside in found if not is_inside]
+    size = [a for a, *_, is_inside in found if not is_inside]
+    for a, b in zip(whole.edge_gradients, part.edge_gradients, strict=False):
+        dim = cut_dim(a, b)
+        if dim is not None:
+            # A convolution may return more than its slice, which its caller cuts off.
+            pairs.append((narrowed(a, dim, replay.span), narrowed(b, dim, slice(0, cut.share))))
+            size.append(a)
+    if not pairs:
         return SliceReport(counts, reason="a loss that does not depend on what attention returns")
-    pairs = zip(whole.gradients, replay.narrowed, strict=True)
-    wanted = [narrowed(gradient, dim, replay.span) for gradient, dim in pairs]
-    report = _fit(wanted, part.gradients, _flat(whole.gradients).norm(), counts, half)
+    wanted, own = zip(*pairs, strict=True)
+    report = _fit(wanted, own, _flat(size).norm(), counts, half)
     losses = _number(whole.loss), _number(part.loss)
     pooled = first_changed(whole.modules, part.modules, cut, bound, pooled=True)
     return replace(report, pooled=pooled, losses=losses)
@@ -125,7 +135,7 @@ def _fit(
 
 
 def disagreement(
-    recorder: Recorder, part: Rehearsal, mesh: SequenceMesh, half: bool, is_joined: bool
+    recorder: Recorder, part: Rehearsal, local: LocalBatch, mesh: SequenceMesh, half: bool, is_joined: bool
 ) -> Change | str | None:
     """What differs between a step on the whole sequence and one whose model is split inside.
 
@@ -135,6 +145,7 @@ def disagreement(
     Args:
         recorder: The run on the whole excerpt.
         part: The run that is split.
+        local: Its batch.
         mesh: Sizes and groups.
         half: Whether the model computes in half precision.
         is_joined: Whether the sequence is joined again.
@@ -142,27 +153,25 @@ def disagreement(
     whole, bound = recorder.recording, HALF if half else INPUTS
     if len(part.returned) != len(whole.outputs):
         return f"{len(part.returned)} attention calls, and {len(whole.outputs)} on the whole"
-    region = next((region for region in part.regions if region is not None), None)
-    if region is not None:
-        tokens = TOKENS_IN_HALF if half else INPUTS
-        moved = first_changed(whole.modules, part.recording.modules, Slice.of(region, mesh.sp_rank), tokens)
+    for cut in part.cuts(local):
+        moved = first_changed(whole.modules, part.recording.modules, cut, TOKENS_IN_HALF if half else INPUTS)
         if moved is not None:
             return moved
     if len(part.recording.gradients) < len(whole.gradients):
         return "a loss without a gradient"
     for number, region in enumerate(part.regions):
-        cut = None if region is None else region.layout.spans[mesh.sp_rank]
-        pairs = [*zip(_INPUTS.values(), whole.inputs[number], part.recording.inputs[number], strict=True)]
+        own = part.recording.inputs[number]
+        pairs = [(name, tensor, own[name]) for name, tensor in whole.inputs[number].items()]
         if not recorder.draws[number]:
             pairs.append(("output", whole.outputs[number], part.returned[number]))
         # Outside of regions, the gradient of one rank may be that of its slice alone.
-        if whole.gradients and is_joined and cut is not None:
+        if whole.gradients and is_joined and region is not None:
             pairs.append(("gradient", whole.gradients[number], part.recording.gradients[number] / mesh.sp_size))
         for name, a, b in pairs:
-            a = narrowed(a, cut_dim(a, b), cut) if cut is not None else a
+            a = part.slice_of(number, a, b)
             distance = _distance(a, b) if a.shape == b.shape else float("inf")
             if not distance <= bound:
-                return Change(f"the {name} of {attention_call(number, recorder.callers)}", distance)
+                return _in_attention(recorder, number, name, distance)
     losses = (whole.loss, part.recording.loss) if is_joined else (None, None)
     is_same = losses[0] is None or losses[1] is None or _distance(losses[0], losses[1]) <= bound
     return None if is_same else "the loss"
@@ -170,12 +179,12 @@ def disagreement(
 
 def part_of_loss(whole: Recording, part: Rehearsal, counts: Mapping[str, float], half: bool) -> SliceReport:
     """What the loss of a slice says where a plan splits the model and joins nothing."""
-    found = zip(whole.gradients, part.recording.gradients, part.spans, strict=False)
+    found = zip(whole.gradients, part.recording.gradients, range(len(part.regions)), strict=False)
     # Of what is whole, a rank's gradient is that of its slice alone.
-    cut = [(a, b, span) for a, b, span in found if span is not None]
+    cut = [(a, b, number) for a, b, number in found if part.regions[number] is not None]
     if not cut:
         return SliceReport(counts, reason="a loss that does not depend on what attention returns")
-    wanted = [narrowed(a, cut_dim(a, b), span) for a, b, span in cut]
+    wanted = [part.slice_of(number, a, b) for a, b, number in cut]
     return _fit(wanted, [b for _, b, _ in cut], _flat(a for a, _, _ in cut).norm(), counts, half)
 
 
@@ -206,20 +215,50 @@ def names_of_rows(whole: Recording, parts: Sequence[tuple[Recording, LocalBatch]
     return verdict.names if verdict.reason is None else None
 
 
+def names_of_targets(
+    whole: Recording, parts: Sequence[tuple[Recording, LocalBatch]], half: bool
+) -> frozenset[str] | None:
+    """`names_of_rows` of runs on all tokens, each with some of the targets."""
+    wanted, own = _flat(whole.gradients), torch.stack([_flat(part.gradients) for part, _ in parts])
+    size = wanted.norm()
+    if not bool(own.isfinite().all()) or not float(size) or not bool(own.any(dim=1).all()):
+        return None
+    # (parts, elements) and (elements,) -> (parts,)
+    weights = torch.linalg.lstsq(own.T, wanted[:, None]).solution.flatten()
+    misfit = float((wanted - weights @ own).norm() / size)
+    reports = [
+        SliceReport(local.counts, float(weight), misfit, is_half=half)
+        for (_, local), weight in zip(parts, weights, strict=True)
+    ]
+    verdict = judge([(report, ()) for report in reports], len(reports))
+    return verdict.names if verdict.reason is None else None
+
+
 def _distance(a: Tensor, b: Tensor) -> float:
     a, b = a.detach(), b.detach()
     return float((a.double() - b.double()).norm() / a.double().norm().clamp_min(1e-30)) if a.numel() else 0.0
 
 
-def _first_moved(whole: Recorder, part: Recording, span: slice, bound: float) -> Change | None:
+def _first_moved(whole: Recorder, part: Recording, span: slice, inside: Sequence[bool], bound: float) -> Change | None:
     for number, (one, other) in enumerate(zip(whole.recording.inputs, part.inputs, strict=True)):
-        for name, a, b in zip("qkv", one, other, strict=True):
+        if inside[number]:
+            continue
+        for name, a in one.items():
+            b = other[name]
             # (B, H, S, D) -> (B, H, S_r, D); keys of a memory are whole in both runs.
             a = narrowed(a, a.dim() - 2, span) if a.shape[-2] != b.shape[-2] else a
             distance = _distance(a, b) if a.shape == b.shape else float("inf")
             if not distance <= bound:
-                return Change(f"the {_INPUTS[name]} of {attention_call(number, whole.callers)}", distance)
+                return _in_attention(whole, number, name, distance)
     return None
+
+
+def _in_attention(whole: Recorder, number: int, name: str, distance: float) -> Change:
+    around = whole.recording.around[number]
+    order = [*whole.recording.modules.found]
+    place = order.index(around[0]) if around and around[0] in order else len(order)
+    where = f"the {name} of {named_call(number, whole)}"
+    return Change(where, distance, place=place, call=around[0] if around else None)
 
 
 @dataclass(frozen=True)
@@ -239,6 +278,7 @@ class Verdict:
         plans: Plans that may divide the model, the same on all ranks.
         is_recorded: See `SliceReport`.
         pooled: See `SliceReport`.
+        found: See `SliceReport`.
     """
 
     is_additive: bool = False
@@ -253,6 +293,7 @@ class Verdict:
     plans: tuple[SequencePlan, ...] = ()
     is_recorded: bool = True
     pooled: Change | None = None
+    found: Found | None = None
 
     @property
     def is_known(self) -> bool:
@@ -295,7 +336,9 @@ def judge(found: Sequence[tuple[SliceReport, tuple[SequencePlan, ...]]], sp_size
     groups = telling or groups
     reports = [report for group in groups for report in group]
     reason = next((report.reason for report in reports if report.reason is not None), None)
-    moved = next((report.moved for report in everyone if report.moved is not None), None)
+    # The first change of any rank: later ones may follow from it.
+    first = min((report for report in everyone if report.moved is not None), key=_place, default=None)
+    moved = first.moved if first is not None else None
     plans = found[0][1] if all(each == found[0][1] for _, each in found) else ()
     if moved is not None:
         # A loss that says nothing on one rank does not take back what another one saw.
@@ -308,6 +351,7 @@ def judge(found: Sequence[tuple[SliceReport, tuple[SequencePlan, ...]]], sp_size
             plans=plans,
             is_recorded=all(report.is_recorded for report in reports),
             has_targets=bool(telling),
+            found=first.found if first is not None else next((each.found for each in everyone if each.found), None),
         )
     half = any(report.is_half for report in reports)
     misfit, gap = max(report.misfit for report in reports), max(map(_gap, groups))
@@ -316,6 +360,10 @@ def judge(found: Sequence[tuple[SliceReport, tuple[SequencePlan, ...]]], sp_size
     weights = tuple(report.weight for report in groups[0])
     pooled = next((report.pooled for report in reports if report.pooled is not None), None)
     return Verdict(additive, names, weights, max(misfit, gap), is_coarse=half, plans=plans, pooled=pooled)
+
+
+def _place(report: SliceReport) -> int:
+    return report.moved.place if report.moved is not None else 0
 
 
 def _gap(group: Sequence[SliceReport]) -> float:

@@ -17,18 +17,19 @@ from torch import Tensor, nn
 
 from lightning_ulysses.attention.attend import Softmax
 from lightning_ulysses.attention.call import AttentionCall
-from lightning_ulysses.attention.call_mask import covers_sequence, local_mask_error
+from lightning_ulysses.attention.call_mask import covers_sequence, local_mask_error, read_mask
 from lightning_ulysses.attention.explicit import Extras
 from lightning_ulysses.attention.flash import FlashKernel, flash_kernel
 from lightning_ulysses.attention.route import intercept
 from lightning_ulysses.context import LocalBatch, SequenceContext
 from lightning_ulysses.errors import UlyssesError
-from lightning_ulysses.exchange.mesh import SequenceMesh
 from lightning_ulysses.geometry.mask_spec import MaskSpec
 from lightning_ulysses.interceptors.transformers.eager import check_formula
 from lightning_ulysses.interceptors.transformers.generation import install_generate
 from lightning_ulysses.interceptors.transformers.masks import install_masks
 from lightning_ulysses.interceptors.transformers.model_inputs import supply_inputs
+from lightning_ulysses.interceptors.transformers.position_bias import install as install_position_bias
+from lightning_ulysses.interceptors.transformers.position_bias import with_position_bias
 from lightning_ulysses.interceptors.transformers.positions import Numbering
 from lightning_ulysses.interceptors.transformers.router_loss import check_router, install_router
 from lightning_ulysses.interceptors.transformers.temperature import install as install_temperature
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 IMPLEMENTATIONS = ("sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 # These get a sliding window as part of their mask. The others get it as an argument.
 _MASKED = ("sdpa", "flex_attention", "eager")
-_UNSUPPORTED_FEATURES = ("position_bias", "cache")
+_UNSUPPORTED_FEATURES = ("cache",)
 
 
 def _used(root: nn.Module) -> set[Any]:
@@ -77,7 +78,7 @@ def _call_spec(
     has_padding: bool,
 ) -> tuple[MaskSpec, Tensor | None]:
     """The spec and the bias of a call; ``has_padding`` if the step's batch has a padding mask."""
-    layout = batch.layout
+    layout = batch.key_layout
     if known is not None:
         return known, None
     if attention_mask is None:
@@ -85,9 +86,11 @@ def _call_spec(
     # flash-attn takes the 2-D padding mask itself; then it is the slice of the batch's mask, or all of it.
     if attention_mask.dim() == 2 and has_padding and attention_mask.shape[1] in (*layout.shares, layout.seq_len):
         return MaskSpec(is_causal, window, layout.documents, layout.valid, layout.num_padding), None
+    if attention_mask.dim() == 4 and attention_mask.shape[-2] == 1 != layout.real_len:
+        return read_mask(batch, None, attention_mask, MaskSpec(False, num_padding=layout.num_padding))
     # A mask of the whole sequence tells by itself what each token sees.
-    if not covers_sequence(attention_mask, layout):
-        raise local_mask_error(attention_mask, layout)
+    if not covers_sequence(attention_mask, batch):
+        raise local_mask_error(attention_mask, batch)
     return MaskSpec(False, window, num_padding=layout.num_padding), attention_mask
 
 
@@ -156,6 +159,7 @@ def _wrap(
             running = context.place.batch
             has_padding = running is not None and "attention_mask" in running.shards
             spec, bias = _call_spec(batch, known, attention_mask, causal, window, has_padding)
+            bias = with_position_bias(batch, kwargs.get("position_bias"), bias, is_split=context.split is not None)
             # Only the first call of each class: the check runs the model's own function.
             if name == "eager" and (type(module), original) not in tried:
                 check_formula(original, module, query, key, value, scaling, extras, **kwargs)
@@ -201,15 +205,13 @@ def _install_eager(handle: Handle, wrap: Callable[[str, Callable[..., Any]], Cal
     handle.patch(AttentionInterface, "get_interface", get_interface)
 
 
-def check_model(model: PreTrainedModel, mesh: SequenceMesh, names: list[str]) -> None:
+def check_model(model: PreTrainedModel, names: list[str]) -> None:
     """Refuses models that cannot be made exact, before the first step.
 
     Raises:
         UlyssesError: With the model, the reason and the change.
     """
     name, config = type(model).__name__, model.config
-    if isinstance(num_heads := getattr(config, "num_attention_heads", None), int):
-        mesh.check_heads(num_heads)
     implementation = getattr(config, "_attn_implementation", None)
     # Some models have only eager attention. Its formula is checked in the first step, see `check_formula`.
     only_eager = implementation == "eager" and not getattr(model, "_supports_sdpa", True)
@@ -218,12 +220,6 @@ def check_model(model: PreTrainedModel, mesh: SequenceMesh, names: list[str]) ->
             f"{name} with attn_implementation={implementation!r}",
             f"one of {names}, since the others attend within this rank's slice only",
             "load the model with attn_implementation='sdpa'",
-        )
-    if getattr(config, "is_encoder_decoder", False):
-        raise UlyssesError(
-            f"{name}, an encoder-decoder model",
-            "a model with one sequence",
-            "train it without sequence parallelism (sp_size=1)",
         )
     check_router(model)
 
@@ -254,13 +250,14 @@ def install(context: SequenceContext, root: nn.Module, *, sync_steps: bool = Fal
         numbering = Numbering(context)
         for model in models:
             if context.mesh.sp_size > 1:
-                check_model(model, context.mesh, names)
+                check_model(model, names)
             hook = model.register_forward_pre_hook(supply_inputs(context, model, numbering), with_kwargs=True)
             handle.add(hook.remove)
         # After the hooks above, since these hooks may replace the positions that those supply.
         numbering.install(root, handle)
         install_router(context, handle, models)
         install_temperature(context, root, handle)
+        install_position_bias(context, root, handle)
     except BaseException:
         handle.remove()
         raise

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ import torch
 from lightning_ulysses.attention.mask_table import MaskTable
 from lightning_ulysses.context import LocalBatch, SequenceContext
 from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.geometry.documents import valid_runs
 from lightning_ulysses.geometry.mask_spec import MaskSpec
 from lightning_ulysses.patching.handle import Handle
 
@@ -107,27 +108,34 @@ def install_masks(context: SequenceContext, handle: Handle, names: tuple[str, ..
     def wrap(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         @context.takes_over(original, outside_regions=True)
         def describe_mask(*args: Any, **kwargs: Any) -> Any:
-            if context.place.trial is not None:
-                # What answers on a slice takes no mask.
-                return original(*args, **kwargs) if context.mesh.sp_size == 1 else None
+            is_tried = context.place.trial is not None
             whole = context.awaits_region
             batch = context.place.region or whole
-            if batch is None:
+            if batch is None or (is_tried and context.mesh.sp_size == 1):
                 return original(*args, **kwargs)
             call = inspect.signature(original).bind(*args, **kwargs)
             call.apply_defaults()
             values = {**call.arguments, **call.arguments.get("kwargs", {})}
             # Where the sequence is whole, a mask that cannot be described is built by transformers.
             is_known = _KNOWN_MASKS.issuperset(_mask_parts(values["mask_function"]))
+            if is_tried and is_known:
+                # What answers on a slice takes no mask.
+                return None
             if (context.mesh.sp_size == 1 or whole is not None) and not is_known:
                 return original(*args, **kwargs)
             # Outside of the regions of a plan, another sequence than the batch may have a mask.
-            if whole is not None and {values["q_length"], values["kv_length"]} != {whole.layout.seq_len}:
+            padding, lengths = values.get("attention_mask"), {values["q_length"], values["kv_length"]}
+            is_other = whole is not None and lengths != {whole.layout.seq_len}
+            if is_other and "packed_sequence_mask_function" in _mask_parts(values["mask_function"]):
                 return original(*args, **kwargs)
-            padding = values.get("attention_mask")
             running = context.place.batch or batch
             is_packed = padding is None and name in _PACKED and running.notes.of(PackedCall).is_found
             spec = _spec_from_mask_function(values["mask_function"], batch, padding is not None, is_packed)
+            if whole is not None and padding is not None:
+                # That of an encoder is not that of the decoder.
+                spec = replace(spec, valid=valid_runs(padding.cpu()))
+            if is_other:
+                spec = replace(spec, documents=None, num_padding=0)
             seed = torch.ones(1, dtype=torch.bool, device=values.get("device", "cpu"))
             batch.notes.of(MaskTable)[seed] = spec
             # (1,) -> (1, 1, 1, 1) -> (B, 1, S_r, S_r) in the memory of one element: models may look at the shape.

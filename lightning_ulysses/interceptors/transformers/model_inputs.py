@@ -26,7 +26,10 @@ def supply_inputs(context: SequenceContext, model: PreTrainedModel, numbering: N
     signature = inspect.signature(model.forward)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
     takes_cache = "use_cache" in signature.parameters
+    is_pair = bool(getattr(model.config, "is_encoder_decoder", False))
     name = type(model).__name__
+    # A state space tells tokens apart by their order, and has no heads of attention.
+    attends = getattr(model.config, "num_attention_heads", None) is not None
     # transformers uses the loss of causal language models for a class without a loss type.
     shifts = (getattr(model, "loss_type", None) or "ForCausalLM").startswith("ForCausalLM")
 
@@ -41,7 +44,8 @@ def supply_inputs(context: SequenceContext, model: PreTrainedModel, numbering: N
             if "position_ids" in signature.parameters:
                 positions = _positions(batch, tokens, context.mesh.sp_rank)
                 added["position_ids"] = numbering.supplied(positions) if numbering.is_used else positions
-            elif context.mesh.sp_size > 1:
+            elif context.mesh.sp_size > 1 and attends and not context.is_proven and context.place.trial is None:
+                # Without positions a model is told apart from others by a trial only.
                 raise UlyssesError(
                     f"{name}, whose forward takes no position_ids",
                     "a model that can be told the positions of its tokens",
@@ -66,6 +70,14 @@ def supply_inputs(context: SequenceContext, model: PreTrainedModel, numbering: N
         note.is_found = not cached and _is_own(given.get("position_ids"), batch.shards.get("position_ids"))
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if is_pair and "shift_labels" in kwargs and context.place.batch is not None:
+            # A decoder's labels are not shifted. It would hand what it does not know to its loss.
+            shorter = {key: value for key, value in kwargs.items() if key != "shift_labels"}
+            found = choose(args, shorter)
+            return (args, shorter) if found is None else found
+        return choose(args, kwargs)
+
+    def choose(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         batch = context.described
         if batch is not None:
             return supply(batch, args, kwargs)
@@ -144,4 +156,4 @@ def shifted_labels(
 def _same(tensor: Tensor, shard: Tensor | None) -> bool:
     if shard is None or tensor.shape != shard.shape:
         return False
-    return tensor.is_set_to(shard) or torch.equal(tensor, shard.to(tensor.device))
+    return tensor is shard or tensor.is_set_to(shard) or torch.equal(tensor, shard.to(tensor.device))

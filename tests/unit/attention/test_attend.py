@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 from unittest import mock
 
@@ -93,13 +95,21 @@ def check(
     size: int = 4,
     value_size: int = 4,
     extras: Extras | None = None,
+    runs: tuple[int, ...] = (),
 ) -> None:
-    """Forward and backward; what the tokens of the padding get is nobody's concern."""
+    """Forward and backward; what the tokens of the padding get is nobody's concern. ``runs`` cut the queries."""
     q, k, v = inputs(rows, seq_len, heads, kv_heads, size, value_size)
     real = seq_len - spec.num_padding
     index = list(kv_index) if kv_index is not None else [head // (heads // kv_heads) for head in range(heads)]
     extras = extras or Extras()
-    found = attend(q, k, v, spec, scale=scale, kv_index=kv_index, extras=extras)
+    pieces = pairwise((0, *runs, seq_len))
+    found = torch.cat(
+        [
+            attend(q[:, :, begin:end], k, v, spec, scale=scale, kv_index=kv_index, extras=extras, first=begin)
+            for begin, end in pieces
+        ],
+        dim=2,
+    )
     wanted = reference(q, k, v, spec, scale, index, extras)
     assert found.shape == wanted.shape == (rows, heads, seq_len, value_size)
     torch.testing.assert_close(found[:, :, :real], wanted[:, :, :real], atol=1e-12, rtol=1e-12)
@@ -315,6 +325,23 @@ def test_explicit_attention_keeps_no_scores(monkeypatch: pytest.MonkeyPatch) -> 
         attend(q, k, v, MaskSpec(True), extras=extras)
     memory = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
     assert sum(memory.values()) < 4 * 1024 * 64
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_runs_of_queries(kind: str, on_gpu: bool) -> None:
+    """Queries of a part of the sequence, to all of its keys."""
+    with gpu_paths() if on_gpu else nullcontext():
+        for runs in ((5,), (2, 7, 11)):
+            settings: Any = {"rows": 2, "heads": 4, "size": 8, "value_size": 8, "runs": runs}
+            for spec in (KINDS[kind], replace(KINDS[kind], num_padding=3)):
+                check(spec, **settings)
+            check(replace(KINDS[kind], documents=DOCUMENTS * 2), **settings)
+            check(replace(KINDS[kind], documents=(((0, 12),), ((0, 4), (4, 12)))), kv_heads=1, **settings)
+            for name in VALID:
+                check(replace(KINDS[kind], valid=(VALID[name], ((0, 12),))), **settings)
+            for name in ("softcap", "alibi", "all"):
+                check(replace(KINDS[kind], documents=DOCUMENTS * 2), extras=extras_of(name, 4), **settings)
 
 
 @pytest.fixture

@@ -225,7 +225,8 @@ def flash_2(
     assert cu_seqlens_q.dtype == torch.int32 and max_seqlen_q == int(cu_seqlens_q.diff().max())
     assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
     window = (window_size[0], 0) if causal else window_size
-    return varlen_attention(q, k, v, cu_seqlens_q, window, softmax_scale, softcap=softcap, alibi_slopes=alibi_slopes)
+    extras = {"softcap": softcap, "alibi_slopes": alibi_slopes}
+    return varlen_attention(q, k, v, cu_seqlens_q, window, softmax_scale, cu_seqlens_k, **extras)
 
 
 def flash_3(
@@ -335,6 +336,16 @@ def test_what_a_version_lacks_is_computed_otherwise(version: str, settings: dict
     assert bool(calls) == takes
     for got, wanted in zip(found, results(None, SPECS["packed"], **settings), strict=True):
         torch.testing.assert_close(got, wanted, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "spec", [MaskSpec(True), MaskSpec(True, window=8), MaskSpec(True, documents=(((0, 9), (9, 64)),))]
+)
+def test_a_run_of_queries_is_one_call(spec: MaskSpec, gpu: tuple[TorchVarlen, CudaSdpa]) -> None:
+    q, k, v = tensors(64, 4, 2, torch.bfloat16)
+    attend(q[:, :, 20:40], k, v, spec, first=20)
+    varlen, sdpa = gpu
+    assert varlen.calls == [1] and not sdpa.chosen
 
 
 def test_on_a_cpu_flash_attn_is_not_called() -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 import warnings
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -137,20 +139,50 @@ def test_report_from_the_command_line(
         assert part in printed
 
 
-@pytest.mark.parametrize("ranks", [2, 16])
-@pytest.mark.parametrize("factor", [0.5, 10.0])
-def test_tokens_and_targets_stay_inside_the_frame(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, factor: float
-) -> None:
-    made = table(ranks=ranks)
-    made["targets"] = factor * (made["tokens"] - made["padding"])
+def drawn(made: Table, path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The panels by the first words of their titles."""
     figures: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: figures.append(figure))
-    draw(made, tmp_path / PNG_NAME)
-    axes = figures[0].axes[0]
-    highest = max(float(np.max(line.get_ydata())) for line in axes.lines)
-    low, high = axes.get_ylim()
-    assert low == 0 and highest <= max(100, made["targets"].max()) <= high <= 1.2 * max(100, made["targets"].max())
+    draw(made, path / PNG_NAME)
+    return {axes.get_title().partition(":")[0]: axes for axes in figures[0].axes}
+
+
+@pytest.mark.parametrize("ranks", [2, 16])
+@pytest.mark.parametrize("factor", [0.5, 10.0])
+def test_the_work_of_each_rank_is_a_bar_of_its_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int, factor: float
+) -> None:
+    """No part hides another one, also where labels outnumber the tokens that a mask keeps."""
+    made = table(ranks=ranks)
+    made["padding"] = np.minimum(made["padding"], 50)
+    made["targets"] = factor * (made["tokens"] - made["padding"])
+    axes = drawn(made, tmp_path, monkeypatch)["Work of each rank"]
+    bars = [patch.get_bbox() for patch in axes.patches]
+    ends = [
+        max((bar.x1 for bar in bars if abs((bar.y0 + bar.y1) / 2 - rank) < 0.1), default=0.0) for rank in range(ranks)
+    ]
+    assert ends == pytest.approx([100.0] * ranks)
+    for rank in range(ranks):
+        own = sorted((bar.x0, bar.x1) for bar in bars if abs((bar.y0 + bar.y1) / 2 - rank) < 0.1)
+        assert all(left[1] == pytest.approx(right[0]) for left, right in pairwise(own))
+    assert axes.get_xlim()[0] == 0 and 100 < axes.get_xlim()[1] < 120
+
+
+def test_panels_show_loss_speed_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = table(steps=40)
+    panels = drawn(made, tmp_path, monkeypatch)
+    assert set(panels) == {"Loss", "Tokens per second", "Peak memory of a rank", "Work of each rank"}
+    each, mean = panels["Loss"].lines
+    _, loss = np.unique(made["step"], return_index=True)
+    np.testing.assert_allclose(each.get_ydata(), made["loss"][loss])
+    assert mean.get_ydata()[-1] == pytest.approx(made["loss"][loss][-10:].mean())
+    assert mean.get_ydata()[1] == pytest.approx(made["loss"][loss][:2].mean())
+    assert (
+        "380" in panels["Tokens per second"].get_title() and "1.00 GiB" in panels["Peak memory of a rank"].get_title()
+    )
+    # Nothing was timed.
+    made["tokens_per_sec"][:] = np.nan
+    assert "not measured" in drawn(made, tmp_path, monkeypatch)["Tokens per second"].get_title()
 
 
 def test_nothing_is_drawn_before_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -136,8 +136,9 @@ def test_kernels() -> None:
         assert "math (" in kernels.kernels(8, 2, 16, "float32", 4, cpu, seq_len=64)[0].found
     with pytest.raises(UlyssesError, match="a floating point type of torch"):
         kernels.kernels(8, 2, 16, "int8", 4, cpu)
-    with pytest.raises(UlyssesError, match="at least one head for each rank"):
-        kernels.kernels(8, 2, 16, "float32", 16, cpu)
+    assert "P=16" in kernels.kernels(8, 2, 16, "float32", 16, cpu, seq_len=64)[0].found
+    with pytest.raises(UlyssesError, match="key/value heads that divide the heads"):
+        kernels.kernels(8, 3, 16, "float32", 4, cpu)
 
 
 def corrupt(rank: int, world_size: int, device_type: str) -> tuple[float, bool]:

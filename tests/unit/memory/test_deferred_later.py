@@ -126,16 +126,16 @@ def test_losses(name: str) -> None:
 
 
 def written_labels(h: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    loss = mean(h(x), y)
+    losses = mean(h(x), y, reduction="none")
     y.fill_(3)
-    return loss
+    return losses.mean()
 
 
 def written_weights(h: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     weight = torch.ones(V, dtype=x.dtype)
-    loss = mean(h(x), y, weight=weight)
+    losses = mean(h(x), y, weight=weight, reduction="none")
     weight[3] = 7
-    return loss
+    return losses.sum()
 
 
 def written_hidden_states(h: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -150,6 +150,18 @@ def hidden_states_after_a_copy(h: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     rows = h(hidden)[:, torch.tensor([1, 2])]
     hidden.add_(1)
     return rows.logsumexp(-1).mean()
+
+
+def test_labels_may_change_after_a_mean() -> None:
+    """Its gradients were made before."""
+    root, (x, y) = head(nn.Linear), inputs()
+    plain, labels = copy.deepcopy(root), y.clone()
+    mean(plain(x), labels).backward()
+    with tiled(root, tiled_loss=["head"], tile_tokens=4):
+        loss = mean(root(x), y)
+        y.fill_(3)
+        loss.backward()
+    assert worst(root, plain) <= 1e-13
 
 
 WRITTEN = [written_labels, written_weights, written_hidden_states, hidden_states_after_a_copy]

@@ -1,0 +1,1 @@
+"""Functions in which tokens meet outside of attention: state spaces, linear attention, causal convolutions."""

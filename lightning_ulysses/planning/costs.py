@@ -1,0 +1,128 @@
+"""What a step sends and computes, and how long that takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lightning_ulysses.config import MemoryConfig
+from lightning_ulysses.planning.models import Facts
+from lightning_ulysses.planning.zero import Sharding
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The machines of a run.
+
+    Attributes:
+        gpus: Of the run.
+        gpus_per_node: On one machine.
+        gpu_memory: Bytes of one GPU.
+        host_memory: Bytes of one machine.
+        flops: Operations that a GPU does in a second in training, not those of its data sheet.
+        node_link: Bytes that a GPU sends in a second to others of its machine.
+        network: Bytes that a GPU sends in a second to other machines.
+        host_link: Bytes that a GPU copies in a second to or from its host.
+        reserve: Bytes of a GPU that are not handed out: the context of CUDA, buffers of NCCL, and gaps.
+    """
+
+    gpus: int = 8
+    gpus_per_node: int = 8
+    gpu_memory: int = 80 * 2**30
+    host_memory: int = 2**40
+    flops: float = 400e12
+    node_link: float = 200e9
+    network: float = 40e9
+    host_link: float = 20e9
+    reserve: int = 3 * 2**30
+
+    @property
+    def neighbours(self) -> int:
+        """Processes of the run on one machine."""
+        return min(self.gpus, self.gpus_per_node)
+
+
+def passes(memory: MemoryConfig) -> tuple[float, float]:
+    """Forwards' worth of work in a step: of what is per token, and of attention.
+
+    A backward takes two forwards; that of attention 2.5, since kernels compute scores again in it.
+    """
+    again = memory.checkpoint != "none"
+    return 3.0 + again, 3.5 + (memory.checkpoint == "block")
+
+
+def operations(facts: Facts, seq_len: int, memory: MemoryConfig) -> float:
+    """Operations of one step on one sequence, on all of its ranks together."""
+    dense, attention = passes(memory)
+    # Of logits that are computed tile by tile, those of the backward come on top.
+    head = 2.0 * facts.hidden * facts.vocab * seq_len if memory.tiled_loss and memory.checkpoint == "none" else 0.0
+    return dense * facts.per_token * seq_len + attention * facts.per_pair * float(seq_len) ** 2 + head
+
+
+def ulysses_volume(facts: Facts, seq_len: int, sp_size: int, memory: MemoryConfig, size: int = 2) -> float:
+    """Bytes that one rank sends in the exchanges of a step."""
+    share = seq_len / sp_size
+    # Key/value heads that several ranks need are sent to each of them.
+    kv_heads = max(facts.kv_heads, sp_size)
+    once = (2 * facts.heads + 2 * kv_heads) * facts.head_dim * share * size * (sp_size - 1) / sp_size
+    is_chunked = memory.cuts_heads
+    times = {"none": 2, "block": 3, "block+attention": 3}[memory.checkpoint]
+    # The backward of chunks exchanges what it needs again; with kept outputs every backward does so.
+    times += is_chunked and memory.checkpoint != "block+attention"
+    return facts.blocks * once * times
+
+
+def gathered_volume(facts: Facts, seq_len: int, sp_size: int, memory: MemoryConfig, size: int = 2) -> float:
+    """Bytes that one rank would receive if all keys and values were gathered, or travelled in a ring."""
+    once = 2 * facts.kv_heads * facts.head_dim * (seq_len / sp_size) * size * (sp_size - 1)
+    return facts.blocks * once * (2 if memory.checkpoint == "none" else 3)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one step on one process.
+
+    Attributes:
+        compute: Kernels.
+        exchange: All-to-alls of attention, beside which nothing runs.
+        states: What ZeRO sends and copies, in so far as it takes longer than the kernels.
+    """
+
+    compute: float
+    exchange: float
+    states: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return self.compute + self.exchange + self.states
+
+
+def step_time(
+    facts: Facts, seq_len: int, sp_size: int, memory: MemoryConfig, sharding: Sharding, machine: Machine, host: int
+) -> StepTime:
+    """The time of a step with one sequence on each group.
+
+    Args:
+        facts: Of the model.
+        seq_len: S.
+        sp_size: P.
+        memory: Parts.
+        sharding: Of the states.
+        machine: Speeds.
+        host: Bytes of activations that wait on the host.
+    """
+    compute = operations(facts, seq_len, memory) / sp_size / machine.flops
+    link = machine.node_link if sp_size <= machine.gpus_per_node else machine.network
+    exchange = ulysses_volume(facts, seq_len, sp_size, memory) / link if sp_size > 1 else 0.0
+    # Gradients are scattered and parameters gathered; at stage 3 parameters are gathered for each pass.
+    rounds = 2 if sharding.stage < 3 else 3 + (memory.checkpoint != "none")
+    across = machine.network if sharding.world > machine.gpus_per_node else machine.node_link
+    sent = rounds * 2.0 * facts.numel / across if sharding.world > 1 else 0.0
+    # There and back.
+    copied = 2.0 * host / machine.host_link
+    own = facts.numel / sharding.world
+    if sharding.offload_optimizer:
+        copied += 4.0 * own / machine.host_link
+    if sharding.offload_parameters:
+        copied += rounds * 2.0 * own / machine.host_link
+    return StepTime(compute, exchange, max(sent - compute, 0.0) + max(copied - compute, 0.0))

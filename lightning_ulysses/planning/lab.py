@@ -1,0 +1,224 @@
+"""One rank of a training step on tensors without memory, by the package's own code."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+from lightning_ulysses import memory
+from lightning_ulysses.config import MemoryConfig
+from lightning_ulysses.context import LocalBatch, SequenceContext, activate, current_context
+from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.exchange.mesh import SequenceMesh
+from lightning_ulysses.geometry.layout import SequenceLayout
+from lightning_ulysses.interceptors.install_all import install_interceptors
+from lightning_ulysses.memory.blocks import find_blocks
+from lightning_ulysses.memory.host import footprint
+from lightning_ulysses.planning.meter import Held, Meter, Workspace, labelled
+from lightning_ulysses.planning.stand_ins import CUDA, AbsentGroup, HostBytes, on_fake_tensors
+from lightning_ulysses.planning.workspaces import flash_attention
+
+Step = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
+
+#: The cause of what waits for the backward.
+KEPT = "kept for the backward"
+_LABELS = (("attention", re.compile(r"attention$", re.I)), ("mlp", re.compile(r"(mlp|ffn|feedforward|moe\w*)$", re.I)))
+
+
+@dataclass(frozen=True)
+class Scene:
+    """The step that is rehearsed.
+
+    Attributes:
+        seq_len: S.
+        sp_size: P.
+        memory: Parts that are on.
+        rows: B.
+    """
+
+    seq_len: int
+    sp_size: int = 1
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    rows: int = 1
+
+    @property
+    def rank(self) -> int:
+        """The rank that takes the most memory: one whose own tokens travel as well; see `all_to_all.on_wire`."""
+        return int(self.sp_size > 2)
+
+    @property
+    def layout(self) -> SequenceLayout:
+        """The geometry."""
+        return SequenceLayout(self.seq_len, self.sp_size)
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What one rank took for the activations and gradients of one step.
+
+    Attributes:
+        peak: Bytes on the device at the peak, without parameters, gradients that ZeRO keeps, and optimizer states.
+        per_block: Bytes at the peak for each further block of the model.
+        blocks: Repeated blocks of the model that ran; 0 if it has none.
+        causes: Bytes at the peak, by what they were made for.
+        buffers: Sizes of buffers on the host, and how many there are of each.
+        held: What lived at the peak, the largest first.
+    """
+
+    peak: int
+    per_block: int
+    blocks: int
+    causes: dict[str, int]
+    buffers: list[tuple[int, int]]
+    held: list[Held] = field(default_factory=list)
+
+    def on_device(self, blocks: int) -> int:
+        """The peak of a model with so many blocks."""
+        return self.peak + self.per_block * (blocks - self.blocks) if self.blocks else self.peak
+
+    def on_host(self, blocks: int, factor: float = 1.0) -> int:
+        """Bytes on the host of a model with so many blocks, on a sequence ``factor`` times as long."""
+        number = sum(count * footprint(max(round(size * factor), 1), CUDA) for size, count in self.buffers)
+        # The last block's stays on the device.
+        return number * (blocks - 1) // (self.blocks - 1) if self.blocks > 1 else number
+
+    def by_cause(self, blocks: int) -> dict[str, int]:
+        """Bytes at the peak of a model with so many blocks, by what they were made for."""
+        further = self.on_device(blocks) - self.peak
+        return {**self.causes, KEPT: self.causes.get(KEPT, 0) + further}
+
+
+def call_with_labels(module: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """The loss of a transformers model."""
+    loss: Tensor = module(input_ids=batch["input_ids"], labels=batch["labels"]).loss
+    return loss
+
+
+class Lab:
+    """A model without memory, on which steps are rehearsed.
+
+    Args:
+        make: Makes the model.
+        step: Computes a loss of the model and a batch with ``input_ids`` and ``labels``.
+        dtype: Of parameters.
+        workspace: What kernels take besides what they return.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], nn.Module],
+        step: Step = call_with_labels,
+        dtype: torch.dtype = torch.bfloat16,
+        workspace: Workspace | None = flash_attention,
+    ) -> None:
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._step, self._workspace = step, workspace
+        with self._mode, _default_dtype(dtype):
+            self.model = make().train()
+        for parameter in self.model.parameters():
+            # What ZeRO keeps of gradients is counted by its formula.
+            parameter.register_post_accumulate_grad_hook(_drop)
+
+    def rehearse(self, scene: Scene, *, all_tiles: bool = False) -> Rehearsal:
+        """Runs one step.
+
+        Args:
+            scene: The step.
+            all_tiles: Whether every tile runs, and not the first two and the last alone, which take the same.
+        """
+        host = HostBytes()
+        with self._mode, on_fake_tensors(host, all_tiles=all_tiles):
+            meter = Meter(rounding=512, workspace=self._workspace)
+            measure_step(self.model, self._step, scene, meter)
+        starts = meter.marks
+        per_block = starts[-1] - starts[-2] if len(starts) > 1 else 0
+        held = meter.at_peak()
+        causes: dict[str, int] = {}
+        for each in held:
+            cause = KEPT if each.is_kept else each.made.label
+            causes[cause] = causes.get(cause, 0) + each.bytes
+        return Rehearsal(meter.peak, per_block, len(starts), causes, sorted(host.sizes.items()), held)
+
+
+def _drop(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def measure_step(model: nn.Module, step: Step, scene: Scene, meter: Meter) -> None:
+    """Runs forward and backward of one rank's slice under a meter, on real tensors or on fake ones.
+
+    Other ranks are absent: what they would send is not defined. A mark of the meter is set where each block begins.
+    """
+    layout = scene.layout
+    group: Any = AbsentGroup() if scene.sp_size > 1 else None
+    mesh = SequenceMesh(scene.rank, scene.sp_size, scene.sp_size, scene.rank, 1, 0, sp_group=group)
+    context = SequenceContext(mesh)
+    tokens = torch.zeros(scene.rows, layout.shares[scene.rank], dtype=torch.long)
+    batch = LocalBatch(layout, {"input_ids": tokens, "labels": tokens, "shift_labels": tokens}, rows=scene.rows)
+    before = current_context()
+    with ExitStack() as stack:
+        activate(context)
+        stack.callback(activate, before)
+        stack.callback(install_interceptors(context, model, False).remove)
+        if scene.memory.is_on:
+            stack.callback(memory.install(context, model, scene.memory).remove)
+        meter.ignore([*model.parameters(), *model.buffers(), tokens])
+        stack.enter_context(meter)
+        stack.enter_context(labelled(meter, _label))
+        stack.enter_context(_marked(meter, blocks_of(model, scene.memory)))
+        with context.step(batch):
+            loss = step(model, batch.shards)
+        meter.end_phase()
+        meter.label = "backward"
+        with context.backward(batch):
+            loss.backward()
+
+
+def blocks_of(model: nn.Module, config: MemoryConfig) -> list[nn.Module]:
+    """The repeated blocks of a model, in order; none if there are none."""
+    try:
+        return [*find_blocks(model, config.checkpoint_blocks).values()]
+    except UlyssesError:
+        return []
+
+
+@contextmanager
+def _marked(meter: Meter, blocks: list[nn.Module]) -> Iterator[None]:
+    """Takes note of what lives when each block begins for the first time."""
+    seen: set[nn.Module] = set()
+
+    def mark(module: nn.Module, args: Any) -> None:
+        if module not in seen:
+            seen.add(module)
+            meter.marks.append(meter.live)
+
+    handles = [block.register_forward_pre_hook(mark) for block in blocks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _label(module: nn.Module) -> str | None:
+    name = type(module).__name__
+    if any(True for _ in module.children()):
+        return next((label for label, pattern in _LABELS if pattern.search(name)), None)
+    return "norm" if re.search("norm", name, re.I) else None

@@ -1,0 +1,387 @@
+"""Which sizes, stages and parts fit a machine, and which of them is the fastest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from lightning_ulysses.config import MemoryConfig, read_memory
+from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.planning.costs import (
+    Machine,
+    StepTime,
+    gathered_volume,
+    operations,
+    step_time,
+    ulysses_volume,
+)
+from lightning_ulysses.planning.lab import Rehearsal, Scene
+from lightning_ulysses.planning.models import Facts
+from lightning_ulysses.planning.store import Measurements
+from lightning_ulysses.planning.zero import Sharding, state_bytes
+
+_TILES: dict[str, Any] = {"tiled_loss": True, "tiled_mlp": True, "tiled_norm": True}
+#: Parts from what costs least time to what takes least memory.
+LADDER: tuple[dict[str, Any], ...] = (
+    {},
+    {"tiled_loss": True},
+    {"tiled_loss": True, "checkpoint": "block+attention"},
+    {**_TILES, "checkpoint": "block+attention"},
+    {**_TILES, "checkpoint": "block"},
+    {**_TILES, "checkpoint": "block+attention", "offload": "cpu", "head_chunks": "auto"},
+    {**_TILES, "checkpoint": "block", "offload": "cpu", "head_chunks": "auto"},
+)
+# A guess that is so far beyond a limit needs no rehearsal.
+_FAR = 1.1
+# Up to so many times S, a line through the peaks at S and 2 S is followed.
+_NEAR = 4
+_ENDLESS = 2**40
+_STAGES = ((1, False, False), (2, False, False), (3, False, False), (3, True, False), (3, True, True))
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """What the user has decided already; None for what the plan may choose."""
+
+    sp_size: int | None = None
+    stage: int | None = None
+    offload_optimizer: bool | None = None
+    offload_parameters: bool | None = None
+    memory: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Limit:
+    """The memory that is too small.
+
+    Attributes:
+        name: ``"GPU"`` or ``"host"``.
+        needed: Bytes.
+        available: Bytes.
+    """
+
+    name: str
+    needed: int
+    available: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to run.
+
+    Attributes:
+        sp_size: P.
+        dp_size: Groups.
+        sharding: Of the states.
+        parts: Keys of ``memory`` that are on.
+        gpu: Bytes of one GPU by cause, at the peak.
+        host: Bytes of one machine by cause.
+        limit: What is too small; None if it fits.
+        longest_seq_len: The most tokens that fit.
+        time: Of a step.
+        tokens_per_second: Of all groups.
+        exchange_bytes: What one rank sends in a step.
+        gathered_bytes: What it would receive if keys and values were gathered instead.
+        flops: Operations of a step on one GPU.
+        is_estimate: Whether activations were not rehearsed for this P but follow from those of another one.
+    """
+
+    sp_size: int
+    dp_size: int
+    sharding: Sharding
+    parts: dict[str, Any]
+    gpu: dict[str, int]
+    host: dict[str, int]
+    limit: Limit | None
+    longest_seq_len: int
+    time: StepTime
+    tokens_per_second: float
+    exchange_bytes: float
+    gathered_bytes: float
+    flops: float
+    is_estimate: bool = False
+
+    @property
+    def peak_gpu_bytes(self) -> int:
+        """Of one GPU, with the reserve."""
+        return sum(self.gpu.values())
+
+    @property
+    def peak_host_bytes(self) -> int:
+        """Of one machine."""
+        return sum(self.host.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The answer.
+
+    Attributes:
+        facts: Of the model.
+        machine: As it was asked for.
+        seq_len: S.
+        choices: For each P the fastest way that fits, else the one that takes least; the best of all first.
+    """
+
+    facts: Facts
+    machine: Machine
+    seq_len: int
+    choices: tuple[Choice, ...] = field(default_factory=tuple)
+
+    @property
+    def best(self) -> Choice:
+        """The fastest that fits, or the one that comes nearest."""
+        return self.choices[0]
+
+
+def make_plan(measurements: Measurements, machine: Machine, seq_len: int, fixed: Fixed | None = None) -> Plan:
+    """Plans a run.
+
+    Args:
+        measurements: Of the model.
+        machine: What there is.
+        seq_len: S.
+        fixed: What is decided.
+
+    Raises:
+        UlyssesError: If no sizes divide the GPUs.
+    """
+    fixed = fixed or Fixed()
+    facts = measurements.facts
+    inside, outside = sizes(machine, facts, seq_len, fixed)
+    found: list[Choice] = []
+    # Larger groups leave their machine only if they must.
+    for group in (inside, outside):
+        larger = None
+        for sp_size in reversed(group):
+            search = _Search(measurements, machine, seq_len, fixed, sp_size, larger)
+            found.append(search.run())
+            larger = larger or search
+        if any(choice.limit is None for choice in found):
+            break
+    return Plan(facts, machine, seq_len, tuple(sorted(found, key=_order)))
+
+
+def sizes(machine: Machine, facts: Facts, seq_len: int, fixed: Fixed) -> tuple[list[int], list[int]]:
+    """P within one machine, and beyond it.
+
+    Raises:
+        UlyssesError: If there is none.
+    """
+    most = min(machine.gpus, facts.heads or machine.gpus, seq_len)
+    possible = [size for size in range(1, most + 1) if machine.gpus % size == 0]
+    if fixed.sp_size is not None:
+        if fixed.sp_size not in possible:
+            raise UlyssesError(
+                f"sp_size={fixed.sp_size} for {machine.gpus} GPUs and {facts.heads} query heads",
+                "a divisor of the GPUs, at most as large as the heads",
+                f"set sp_size to one of {possible}",
+            )
+        possible = [fixed.sp_size]
+    node = machine.gpus_per_node
+    inside = [size for size in possible if size <= node and node % size == 0]
+    outside = [size for size in possible if size > node and size % node == 0]
+    if fixed.sp_size is not None or not inside:
+        return possible, []
+    return inside, outside
+
+
+def _order(choice: Choice) -> tuple[float, ...]:
+    if choice.limit is None:
+        return 0.0, -choice.tokens_per_second
+    return 1.0, choice.limit.needed / choice.limit.available
+
+
+@dataclass(frozen=True)
+class _Line:
+    """Activations of one way to run, which grow linearly with S on the device."""
+
+    at: Rehearsal
+    twice: Rehearsal
+    seq_len: int
+    blocks: int
+
+    def device(self, seq_len: float) -> float:
+        """Bytes at the peak."""
+        at, twice = (found.on_device(self.blocks) for found in (self.at, self.twice))
+        return at + (twice - at) * (seq_len / self.seq_len - 1)
+
+    def host(self, seq_len: float) -> int:
+        """Bytes of one process on the host."""
+        return self.at.on_host(self.blocks, seq_len / self.seq_len)
+
+
+class _Search:
+    """Looks for the fastest way for one P. Only what has to be known is rehearsed.
+
+    Args:
+        measurements: Of the model.
+        machine: What there is.
+        seq_len: S.
+        fixed: What is decided.
+        sp_size: P.
+        larger: The search for a larger P.
+    """
+
+    def __init__(
+        self,
+        measurements: Measurements,
+        machine: Machine,
+        seq_len: int,
+        fixed: Fixed,
+        sp_size: int,
+        larger: _Search | None = None,
+    ) -> None:
+        self._measurements, self._facts, self._larger = measurements, measurements.facts, larger
+        self._machine, self._seq_len, self._fixed, self._sp_size = machine, seq_len, fixed, sp_size
+        self._ladder = [read_memory(parts) for parts in ([fixed.memory] if fixed.memory is not None else LADDER)]
+
+    def run(self) -> Choice:
+        """The fastest that fits, or the one that takes least."""
+        low, high = 0, len(self._ladder) - 1
+        if (guess := self._by_proportion()) is not None:
+            return guess
+        best = self._of(high)
+        if best.limit is None:
+            # Each step of the ladder takes less memory and more time than the one before.
+            while low < high:
+                middle = (low + high) // 2
+                choice = self._of(middle)
+                if choice.limit is None:
+                    high, best = middle, min(best, choice, key=_order)
+                else:
+                    low = middle + 1
+        return self._with_longest(best)
+
+    def _by_proportion(self) -> Choice | None:
+        """What takes least, if the same slices on a larger P tell that it is far from fitting; else None."""
+        if self._larger is None or self._sp_size == 1:
+            return None
+        memory, stretched = self._ladder[-1], self._seq_len * self._larger._sp_size / self._sp_size
+        line = self._larger._line(memory)
+        causes = {"activations, by proportion": int(line.device(stretched))}
+        shardings = self._shardings()
+        choices = [self._choice(memory, each, causes, line.host(stretched)) for each in shardings]
+        best = min(choices, key=_order)
+        if best.limit is None or best.limit.needed < _FAR * best.limit.available:
+            return None
+        reached = self._longest(best, line, self._larger._sp_size / self._sp_size)
+        return replace(best, longest_seq_len=reached, is_estimate=True)
+
+    def _of(self, step: int) -> Choice:
+        memory = self._ladder[step]
+        found, blocks = self._rehearsal(memory), self._facts.blocks
+        causes = {f"activations: {cause}": number for cause, number in found.by_cause(blocks).items() if number}
+        choices = [self._choice(memory, each, causes, found.on_host(blocks)) for each in self._shardings()]
+        return min(choices, key=_order)
+
+    def _shardings(self) -> list[Sharding]:
+        fixed, found = self._fixed, []
+        for given in _STAGES:
+            wanted = (fixed.stage, fixed.offload_optimizer, fixed.offload_parameters)
+            if all(one is None or one == other for one, other in zip(wanted, given, strict=True)):
+                found.append(Sharding(given[0], self._machine.gpus, given[1], given[2]))
+        stage = 2 if fixed.stage is None else fixed.stage
+        other = Sharding(stage, self._machine.gpus, bool(fixed.offload_optimizer), bool(fixed.offload_parameters))
+        return found or [other]
+
+    def _rehearsal(self, memory: MemoryConfig, times: int = 1) -> Rehearsal:
+        return self._measurements.rehearsal(Scene(times * self._seq_len, self._sp_size, memory))
+
+    def _line(self, memory: MemoryConfig, times: int = 1) -> _Line:
+        at, twice = self._rehearsal(memory, times), self._rehearsal(memory, 2 * times)
+        return _Line(at, twice, times * self._seq_len, self._facts.blocks)
+
+    def _choice(self, memory: MemoryConfig, sharding: Sharding, causes: dict[str, int], waiting: int) -> Choice:
+        facts, machine, seq_len = self._facts, self._machine, self._seq_len
+        states, neighbours = state_bytes(facts.numel, facts.largest, sharding), machine.neighbours
+        gpu = {**states.device, **causes, "reserve": machine.reserve}
+        # The optimizer steps when no activation lives.
+        excess = states.step - sum(causes.values()) - states.device.get("gathered parameters", 0)
+        if excess > 0:
+            gpu["gradients in float32, in the optimizer's step"] = excess
+        host = {cause: number * neighbours for cause, number in states.host.items()}
+        if waiting:
+            host["activations"] = waiting * neighbours
+        time = step_time(facts, seq_len, self._sp_size, memory, sharding, machine, waiting)
+        groups = machine.gpus // self._sp_size
+        return Choice(
+            sp_size=self._sp_size,
+            dp_size=groups,
+            sharding=sharding,
+            parts=shown(memory),
+            gpu=gpu,
+            host=host,
+            limit=_limit(sum(gpu.values()), sum(host.values()), machine),
+            longest_seq_len=0,
+            time=time,
+            tokens_per_second=groups * seq_len / time.total,
+            exchange_bytes=ulysses_volume(facts, seq_len, self._sp_size, memory) if self._sp_size > 1 else 0.0,
+            gathered_bytes=gathered_volume(facts, seq_len, self._sp_size, memory),
+            flops=operations(facts, seq_len, memory) / self._sp_size,
+        )
+
+    def _with_longest(self, choice: Choice) -> Choice:
+        memory = read_memory(choice.parts)
+        longest = self._longest(choice, self._line(memory))
+        # From far away, tiles that were not full yet would mislead.
+        if _NEAR * self._seq_len < longest < _ENDLESS:
+            longest = self._longest(choice, self._line(memory, longest // self._seq_len))
+        return replace(choice, longest_seq_len=longest)
+
+    def _longest(self, choice: Choice, line: _Line, stretch: float = 1.0) -> int:
+        """The most tokens that fit: found by halving, since buffers on the host grow in steps."""
+        facts, machine = self._facts, self._machine
+        states = state_bytes(facts.numel, facts.largest, choice.sharding)
+        rest, host = sum(states.device.values()) + machine.reserve, sum(states.host.values()) * machine.neighbours
+
+        def fits(seq_len: int) -> bool:
+            device = rest + line.device(seq_len * stretch)
+            return (
+                device <= machine.gpu_memory
+                and host + line.host(seq_len * stretch) * machine.neighbours <= machine.host_memory
+            )
+
+        low, high = 0, _ENDLESS
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle - 1)
+        return low
+
+
+def _limit(gpu: int, host: int, machine: Machine) -> Limit | None:
+    limits = [
+        Limit("GPU", gpu, machine.gpu_memory),
+        Limit("host", host, machine.host_memory),
+    ]
+    # The first one that a longer sequence would meet.
+    worst = max(limits, key=lambda limit: limit.needed / max(limit.available, 1))
+    return worst if worst.needed > worst.available else None
+
+
+def shown(memory: MemoryConfig) -> dict[str, Any]:
+    """The settings that differ from their defaults."""
+    plain = asdict(MemoryConfig())
+    return {key: value for key, value in asdict(memory).items() if value != plain[key]}
+
+
+def causes_at(measurements: Measurements, plan: Plan) -> Callable[[int], dict[str, int]]:
+    """Bytes of one GPU by cause over S, for the best choice, on the line through the peaks at S and at 2 S."""
+    best, seq_len, blocks = plan.best, plan.seq_len, plan.facts.blocks
+    memory = read_memory(best.parts)
+    here, there = (
+        measurements.rehearsal(Scene(length, best.sp_size, memory)).by_cause(blocks)
+        for length in (seq_len, 2 * seq_len)
+    )
+    rest = {cause: number for cause, number in best.gpu.items() if not cause.startswith("activations")}
+
+    def at(length: int) -> dict[str, int]:
+        part = (length - seq_len) / seq_len
+        grown = {
+            f"activations: {cause}": here.get(cause, 0) + part * (there.get(cause, 0) - here.get(cause, 0))
+            for cause in (*here, *there)
+        }
+        return rest | {cause: max(int(number), 0) for cause, number in grown.items()}
+
+    return at

@@ -1,0 +1,103 @@
+"""Two sequences of their own lengths: both are split, and cross-attention exchanges heads of both."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+from exact import BOUND, fit_broken
+from pairs import TorchTranslator, WrittenTranslator, count_labels, pair_of_texts, speech, translator
+from torch import Tensor
+
+from lightning_ulysses.testing import SplitRun, compare, fit_single, fit_split
+from lightning_ulysses.testing.processes import ProcessPool
+
+TWO = SplitRun(trainer={"accumulate_grad_batches": 2})
+T5_PLAN = {
+    "split": {"encoder.block.*": {"hidden_states": 1}, "decoder.block.*": {"hidden_states": 1}},
+    "cross": {"decoder.block.*": {"encoder_hidden_states": 1}},
+    "join": {"encoder.block.1": {"0": 1}, "decoder.block.1": {"0": 1}},
+}
+
+
+def exact(pool: ProcessPool, make: Any, batches: list[Any], run: SplitRun = TWO) -> None:
+    wanted = fit_single(make, [batches], count_labels)
+    assert wanted.step().norm() > 1e-3
+    for result in fit_split(pool, make, batches, run):
+        assert compare(result, wanted).largest <= BOUND, compare(result, wanted)
+
+
+# The first batch decides how steps are split, and may have two sequences of one length.
+LENGTHS = {"apart": ((29, 17), (33, 21)), "equal at first": ((29, 29), (33, 21)), "nearly equal": ((33, 32), (32, 33))}
+
+
+@pytest.mark.parametrize("lengths", LENGTHS)
+@pytest.mark.parametrize("make", [translator("T5"), TorchTranslator, WrittenTranslator], ids=["T5", "torch", "written"])
+def test_two_lengths(pool: ProcessPool, make: Any, lengths: str) -> None:
+    exact(pool, make, [pair_of_texts(seed, *sizes) for seed, sizes in enumerate(LENGTHS[lengths], start=1)])
+
+
+def test_four_processes(pool: ProcessPool) -> None:
+    run = SplitRun(world_size=4, sp_size=4, trainer={"accumulate_grad_batches": 2})
+    exact(pool, translator("T5"), [pair_of_texts(1, 38, 26), pair_of_texts(2, 27, 26)], run)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_groups(pool: ProcessPool, stage: int) -> None:
+    run = SplitRun(world_size=4, sp_size=2, strategy={"stage": stage})
+    exact(pool, translator("Bart"), [pair_of_texts(1, 29, 17), pair_of_texts(2, 33, 21, rows=3)], run)
+
+
+def test_speech(pool: ProcessPool) -> None:
+    exact(pool, translator("Whisper"), [speech(1, 17), speech(2, 33)])
+
+
+def test_padding_of_the_decoder(pool: ProcessPool) -> None:
+    """Both have 29 tokens and other ones that are padding."""
+    batches = []
+    for seed in (1, 2):
+        batch = pair_of_texts(seed, 29, 29)
+        mask = (batch["labels"] != -100).long()
+        batches.append({**batch, "decoder_input_ids": batch["labels"].clamp_min(0), "decoder_attention_mask": mask})
+    exact(pool, translator("Bart"), batches)
+
+
+def test_frozen_encoder(pool: ProcessPool) -> None:
+    make = partial(WrittenTranslator, frozen=True)
+    exact(pool, make, [pair_of_texts(1, 29, 17), pair_of_texts(2, 33, 21)])
+
+
+def test_checkpointed_activations(pool: ProcessPool) -> None:
+    exact(pool, translator("T5", checkpointing=True), [pair_of_texts(1, 29, 17), pair_of_texts(2, 33, 21)])
+
+
+def test_plan_by_hand(pool: ProcessPool) -> None:
+    run = SplitRun(strategy={"plan": T5_PLAN}, trainer={"accumulate_grad_batches": 2})
+    exact(pool, translator("T5"), [pair_of_texts(1, 29, 17), pair_of_texts(2, 33, 21)], run)
+
+
+def no_bias(batch: Any, position_bias: Any, mask: Tensor | None, *, is_split: bool) -> Tensor | None:
+    return mask
+
+
+def no_padding(mask: Any) -> None:
+    return None
+
+
+@pytest.mark.parametrize(
+    ("mechanism", "replacement"),
+    [
+        ("lightning_ulysses.interceptors.transformers.attention.with_position_bias", no_bias),
+        ("lightning_ulysses.interceptors.transformers.masks.valid_runs", no_padding),
+    ],
+)
+def test_controls(pool: ProcessPool, mechanism: str, replacement: Any) -> None:
+    batches = [pair_of_texts(1, 29, 17), pair_of_texts(2, 33, 21)]
+    strategy = {"plan": T5_PLAN, "check_model": False, "targets": "labels"}
+    run = SplitRun(strategy=strategy, trainer={"accumulate_grad_batches": 2})
+    wanted = fit_single(translator("T5"), [batches], count_labels)
+    for result in fit_split(pool, translator("T5"), batches, run):
+        assert compare(result, wanted).largest <= BOUND
+    for result in pool.run(fit_broken, translator("T5"), batches, run, mechanism, replacement, world_size=2):
+        assert compare(result, wanted).largest > 1e-3
