@@ -145,7 +145,7 @@ def test_one_step(pool: ProcessPool, kind: str, run: SplitRun, kv_heads: int, he
 
 def fit_with_heads_from_zero(rank: int, kind: str) -> Any:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lightning_ulysses.interceptors.torch_flex._shifted", lambda mod, first, at: mod)
+        patch.setattr("lightning_ulysses.interceptors.torch_flex._shifted", lambda mod, head, query, at: mod)
         # Tried, the model runs on the joined sequence where slices give another step.
         return fit(rank, kind, 2, False, SplitRun(strategy={"check_model": False}))
 
