@@ -232,4 +232,6 @@ def test_deepspeed_has_the_norm_of_gradients_before_a_step() -> None:
         (DeepSpeedZeroOptimizer, "scaled_global_norm"),
         (DeepSpeedZeroOptimizer_Stage3, "_get_norm_groups"),
     ):
-        assert f"self.{name}(" in inspect.getsource(owner.step)
+        # Decorators of DeepSpeed's hide the source of the method.
+        _, _, step = inspect.getsource(owner).partition("def step(")
+        assert f"self.{name}(" in step
