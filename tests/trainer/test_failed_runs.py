@@ -18,11 +18,11 @@ import json, os, sys
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from models import HandWritten, pair_batch
 from torch.utils.data import DataLoader
-from lightning_ulysses.checks.trial import trial
+from lightning_ulysses.checks.trial import runs
 from lightning_ulysses.testing import SplitRun, split_trainer
 from lightning_ulysses.upstream import failing
 
-failing._PATIENCE = trial._PATIENCE = 3.0
+failing._PATIENCE = runs._PATIENCE = 3.0
 settings = json.loads(sys.argv[1])
 
 
