@@ -83,6 +83,7 @@ class Samples:
         self._sizes = {size for tensor in tensors for size in tensor.shape}
         self._best = most_filled(self._excerpts(), self._rules, mesh.sp_size)
         self._uneven: list[Any] | None = None
+        self._needs_all = False
 
     def _excerpts(self) -> Any:
         return excerpts(self._batch, self._rules, self._mesh.sp_size, self._sizes)
@@ -108,7 +109,7 @@ class Samples:
 
     def all(self) -> Sample:
         """The whole batch: classes of a step may be places in the sequence."""
-        self._best = self._batch.template
+        self._best, self._needs_all = self._batch.template, True
         return self.first()
 
     def fewer(self, name: str) -> Sample | None:
@@ -126,7 +127,7 @@ class Samples:
         rules = self._row_rules
         if self._uneven is None:
             # A step that needs the whole batch fails on an excerpt.
-            short = [] if self._best is self._batch.template else self._excerpts()
+            short = [] if self._needs_all else self._excerpts()
             self._uneven = most_uneven([*short, *([self._batch.template] if self._is_small else [])], rules)
         parts = self._uneven
         if parts and name is not None:
