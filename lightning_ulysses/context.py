@@ -302,6 +302,11 @@ class SequenceContext:
         """The backward of a step: activation checkpointing repeats parts of the forward in it."""
         return self.at(Place(batch, None if self.plan else batch, is_known=self.plan is None))
 
+    def rehearsed_backward(self) -> AbstractContextManager[None]:
+        """The backward of a step that is tried: as `backward`, in so far as the trial splits the model itself."""
+        place = self.place
+        return self.at(replace(place, is_known=self.plan is None or place.trial is not None))
+
     def enter(self, region: LocalBatch) -> None:
         """Begins a region of a planned model; it ends with `leave`, or with the step."""
         self.place = replace(self.place, region=region, last=None)

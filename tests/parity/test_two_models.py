@@ -160,6 +160,8 @@ def test_a_model_out_of_sight_is_refused(pool: ProcessPool) -> None:
         assert "Qwen3Attention" in text and "attribute of the LightningModule" in text
 
 
-def test_too_few_heads_in_the_second_are_refused(pool: ProcessPool) -> None:
-    for text in pool.run(refusal, Preferred, SplitRun(4, 4), world_size=4):
-        assert "3" in text and "heads" in text and "sp_size" in text
+def test_fewer_heads_in_the_second_than_processes(pool: ProcessPool) -> None:
+    run = SplitRun(4, 4, trainer=ACCUMULATE)
+    reference = fit_single(Preferred, [BATCHES], count_targets)
+    for result in fit_split(pool, Preferred, BATCHES, run):
+        assert compare(result, reference).largest <= BOUND

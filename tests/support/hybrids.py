@@ -215,7 +215,7 @@ HYBRIDS: list[dict[str, Any]] = [
             "mlp_layer_types": ["dense", "sparse"],
         },
         "exact": False,
-        "why": "position_bias",
+        "why": "position bias",
     },
 ]
 

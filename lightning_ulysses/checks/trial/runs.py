@@ -170,4 +170,5 @@ class TrialRuns:
         self._logged.clear()
         found = next((each for each in losses if isinstance(each, Tensor) and each.numel() == 1), None)
         if found is not None:
-            recording.differentiate(found)
+            with self._context.rehearsed_backward():
+                recording.differentiate(found)
