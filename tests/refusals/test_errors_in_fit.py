@@ -165,7 +165,12 @@ CASES: dict[str, tuple[Any, list[Any], SplitRun, tuple[str, ...]]] = {
         run(),
         ("LlamaForCausalLM", "attn_implementation='eager'", "attn_implementation='sdpa'"),
     ),
-    "encoder-decoder": (partial(Wrapper, "bart"), TOKENS, run(), ("encoder.embed_positions", "split='auto'", "'cross'")),
+    "encoder-decoder": (
+        partial(Wrapper, "bart"),
+        TOKENS,
+        run(),
+        ("encoder.embed_positions", "split='auto'", "'cross'"),
+    ),
     "router": (partial(Wrapper, "doge"), TOKENS, run(), ("DogeForCausalLM", "output_router_logits=True")),
     "labels of its own": (
         OwnLabels,
