@@ -14,6 +14,7 @@ from exact import BOUND, fit_broken
 from mixing import PAIRS as MIXED
 from mixing import Between, Conv, refused
 from models import HandWritten, LlamaModule, count_targets, token_batch
+from nightly import sampled
 from planned import LitModule
 
 from lightning_ulysses.testing import (
@@ -94,7 +95,7 @@ def collectives(operators: list[str]) -> list[str]:
     return [name for name in operators if "all_to_all" in name or "c10d" in name]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", sampled(CASES, 3))
 def test_two_steps(pool: ProcessPool, case: str) -> None:
     make, plain, batches, run = CASES[case]
     reference = fit_single(plain, [[batch] for batch in batches], count_targets)

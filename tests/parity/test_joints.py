@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from exact import BOUND, fit_broken
 from meeting import Layered, layered
 from models import count_targets, pair_batch
+from nightly import sampled
 from torch import Tensor, nn
 
 from lightning_ulysses.exchange import halo
@@ -53,7 +54,7 @@ CASES: dict[str, tuple[Any, SplitRun]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", sampled(CASES, 2))
 def test_one_step(pool: ProcessPool, case: str) -> None:
     make, run = CASES[case]
     check(pool, make, run)
@@ -197,7 +198,7 @@ PLANS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", PLANS)
+@pytest.mark.parametrize("case", sampled(PLANS, 2))
 def test_plans_by_hand(pool: ProcessPool, case: str) -> None:
     kind, plan = PLANS[case]
     check(pool, layered(kind), SplitRun(strategy={"plan": plan}, trainer=TWICE))
