@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+import faulthandler
 import gc
 import multiprocessing
 import os
 import pickle
+import secrets
+import signal
 import socket
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any, TypeVar
@@ -31,16 +35,23 @@ class RemoteError(RuntimeError):
         self.cause = cause
 
 
+# Whether a process that hangs can be told to show where.
+_SHOWS_STACKS = hasattr(signal, "SIGUSR1")
 # Runs between two garbage collections. Trainers are reference cycles, and hold threads of their process groups.
 _COLLECT_EVERY = 6
 
 
+# Systems hand out higher ones to whoever asks for any, such as gloo: one that is free now may be taken a moment later.
+_PORTS = range(20_000, 32_000)
+
+
 def free_port() -> int:
     """A free TCP port."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    while True:
+        port = secrets.choice(_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def _clean_up(runs: int) -> None:
@@ -73,6 +84,8 @@ def _serve(connection: Connection) -> None:
     import torch
 
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    if _SHOWS_STACKS:
+        faulthandler.register(signal.SIGUSR1)
     torch.set_num_threads(1)
     runs = 0
     while True:
@@ -201,6 +214,7 @@ class ProcessPool:
                     deadline = min(deadline, time.monotonic() + 5.0)
         if waiting:
             if failure is None:
+                self._show_stacks(waiting.values())
                 raise TimeoutError(f"ranks {sorted(waiting.values())} did not answer within {self.timeout:.0f} s")
             broken = True
         if broken:
@@ -208,6 +222,14 @@ class ProcessPool:
         if failure is not None:
             raise failure
         return results
+
+    def _show_stacks(self, ranks: Iterable[int]) -> None:
+        """Has processes print where each of their threads is."""
+        for rank in ranks:
+            if _SHOWS_STACKS and self._processes[rank].is_alive():
+                os.kill(self._processes[rank].pid, signal.SIGUSR1)
+                # One after another, since they share an output.
+                time.sleep(0.2)
 
     def close(self) -> None:
         """Ends all processes; the next run starts new ones."""

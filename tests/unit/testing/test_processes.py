@@ -68,7 +68,9 @@ def leave(rank: int) -> None:
 
 
 @pytest.mark.processes
-def test_no_answer_is_taken_for_that_of_another_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_answer_is_taken_for_that_of_another_run(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     """A run that fails keeps the processes; one that is cut short or loses one of them does not."""
     with ProcessPool(1, timeout=120) as pool:
         with pytest.raises(RemoteError, match="negative"):
@@ -84,6 +86,8 @@ def test_no_answer_is_taken_for_that_of_another_run(monkeypatch: pytest.MonkeyPa
         pool.timeout = 0.2
         with pytest.raises(TimeoutError, match=r"ranks \[0\] did not answer"):
             pool.run(answer, 2, 1.0, world_size=1)
+        # It shows where it was.
+        assert "in answer" in capfd.readouterr().err
         pool.timeout = 120
         assert pool.run(answer, 3, world_size=1) == [3]
 
