@@ -25,6 +25,7 @@ from lightning_ulysses.context import LocalBatch
 from lightning_ulysses.exchange.mesh import SequenceMesh
 from lightning_ulysses.geometry.batch_keys import KEPT, BatchRules
 from lightning_ulysses.geometry.shares import even_shares
+from lightning_ulysses.loss.targets import likeliest_first
 
 Inputs = tuple[Any, LocalBatch]
 
@@ -102,6 +103,11 @@ class Samples:
         """Whether any tensor of the whole batch holds some; also where there is none that could."""
         counts = [count for name, count in self._batch.counts_of_group().items() if name != "tokens"]
         return any(counts) or not counts
+
+    @property
+    def likeliest(self) -> str | None:
+        """The tensor whose targets most often weight a loss; None if there is no tensor with targets."""
+        return next((name for name in likeliest_first(self._batch.counts) if name != "tokens"), None)
 
     def first(self) -> Sample:
         """An excerpt with targets in as many rows and slices as possible."""

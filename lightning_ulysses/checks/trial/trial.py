@@ -326,7 +326,12 @@ class StepTrial(TrialRuns):
         Returns:
             Names of tensors; none of a loss that rows do not add up to; None if that could not be tried.
         """
-        found = self._by_rows(step, None)
+        assert self._samples is not None
+        name = self._samples.likeliest
+        found = Attempt() if name is None else self._by_rows(step, name)
+        # In a few tokens, fewer targets may tell no tensor from another.
+        if found.names is None or len(found.names) != 1:
+            found = self._by_rows(step, None)
         if found.names is None or found.breaks:
             return self._by_targets(step, found.names)
         return found.names if not found.names else narrow(found.names, partial(self._by_rows, step))
