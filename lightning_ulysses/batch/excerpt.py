@@ -192,7 +192,7 @@ def middle(whole: WholeBatch) -> int | None:
     return documents[len(documents) // 2][0] if len(documents) > 1 else None
 
 
-def parted_targets(batch: Any, rules: BatchRules, key: str) -> list[Any]:
+def parted_targets(batch: Any, rules: BatchRules, name: str) -> list[Any]:
     """A batch, and the same twice with some of its targets each, that together are all of them.
 
     For a batch whose rows cannot be told from each other, such as one with images of all of them.
@@ -200,11 +200,12 @@ def parted_targets(batch: Any, rules: BatchRules, key: str) -> list[Any]:
     Args:
         batch: A whole batch.
         rules: How to read it.
-        key: The tensor with the targets.
+        name: The tensor with the targets, as `WholeBatch.counts` calls it.
 
     Returns:
         The batch and its parts; nothing if the tensor has too few targets, or they cannot be ignored.
     """
+    key = _key_of(batch, name)
     given = entries_of(batch).get(key)
     is_mask = key in MASK_KEYS
     if not isinstance(given, Tensor) or given.dim() != 2 or not (is_mask or _is_signed(given)):
@@ -215,6 +216,10 @@ def parted_targets(batch: Any, rules: BatchRules, key: str) -> list[Any]:
         # Labels and shifted ones differ: a sequence that begins with a label.
         marked[0, 0] = given[given != ignored][0]
     valid = marked != ignored
+    if bool(valid.any()) and int(valid.sum()) < 6:
+        # Too few to part.
+        marked = marked.masked_fill(~valid, marked[valid][0])
+        valid = torch.ones_like(valid)
     # A third of them, in the order of rows.
     first = valid & (valid.flatten().cumsum(0).view_as(valid) <= int(valid.sum()) // 3)
     if int(first.sum()) < 2:
@@ -235,9 +240,8 @@ def with_fewer_targets(batch: Any, rules: BatchRules, name: str, tokens: int) ->
     Returns:
         The batch; None if the tensor has no targets to spare, or its targets cannot be ignored.
     """
-    entries, key = entries_of(batch), name.removesuffix(KEPT)
-    key = key if key in entries else key.removeprefix("shift_")
-    given = entries.get(key)
+    key = _key_of(batch, name)
+    given = entries_of(batch).get(key)
     is_mask = key in MASK_KEYS or name.endswith(KEPT)
     if not isinstance(given, Tensor) or given.dim() != 2 or (not is_mask and not _is_signed(given)):
         return None
@@ -255,6 +259,12 @@ def with_fewer_targets(batch: Any, rules: BatchRules, name: str, tokens: int) ->
     fewer[:, tokens : tokens + 1] = ignored
     fewer[:, 0] = torch.where(valid[:, 0], given[:, 0], given[valid][0])
     return None if torch.equal(fewer, given) else rebuild(batch, {key: fewer})
+
+
+def _key_of(batch: Any, name: str) -> str:
+    """The key of a tensor of targets that may have been shifted here."""
+    key = name.removesuffix(KEPT)
+    return key if key in entries_of(batch) else key.removeprefix("shift_")
 
 
 def _is_signed(tensor: Tensor) -> bool:

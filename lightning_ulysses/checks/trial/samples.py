@@ -23,7 +23,7 @@ from lightning_ulysses.batch.pipeline import fill_mask, local_batch
 from lightning_ulysses.batch.whole import WholeBatch, read_batch
 from lightning_ulysses.context import LocalBatch
 from lightning_ulysses.exchange.mesh import SequenceMesh
-from lightning_ulysses.geometry.batch_keys import KEPT, BatchRules
+from lightning_ulysses.geometry.batch_keys import BatchRules
 from lightning_ulysses.geometry.shares import even_shares
 from lightning_ulysses.loss.targets import likeliest_first
 
@@ -146,9 +146,8 @@ class Samples:
     def by_targets(self) -> Iterator[list[Inputs]]:
         """For each tensor that may hold the targets the sample, and its two parts; see `parted_targets`."""
         rules = self._row_rules
-        names = [name.removesuffix(KEPT).removeprefix("shift_") for name in self._batch.counts]
-        for key in dict.fromkeys(names):
-            parts = parted_targets(self._best, rules, key)
+        for name in self._batch.counts:
+            parts = parted_targets(self._best, rules, name)
             if parts:
                 yield [self._read(part, rules, 1, stand_in=False) for part in parts]
 
