@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,6 +70,7 @@ class Rehearsal:
         causes: Bytes at the peak, by what they were made for.
         buffers: Sizes of buffers on the host, and how many there are of each.
         held: What lived at the peak, the largest first.
+        fixed: Bytes at the peak that do not grow with S; None where sizes of the model are like lengths of slices.
     """
 
     peak: int
@@ -78,6 +79,7 @@ class Rehearsal:
     causes: dict[str, int]
     buffers: list[tuple[int, int]]
     held: list[Held] = field(default_factory=list)
+    fixed: int | None = None
 
     def on_device(self, blocks: int) -> int:
         """The peak of a model with so many blocks."""
@@ -144,7 +146,20 @@ class Lab:
         for each in held:
             cause = KEPT if each.is_kept else each.made.label
             causes[cause] = causes.get(cause, 0) + each.bytes
-        return Rehearsal(meter.peak, per_block, len(starts), causes, sorted(host.sizes.items()), held)
+        fixed = _fixed(self.model, scene, held)
+        return Rehearsal(meter.peak, per_block, len(starts), causes, sorted(host.sizes.items()), held, fixed)
+
+
+def _fixed(model: nn.Module, scene: Scene, held: list[Held]) -> int | None:
+    """Bytes of the tensors of which no size is a multiple of S_r; a shift of labels may take one token."""
+    share = scene.layout.shares[scene.rank]
+
+    def grows(shape: Iterable[int]) -> bool:
+        return any(size >= share - 1 and min(size % share, -size % share) <= 1 for size in shape)
+
+    if scene.seq_len % scene.sp_size or any(grows(parameter.shape) for parameter in model.parameters()):
+        return None
+    return sum(each.bytes for each in held if not grows(each.made.shape))
 
 
 def _drop(parameter: Tensor) -> None:

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_ulysses.attention import device, kernel, repeated
+from lightning_ulysses.attention.chunked_call import ChunkedCall
 from lightning_ulysses.interceptors import highest_position
 from lightning_ulysses.memory import checkpoint, checkpointed, head, offload, tiled, tiled_loss
 from lightning_ulysses.memory.host import footprint
@@ -23,6 +25,9 @@ from lightning_ulysses.patching.handle import Handle
 
 # The package has a function of this name.
 _ATTEND = importlib.import_module("lightning_ulysses.attention.attend")
+_FIRST, _GRADIENTS = ChunkedCall.first, ChunkedCall.gradients
+# Chunks that run of an attention call. Later ones take no more, beside what is kept of each.
+_CHUNKS = 8
 #: The device that is stood for.
 CUDA = torch.device("cuda")
 
@@ -94,6 +99,16 @@ def _some(spans: Callable[[int, int], list[tuple[int, int]]]) -> Callable[[int, 
     return lambda rows, size: spans(rows, size)[:2]
 
 
+def _some_first(call: ChunkedCall, inputs: Any, *, keeps: bool) -> tuple[Tensor, list[Tensor]]:
+    out, kept = _FIRST(replace(call, chunks=call.chunks[:_CHUNKS]), inputs, keeps=keeps)
+    more = range(_CHUNKS, len(call.chunks)) if keeps else ()
+    return out, kept + [torch.empty_like(each) for _ in more for each in kept[-call.traces[-1].num_kept :]]
+
+
+def _some_gradients(call: ChunkedCall, *args: Any) -> list[Tensor | None]:
+    return _GRADIENTS(replace(call, chunks=call.chunks[: len(call.traces)]), *args)
+
+
 def _unchecked(block: checkpointed.CheckpointedBlock) -> AbstractContextManager[None]:
     return nullcontext()
 
@@ -108,7 +123,7 @@ def on_fake_tensors(host: HostBytes, *, all_tiles: bool = False) -> Iterator[Non
 
     Args:
         host: Takes what is offloaded.
-        all_tiles: Whether every tile runs.
+        all_tiles: Whether every tile and every chunk of heads runs.
     """
     handle = Handle()
     try:
@@ -130,6 +145,8 @@ def on_fake_tensors(host: HostBytes, *, all_tiles: bool = False) -> Iterator[Non
             # It would build a mask of S x S where it cannot read positions.
             handle.patch(masks, "find_packed_sequence_indices", lambda position_ids: None)
         if not all_tiles:
+            handle.patch(ChunkedCall, "first", _some_first)
+            handle.patch(ChunkedCall, "gradients", _some_gradients)
             handle.patch(tiled, "spans", _some(tiled.spans))
             handle.patch(tiled_loss, "spans", _some(tiled_loss.spans))
         yield
