@@ -35,6 +35,13 @@ CUDA = torch.device("cuda")
 class AbsentGroup:
     """A group of which this process is one rank, and whose other ranks are absent: nothing is sent."""
 
+    def __init__(self, ranks: int = 1) -> None:
+        self._ranks = ranks
+
+    def size(self) -> int:
+        """How many ranks there are."""
+        return self._ranks
+
     def wait(self) -> None:
         """Ends a collective."""
 
@@ -127,7 +134,8 @@ def on_fake_tensors(host: HostBytes, *, all_tiles: bool = False) -> Iterator[Non
     """
     handle = Handle()
     try:
-        handle.patch(dist, "all_to_all_single", AbsentGroup.collective)
+        for collective in ("all_to_all_single", "all_gather", "all_reduce"):
+            handle.patch(dist, collective, AbsentGroup.collective)
         handle.patch(highest_position, "_tried", lambda module, name: None)
         handle.patch(device, "is_gpu", _is_gpu)
         handle.patch(device, "has_flash", _has_flash)
