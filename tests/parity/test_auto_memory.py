@@ -105,7 +105,8 @@ def test_a_longer_batch_is_looked_at_again(pool: ProcessPool) -> None:
 
 
 def test_split_inside(pool: ProcessPool) -> None:
-    check(pool, Llama, batches(1), run(3, split="blocks"), 1000)
+    chosen, _ = check(pool, Llama, batches(1), run(3, split="blocks"), 1000)
+    assert not chosen[0].reason
 
 
 def test_a_step_that_reads_values_has_all_parts_on(pool: ProcessPool) -> None:

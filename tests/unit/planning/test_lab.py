@@ -136,6 +136,13 @@ def test_what_does_not_grow_is_told_by_shapes(parts):
     assert made.rehearse(scene(at, 256)).fixed is None
 
 
+@pytest.mark.parametrize("parts", ["plain", "chunks"])
+def test_peaks_grow_linearly(parts):
+    made, at = lab("Llama"), {**PARTS[parts], **({"tile_bytes": 2**17} if parts == "chunks" else {})}
+    first, second, fourth = (made.rehearse(scene(at, seq_len)).peak for seq_len in (4096, 8192, 16384))
+    assert fourth - second == pytest.approx(2 * (second - first), rel=1e-2)
+
+
 def test_a_tensor_that_is_held_is_counted():
     """The control of all others: what a step holds beyond need shows in its peak."""
     held = []
