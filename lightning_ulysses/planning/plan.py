@@ -190,7 +190,7 @@ def sizes(machine: Machine, facts: Facts, seq_len: int, fixed: Fixed) -> tuple[l
 def _order(choice: Choice) -> tuple[float, ...]:
     if choice.limit is None:
         return 0.0, -choice.tokens_per_second
-    return 1.0, choice.limit.needed / choice.limit.available
+    return 1.0, choice.limit.needed / choice.limit.available, choice.peak_gpu_bytes
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,8 @@ RUNS = (
         "plan-one-gpu.svg",
         "- `o` behind the stage means that the optimizer is on the host, `p` that parameters are.\n"
         "- In the picture, what does not depend on S is at the bottom, and what grows with it above. The dashed\n"
-        "  line is the memory of the GPU. Where the top crosses it is the longest sequence, unless the host is full before.\n",
+        "  line is the memory of the GPU. Where the top crosses it is the longest\n"
+        "  sequence, unless the host is full before.\n",
     ),
     Run(
         "1,024 GPUs",
@@ -52,7 +53,8 @@ RUNS = (
         "plan --model examples/shapes/llama_70b.json --gpus 1024 --host_memory 2TiB --seq_len 1M",
         "plan-1024-gpus.svg",
         "- Groups of P ranks stay inside a machine as long as one of its divisors fits, since exchanges between\n"
-        "  machines are slower. All other GPUs form groups that train on other sequences, and ZeRO shards over all of them.\n"
+        "  machines are slower. All other GPUs form groups that train on other sequences, and\n"
+        "  ZeRO shards over all of them.\n"
         "- Each row of the table is the best that was found for its P. A smaller P sends less, and keeps longer\n"
         "  slices.\n"
         "- Host memory counts for each machine: eight ranks keep the inputs of their blocks there.\n",
@@ -61,8 +63,8 @@ RUNS = (
 
 HEAD = """# Plans worked through
 
-What `lightning-ulysses plan` says of two runs, written by `python tests/support/plans_page.py`. How it is found, and what
-it does not know: [Planning](planning.md).
+What `lightning-ulysses plan` says of two runs, written by `python tests/support/plans_page.py`. How it is found, and
+what it does not know: [Planning](planning.md).
 """
 
 
