@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -392,24 +392,3 @@ def shown(memory: MemoryConfig) -> dict[str, Any]:
     """The settings that differ from their defaults."""
     plain = asdict(MemoryConfig())
     return {key: value for key, value in asdict(memory).items() if value != plain[key]}
-
-
-def causes_at(measurements: Measurements, plan: Plan) -> Callable[[int], dict[str, int]]:
-    """Bytes of one GPU by cause over S, for the best choice, on the line through the peaks at S and at 2 S."""
-    best, seq_len, blocks = plan.best, plan.seq_len, plan.facts.blocks
-    memory = read_memory(best.parts)
-    here, there = (
-        measurements.rehearsal(Scene(length, best.sp_size, memory)).by_cause(blocks)
-        for length in (seq_len, 2 * seq_len)
-    )
-    rest = {cause: number for cause, number in best.gpu.items() if not cause.startswith("activations")}
-
-    def at(length: int) -> dict[str, int]:
-        part = (length - seq_len) / seq_len
-        grown = {
-            f"activations: {cause}": here.get(cause, 0) + part * (there.get(cause, 0) - here.get(cause, 0))
-            for cause in (*here, *there)
-        }
-        return rest | {cause: max(int(number), 0) for cause, number in grown.items()}
-
-    return at
