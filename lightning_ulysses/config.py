@@ -129,8 +129,21 @@ def _are_names(value: object) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(each, str) and each for each in value)
 
 
-def read_memory(given: MemoryConfig | Mapping[str, Any] | None) -> MemoryConfig:
+def read_parts(given: MemoryConfig | Mapping[str, Any] | str | None) -> MemoryConfig | Literal["auto"]:
     """The argument ``memory`` of `UlyssesDeepSpeedStrategy`.
+
+    Raises:
+        UlyssesError: If it is none, or has keys that do not exist.
+    """
+    if given == "auto":
+        return "auto"
+    _require(not isinstance(given, str), "memory", given, "'auto', or a mapping such as {'tiled_loss': True}")
+    assert not isinstance(given, str)
+    return read_memory(given)
+
+
+def read_memory(given: MemoryConfig | Mapping[str, Any] | None) -> MemoryConfig:
+    """The parts that are named.
 
     Raises:
         UlyssesError: If it is none, or has keys that do not exist.
@@ -155,7 +168,7 @@ class UlyssesConfig:
     targets: str | None = None
     rules: BatchRules = field(default_factory=BatchRules)
     plan: SequencePlan | None = None
-    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    memory: MemoryConfig | Literal["auto"] = field(default_factory=MemoryConfig)
 
     def __post_init__(self) -> None:
         self._check_types()

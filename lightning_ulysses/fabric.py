@@ -38,13 +38,15 @@ from lightning_ulysses.config import (
     check_config,
     check_replicas,
     check_stage,
-    read_memory,
+    read_parts,
     settle_config,
 )
 from lightning_ulysses.exchange.mesh import SequenceMesh, opened
 from lightning_ulysses.geometry.split_plan import read_plan
-from lightning_ulysses.memory import realized, units
+from lightning_ulysses.memory import realized
 from lightning_ulysses.patching.handle import Handle
+from lightning_ulysses.planning.auto import gathered_units
+from lightning_ulysses.planning.zero import Sharding
 from lightning_ulysses.sequence_parallel import SequenceParallel
 from lightning_ulysses.upstream import deepspeed as upstream_deepspeed
 from lightning_ulysses.upstream import fabric as upstream_fabric
@@ -74,7 +76,8 @@ class UlyssesFabricStrategy(upstream_lightning.IndexedDevice, DeepSpeedStrategy)
             sequence; needed only to try the module on a few tokens where its inputs do not have the usual names.
         check_model: Tries the module with a plan of yours on a few tokens; without a plan it is always tried.
         plan: Where the module is split and joined, see `SequencePlan`; by default at its repeated blocks.
-        memory: Parts of a step that run a part at a time; see `MemoryConfig`. By default none.
+        memory: Parts of a step that run a part at a time; see `MemoryConfig`. ``"auto"`` chooses what the longest
+            batch so far needs. By default none.
         config: A DeepSpeed config or the path of one; replaces all arguments of DeepSpeedStrategy.
         **kwargs: Every other argument of Fabric's ``DeepSpeedStrategy``.
 
@@ -98,7 +101,7 @@ class UlyssesFabricStrategy(upstream_lightning.IndexedDevice, DeepSpeedStrategy)
         sequence_dims: dict[str, int | None] | None = None,
         check_model: bool = True,
         plan: str | dict[str, Any] | None = None,
-        memory: MemoryConfig | dict[str, Any] | None = None,
+        memory: MemoryConfig | dict[str, Any] | Literal["auto"] | None = None,
         config: str | Path | dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -116,7 +119,7 @@ class UlyssesFabricStrategy(upstream_lightning.IndexedDevice, DeepSpeedStrategy)
             split="blocks" if read is None else "auto",
             rules=batch_rules(sequence_dims, None, -100, read),
             plan=read,
-            memory=read_memory(memory),
+            memory=read_parts(memory),
         )
         super().__init__(stage=stage, config=config, **kwargs)
         assert isinstance(self.config, dict)
@@ -215,15 +218,17 @@ class UlyssesFabricStrategy(upstream_lightning.IndexedDevice, DeepSpeedStrategy)
         """Around the making of the engine: the core is there before, and takes calls of the module afterwards."""
         self._module = module
         self._core = core = SequenceParallel(self.ulysses, self.mesh, self.root_device, self._seed)
-        if self.zero_stage_3 and self.ulysses.memory.is_on:
-            self._patches.add(upstream_deepspeed.gather_as_one(units(module, self.ulysses.memory)).remove)
+        if self.zero_stage_3:
+            self._patches.add(upstream_deepspeed.gather_as_one(gathered_units(module, self.ulysses.memory)).remove)
         yield
         engine = self.model
         self._notices = Notices(
             self.mesh, upstream_deepspeed.zero_stage(self.config), core.weights, self.root_device, rank_zero_info
         )
         forget = partial(upstream_deepspeed.forget_trace, engine)
-        core.install(module, gathers_parameters=self.zero_stage_3, forget=forget, say=rank_zero_info)
+        stage, stays = upstream_deepspeed.zero_stage(self.config), upstream_deepspeed.steps_on_device(self.config)
+        sharding = Sharding(stage, self.world_size, not stays)
+        core.install(module, gathers_parameters=self.zero_stage_3, forget=forget, say=rank_zero_info, sharding=sharding)
         engine.forward = partial(self._forward, engine.forward)
 
     def _forward(self, original: Any, *args: Any, **kwargs: Any) -> Any:

@@ -17,7 +17,7 @@ from lightning_ulysses.batch.pipeline import BatchPipeline, fill_mask
 from lightning_ulysses.batch.predictions import join_outputs
 from lightning_ulysses.batch.whole import WholeBatch
 from lightning_ulysses.checks.step import check_intercepted
-from lightning_ulysses.checks.trial import SplitChoice, explained, state_kept
+from lightning_ulysses.checks.trial import SplitChoice, aside, explained, state_kept
 from lightning_ulysses.config import UlyssesConfig
 from lightning_ulysses.context import LocalBatch, SequenceContext, activate, current_context
 from lightning_ulysses.errors import UlyssesError
@@ -27,6 +27,8 @@ from lightning_ulysses.exchange.turns import BackwardTurns
 from lightning_ulysses.interceptors.install_all import install_interceptors
 from lightning_ulysses.loss.weights import StepWeights
 from lightning_ulysses.patching.handle import Handle
+from lightning_ulysses.planning.auto import AutoMemory
+from lightning_ulysses.planning.zero import Sharding
 
 
 def _same(batch: Any) -> Any:
@@ -83,6 +85,7 @@ class SequenceParallel:
         self._local: LocalBatch | None = None
         # Whether attention was intercepted in a step, so that no further one has to show it.
         self._is_proven = False
+        self._auto: AutoMemory | None = None
         # Public functions and samplers ask for the mesh from now on.
         activate(self.context)
         self._handle.add(self._deactivate)
@@ -99,6 +102,7 @@ class SequenceParallel:
         gathers_parameters: bool = False,
         forget: Callable[[], None] | None = None,
         say: Callable[[str], None] | None = None,
+        sharding: Sharding | None = None,
     ) -> None:
         """Patches everything that a step of ``module`` may call.
 
@@ -107,6 +111,7 @@ class SequenceParallel:
             gathers_parameters: Whether every forward gathers parameters from all ranks (ZeRO-3).
             forget: Called after each try of the model, for whoever keeps count of the module calls of a step.
             say: Tells the user where the model is split and which kernels compute attention; on rank 0 only.
+            sharding: Of parameters, gradients and optimizer states; by default each process has all of them.
 
         Raises:
             UlyssesError: For a model that cannot be made exact.
@@ -114,9 +119,14 @@ class SequenceParallel:
         self._module = module
         self._handle.add(install_interceptors(self.context, module, gathers_parameters).remove)
         # Before plans that are chosen later, which are taken off before it.
-        if self.settings.memory.is_on:
-            self._handle.add(memory.install(self.context, module, self.settings.memory, forget, say).remove)
+        parts = self.settings.memory
+        if parts != "auto" and parts.is_on:
+            self._handle.add(memory.install(self.context, module, parts, forget, say).remove)
         self._handle.add(self._choice.install(module, forget).remove)
+        if parts == "auto":
+            states = sharding or Sharding(0, 1)
+            self._auto = AutoMemory(self.context, module, self._device, states, aside, forget, say)
+            self._handle.add(self._auto.remove)
         self._choice.say = say or self._choice.say
         if say is not None:
             self.context.notes.of(KernelReport).say = say
@@ -226,9 +236,11 @@ class SequenceParallel:
         if self._choice.choose(clock, step):
             # What the user's hooks changed when the batch was moved for the first time stays as it is.
             with state_kept(self._module):
-                return self._cut(clock)[1]
-        if clock.is_training:
+                inputs = self._cut(clock)[1]
+        elif clock.is_training:
             fill_mask(self.local, self.weights.settled or "")
+        if self._auto is not None and self._module.training:
+            self._auto.prepare(self.local, step, inputs, self._choice.plan(clock.kind))
         return inputs
 
     @contextmanager

@@ -34,15 +34,17 @@ from lightning_ulysses.config import (
     check_config,
     check_replicas,
     check_stage,
-    read_memory,
+    read_parts,
     settle_config,
 )
 from lightning_ulysses.divided import joined
 from lightning_ulysses.exchange.mesh import SequenceMesh, opened
 from lightning_ulysses.geometry.split_plan import read_plan
 from lightning_ulysses.loss.weights import StepWeights
-from lightning_ulysses.memory import realized, units
+from lightning_ulysses.memory import realized
 from lightning_ulysses.patching.handle import Handle
+from lightning_ulysses.planning.auto import gathered_units
+from lightning_ulysses.planning.zero import Sharding
 from lightning_ulysses.sequence_parallel import SequenceParallel
 from lightning_ulysses.upstream import deepspeed as upstream_deepspeed
 from lightning_ulysses.upstream import lightning as upstream_lightning
@@ -87,7 +89,7 @@ class UlyssesDeepSpeedStrategy(
             and leaves what comes before and after them whole. ``"auto"`` takes the first of the two that gives the step
             of one process, tried on a few tokens of the first batch of each kind of step.
         memory: Parts of a step that run a part at a time, such as ``{"tiled_loss": True, "head_chunks": 4}``; see
-            `MemoryConfig`. By default none.
+            `MemoryConfig`. ``"auto"`` chooses what the longest batch so far needs. By default none.
         config: A DeepSpeed config or the path of one; replaces all arguments of DeepSpeedStrategy.
         **kwargs: Every other argument of Lightning's ``DeepSpeedStrategy``.
 
@@ -115,7 +117,7 @@ class UlyssesDeepSpeedStrategy(
         check_model: bool = True,
         plan: str | dict[str, Any] | None = None,
         split: Literal["auto", "batch", "blocks"] = "auto",
-        memory: MemoryConfig | dict[str, Any] | None = None,
+        memory: MemoryConfig | dict[str, Any] | Literal["auto"] | None = None,
         config: str | Path | dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -134,7 +136,7 @@ class UlyssesDeepSpeedStrategy(
             split=split,
             rules=batch_rules(sequence_dims, pad_to_multiple_of, ignore_index, read),
             plan=read,
-            memory=read_memory(memory),
+            memory=read_parts(memory),
         )
         super().__init__(stage=stage, config=config, **kwargs)
         assert isinstance(self.config, dict)
@@ -211,8 +213,8 @@ class UlyssesDeepSpeedStrategy(
         self._close()
         # Schedulers ask for the number of steps in there, and so for the length of a sampler that asks for the mesh.
         self._core = SequenceParallel(self.ulysses, self.mesh, self.root_device, self._base_seed, refuses=self._refuses)
-        if self.zero_stage_3 and self.ulysses.memory.is_on:
-            self._patches.add(upstream_deepspeed.gather_as_one(units(module, self.ulysses.memory)).remove)
+        if self.zero_stage_3:
+            self._patches.add(upstream_deepspeed.gather_as_one(gathered_units(module, self.ulysses.memory)).remove)
         super().setup(trainer)
         upstream_deepspeed.keep_optimizer(self.deepspeed_engine)
         stage = upstream_deepspeed.zero_stage(self.config)
@@ -222,7 +224,10 @@ class UlyssesDeepSpeedStrategy(
         vars(self.precision_plugin)["clip_gradients"] = self._clip_gradients
         agree_on_gradients(self.deepspeed_engine.optimizer, module, self.mesh, self.core.batches, self.core.turns)
         forget = partial(upstream_deepspeed.forget_trace, self.deepspeed_engine)
-        self.core.install(module, gathers_parameters=self.zero_stage_3, forget=forget, say=rank_zero_info)
+        sharding = Sharding(stage, self.world_size, not upstream_deepspeed.steps_on_device(self.config))
+        self.core.install(
+            module, gathers_parameters=self.zero_stage_3, forget=forget, say=rank_zero_info, sharding=sharding
+        )
         self._masters = MasterCopy(self.deepspeed_engine.optimizer)
         flat = partial(upstream_deepspeed.flat_parameters, self.deepspeed_engine.optimizer)
         self._watch = HookWatch(module, flat, self.root_device, self.zero_stage_3)

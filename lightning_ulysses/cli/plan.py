@@ -117,9 +117,8 @@ def plan(args: argparse.Namespace) -> None:
 
 def _draw(args: argparse.Namespace, measurements: Any, found: Any) -> None:
     from lightning_ulysses.planning import picture
-    from lightning_ulysses.planning.plan import causes_at
 
-    at = causes_at(measurements, found)
+    at = picture.causes_at(measurements, found)
     if args.html is not None:
         args.html.write_text(picture.html(found, at))
     if args.svg is not None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from lightning_ulysses.memory.checkpoint import neighbours
 from lightning_ulysses.memory.cross_entropy import tiled_cross_entropy
 from lightning_ulysses.memory.deferred_logits import realized
 from lightning_ulysses.memory.install_parts import install, parts, units
 
-__all__ = ["install", "parts", "realized", "tiled_cross_entropy", "units"]
+__all__ = ["install", "neighbours", "parts", "realized", "tiled_cross_entropy", "units"]

@@ -44,7 +44,7 @@ def checkpoint_blocks(
     refuse_checkpointed(root, blocks)
     offload = None
     if config.offload == "cpu":
-        offload = HostOffload(len(blocks), partial(check_room, processes=_neighbours(context)))
+        offload = HostOffload(len(blocks), partial(check_room, processes=neighbours(context)))
     keeper = None if config.checkpoint == "block" else offload or OnDevice()
     for name, module in blocks.items():
         handle.add(CheckpointedBlock(context, name, module, checkpoints, keeper, offload).install().remove)
@@ -59,7 +59,7 @@ def checkpoint_blocks(
     return handle
 
 
-def _neighbours(context: SequenceContext) -> int:
+def neighbours(context: SequenceContext) -> int:
     """The processes of the run on this machine; a collective."""
     if not dist.is_available() or not dist.is_initialized() or context.mesh.world_size == 1:
         return 1

@@ -55,6 +55,8 @@ def install(
     config: MemoryConfig,
     forget: Callable[[], None] | None = None,
     say: Callable[[str], None] | None = None,
+    *,
+    lenient: bool = False,
 ) -> Handle:
     """Replaces the calls of submodules as ``config`` says.
 
@@ -64,6 +66,7 @@ def install(
         config: Which parts.
         forget: Called after a head was tried, for whoever keeps count of the module calls of a step.
         say: Tells the user which blocks are checkpointed; on rank 0 only.
+        lenient: Whether MLPs and norms that do not suit run as they are, and are not refused.
 
     Returns:
         A handle whose ``remove()`` restores everything.
@@ -76,9 +79,9 @@ def install(
     if config.checkpoint != "none":
         handle.add(checkpoint_blocks(context, root, config, say).remove)
     for name, module in found.mlps.items():
-        handle.add(TiledModule(context, "tiled_mlp", name, module, config).install().remove)
+        handle.add(TiledModule(context, "tiled_mlp", name, module, config, lenient).install().remove)
     for name, module in found.norms.items():
-        handle.add(TiledModule(context, "tiled_norm", name, module, config).install().remove)
+        handle.add(TiledModule(context, "tiled_norm", name, module, config, lenient).install().remove)
     for name, module in found.heads.items():
         handle.add(Head(context, name, module, config, defer, forget).install().remove)
     if config.cuts_heads:

@@ -144,14 +144,24 @@ class TiledModule:
         name: Of the module.
         module: The module.
         config: Sizes of tiles.
+        lenient: Whether a module that does not suit runs as it was written, and is not refused.
     """
 
-    def __init__(self, context: SequenceContext, part: str, name: str, module: nn.Module, config: MemoryConfig) -> None:
+    def __init__(
+        self,
+        context: SequenceContext,
+        part: str,
+        name: str,
+        module: nn.Module,
+        config: MemoryConfig,
+        lenient: bool = False,
+    ) -> None:
         self._context = context
         self._part = part
         self._name = name
         self._module = module
         self._config = config
+        self._lenient = lenient
         self._plain: Callable[..., Any] = module.forward
         # Bytes that a row keeps, by whether the module trains: a batch norm is per token in evaluation alone.
         self._row_bytes: dict[tuple[bool, torch.dtype], int] = {}
@@ -171,12 +181,16 @@ class TiledModule:
         if not has_rows or self._context.place.takes_calls:
             return self._plain(*args, **kwargs)
         assert isinstance(x, Tensor)
-        self._check_arguments(args[1:], kwargs)
-        check_ready(self._part, self._name, self._module)
-
         # Without the tokens: the graph holds it, and a checkpoint around the module must be able to let them go.
         call = partial(_with, self._plain, args[1:], kwargs)
-        size = self._size(call, x)
+        try:
+            self._check_arguments(args[1:], kwargs)
+            check_ready(self._part, self._name, self._module)
+            size = self._size(call, x)
+        except UlyssesError:
+            if not self._lenient:
+                raise
+            return self._plain(*args, **kwargs)
         if rows_of(x) <= size:
             return self._plain(*args, **kwargs)
         return run_tiles(self._module, call, x, size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from lightning_ulysses import memory
+from lightning_ulysses import memory, regions
 from lightning_ulysses.config import MemoryConfig
 from lightning_ulysses.context import LocalBatch, SequenceContext, activate, current_context
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.exchange.mesh import SequenceMesh
 from lightning_ulysses.geometry.layout import SequenceLayout
+from lightning_ulysses.geometry.split_plan import SequencePlan
 from lightning_ulysses.interceptors.install_all import install_interceptors
 from lightning_ulysses.memory.blocks import find_blocks
 from lightning_ulysses.memory.host import footprint
@@ -70,6 +71,7 @@ class Rehearsal:
         causes: Bytes at the peak, by what they were made for.
         buffers: Sizes of buffers on the host, and how many there are of each.
         held: What lived at the peak, the largest first.
+        fixed: Bytes at the peak that do not grow with S; None where sizes of the model are like lengths of slices.
     """
 
     peak: int
@@ -78,6 +80,7 @@ class Rehearsal:
     causes: dict[str, int]
     buffers: list[tuple[int, int]]
     held: list[Held] = field(default_factory=list)
+    fixed: int | None = None
 
     def on_device(self, blocks: int) -> int:
         """The peak of a model with so many blocks."""
@@ -123,8 +126,7 @@ class Lab:
         with self._mode, _default_dtype(dtype):
             self.model = make().train()
         for parameter in self.model.parameters():
-            # What ZeRO keeps of gradients is counted by its formula.
-            parameter.register_post_accumulate_grad_hook(_drop)
+            parameter.register_post_accumulate_grad_hook(drop)
 
     def rehearse(self, scene: Scene, *, all_tiles: bool = False) -> Rehearsal:
         """Runs one step.
@@ -144,10 +146,24 @@ class Lab:
         for each in held:
             cause = KEPT if each.is_kept else each.made.label
             causes[cause] = causes.get(cause, 0) + each.bytes
-        return Rehearsal(meter.peak, per_block, len(starts), causes, sorted(host.sizes.items()), held)
+        fixed = _fixed(self.model, scene, held)
+        return Rehearsal(meter.peak, per_block, len(starts), causes, sorted(host.sizes.items()), held, fixed)
 
 
-def _drop(parameter: Tensor) -> None:
+def _fixed(model: nn.Module, scene: Scene, held: list[Held]) -> int | None:
+    """Bytes of the tensors of which no size is a multiple of S_r; a shift of labels may take one token."""
+    share = scene.layout.shares[scene.rank]
+
+    def grows(shape: Iterable[int]) -> bool:
+        return any(size >= share - 1 and min(size % share, -size % share) <= 1 for size in shape)
+
+    if scene.seq_len % scene.sp_size or any(grows(parameter.shape) for parameter in model.parameters()):
+        return None
+    return sum(each.bytes for each in held if not grows(each.made.shape))
+
+
+def drop(parameter: Tensor) -> None:
+    """Lets a gradient go: what ZeRO keeps of it is counted by its formula."""
     parameter.grad = None
 
 
@@ -167,24 +183,54 @@ def measure_step(model: nn.Module, step: Step, scene: Scene, meter: Meter) -> No
     Other ranks are absent: what they would send is not defined. A mark of the meter is set where each block begins.
     """
     layout = scene.layout
-    group: Any = AbsentGroup() if scene.sp_size > 1 else None
-    mesh = SequenceMesh(scene.rank, scene.sp_size, scene.sp_size, scene.rank, 1, 0, sp_group=group)
-    context = SequenceContext(mesh)
     tokens = torch.zeros(scene.rows, layout.shares[scene.rank], dtype=torch.long)
     batch = LocalBatch(layout, {"input_ids": tokens, "labels": tokens, "shift_labels": tokens}, rows=scene.rows)
+    measure(
+        model, lambda: step(model, batch.shards), batch, scene.rank, scene.memory, meter, blocks_of(model, scene.memory)
+    )
+
+
+def measure(
+    model: nn.Module,
+    step: Callable[[], Tensor],
+    batch: LocalBatch,
+    rank: int,
+    config: MemoryConfig,
+    meter: Meter,
+    blocks: Sequence[nn.Module] = (),
+    plan: SequencePlan | None = None,
+) -> None:
+    """`measure_step` for a step and a batch of any kind.
+
+    Args:
+        model: The user's.
+        step: Computes the loss.
+        batch: Cut for ``rank``.
+        rank: Of the group.
+        config: Parts that are on.
+        meter: Counts.
+        blocks: Where marks are set.
+        plan: Where the model is split, if the batch is not.
+    """
+    sp_size = batch.layout.sp_size
+    group: Any = AbsentGroup(sp_size) if sp_size > 1 else None
+    context = SequenceContext(SequenceMesh(rank, sp_size, sp_size, rank, 1, 0, sp_group=group))
     before = current_context()
     with ExitStack() as stack:
         activate(context)
         stack.callback(activate, before)
         stack.callback(install_interceptors(context, model, False).remove)
-        if scene.memory.is_on:
-            stack.callback(memory.install(context, model, scene.memory).remove)
-        meter.ignore([*model.parameters(), *model.buffers(), tokens])
+        if config.is_on:
+            stack.callback(memory.install(context, model, config).remove)
+        if plan is not None:
+            stack.callback(regions.install(context, model, plan).remove)
+            context.use(plan)
+        meter.ignore([*model.parameters(), *model.buffers(), *batch.shards.values()])
         stack.enter_context(meter)
         stack.enter_context(labelled(meter, _label))
-        stack.enter_context(_marked(meter, blocks_of(model, scene.memory)))
+        stack.enter_context(_marked(meter, blocks))
         with context.step(batch):
-            loss = step(model, batch.shards)
+            loss = step()
         meter.end_phase()
         meter.label = "backward"
         with context.backward(batch):
@@ -200,7 +246,7 @@ def blocks_of(model: nn.Module, config: MemoryConfig) -> list[nn.Module]:
 
 
 @contextmanager
-def _marked(meter: Meter, blocks: list[nn.Module]) -> Iterator[None]:
+def _marked(meter: Meter, blocks: Sequence[nn.Module]) -> Iterator[None]:
     """Takes note of what lives when each block begins for the first time."""
     seen: set[nn.Module] = set()
 

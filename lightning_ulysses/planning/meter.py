@@ -87,6 +87,11 @@ class Meter(TorchDispatchMode):
             # Held, so that no other one takes its place.
             self._ignored[storage._cdata] = storage
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing compiles here, and each operator would pay for keeping it so.
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Runs an operator, and counts what it returns."""
         if func is _DEVICE:

@@ -195,11 +195,22 @@ def _made(name: str, make: Callable[[], nn.Module], total: int) -> Made:
         head_dim=head_dim,
         vocab=int(getattr(config, "vocab_size", None) or 0),
         # An embedding is looked up; a head of its own is not counted twice.
-        per_token=2.0 * numel,
+        per_token=2.0 * (numel - _idle(blocks[-1], config) * total if blocks else numel),
         # Causal: half of the pairs.
         per_pair=2.0 * total * heads * head_dim,
     )
     return Made(facts, make, _training_step if hasattr(model, "training_step") else call_with_labels)
+
+
+def _idle(block: nn.Module, config: Any) -> int:
+    """Parameters of a block's experts that one token does not pass. Transformers stacks experts in one tensor."""
+    counts = [getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")]
+    experts, chosen = (
+        next((int(each) for each in counts if each), 0),
+        int(getattr(config, "num_experts_per_tok", 0) or 0),
+    )
+    stacked = sum(each.numel() for each in block.parameters() if each.dim() == 3 and each.shape[0] == experts)
+    return stacked * (experts - chosen) // experts if experts and chosen else 0
 
 
 def _numel(module: nn.Module) -> int:

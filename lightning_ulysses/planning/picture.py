@@ -6,8 +6,11 @@ from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
+from lightning_ulysses.config import read_memory
+from lightning_ulysses.planning.lab import Scene
 from lightning_ulysses.planning.plan import Plan
 from lightning_ulysses.planning.render import amount, text_of, tokens
+from lightning_ulysses.planning.store import Measurements
 
 # From Okabe and Ito, told apart with any sight.
 _COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#f0e442", "#999999", "#000000")
@@ -15,6 +18,27 @@ _WIDTH, _HEIGHT, _LEFT, _TOP = 640, 300, 60, 20
 
 #: Bytes of one GPU by cause, of a length.
 At = Callable[[int], dict[str, int]]
+
+
+def causes_at(measurements: Measurements, plan: Plan) -> At:
+    """Bytes of one GPU by cause over S, for the best choice, on the line through the peaks at S and at 2 S."""
+    best, seq_len, blocks = plan.best, plan.seq_len, plan.facts.blocks
+    memory = read_memory(best.parts)
+    here, there = (
+        measurements.rehearsal(Scene(length, best.sp_size, memory)).by_cause(blocks)
+        for length in (seq_len, 2 * seq_len)
+    )
+    rest = {cause: number for cause, number in best.gpu.items() if not cause.startswith("activations")}
+
+    def at(length: int) -> dict[str, int]:
+        part = (length - seq_len) / seq_len
+        grown = {
+            f"activations: {cause}": here.get(cause, 0) + part * (there.get(cause, 0) - here.get(cause, 0))
+            for cause in (*here, *there)
+        }
+        return rest | {cause: max(int(number), 0) for cause, number in grown.items()}
+
+    return at
 
 
 def lengths(plan: Plan, number: int = 16) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -32,8 +32,8 @@ LADDER: tuple[dict[str, Any], ...] = (
     {**_TILES, "checkpoint": "block+attention", "offload": "cpu", "head_chunks": "auto"},
     {**_TILES, "checkpoint": "block", "offload": "cpu", "head_chunks": "auto"},
 )
-# A guess that is so far beyond a limit needs no rehearsal.
-_FAR = 1.1
+# A guess by proportion that is so far beyond a limit needs no rehearsal.
+_FAR = 1.25
 # Up to so many times S, a line through the peaks at S and 2 S is followed.
 _NEAR = 4
 _ENDLESS = 2**40
@@ -157,7 +157,7 @@ def make_plan(measurements: Measurements, machine: Machine, seq_len: int, fixed:
         for sp_size in reversed(group):
             search = _Search(measurements, machine, seq_len, fixed, sp_size, larger)
             found.append(search.run())
-            larger = larger or search
+            larger = search if search.seen else larger
         if any(choice.limit is None for choice in found):
             break
     return Plan(facts, machine, seq_len, tuple(sorted(found, key=_order)))
@@ -190,7 +190,7 @@ def sizes(machine: Machine, facts: Facts, seq_len: int, fixed: Fixed) -> tuple[l
 def _order(choice: Choice) -> tuple[float, ...]:
     if choice.limit is None:
         return 0.0, -choice.tokens_per_second
-    return 1.0, choice.limit.needed / choice.limit.available
+    return 1.0, choice.limit.needed / choice.limit.available, choice.peak_gpu_bytes
 
 
 @dataclass(frozen=True)
@@ -198,14 +198,13 @@ class _Line:
     """Activations of one way to run, which grow linearly with S on the device."""
 
     at: Rehearsal
-    twice: Rehearsal
+    fixed: float
     seq_len: int
     blocks: int
 
     def device(self, seq_len: float) -> float:
         """Bytes at the peak."""
-        at, twice = (found.on_device(self.blocks) for found in (self.at, self.twice))
-        return at + (twice - at) * (seq_len / self.seq_len - 1)
+        return self.fixed + (self.at.on_device(self.blocks) - self.fixed) * (seq_len / self.seq_len)
 
     def host(self, seq_len: float) -> int:
         """Bytes of one process on the host."""
@@ -222,6 +221,10 @@ class _Search:
         fixed: What is decided.
         sp_size: P.
         larger: The search for a larger P.
+
+    Attributes:
+        seen: Rehearsals at S, by their place in the ladder.
+        place: In the ladder, of the first parts that fit; of the last ones if none do.
     """
 
     def __init__(
@@ -236,42 +239,63 @@ class _Search:
         self._measurements, self._facts, self._larger = measurements, measurements.facts, larger
         self._machine, self._seq_len, self._fixed, self._sp_size = machine, seq_len, fixed, sp_size
         self._ladder = [read_memory(parts) for parts in ([fixed.memory] if fixed.memory is not None else LADDER)]
+        self.seen: dict[int, Rehearsal] = {}
+        self.place = len(self._ladder) - 1
 
     def run(self) -> Choice:
         """The fastest that fits, or the one that takes least."""
-        low, high = 0, len(self._ladder) - 1
-        if (guess := self._by_proportion()) is not None:
-            return guess
-        best = self._of(high)
+        low, last = self._first_near(), self.place
+        if (guess := self._by_proportion(last)) is not None:
+            return self._guessed(guess)
+        if self._larger is not None:
+            # Slices of twice the length often need the following parts.
+            best = self._of(low)
+            while best.limit is not None and low < last:
+                low += 1
+                best = self._of(low)
+            self.place = low
+            return self._with_longest(best)
+        best = self._of(last)
         if best.limit is None:
             # Each step of the ladder takes less memory and more time than the one before.
-            while low < high:
-                middle = (low + high) // 2
+            while low < self.place:
+                middle = (low + self.place) // 2
                 choice = self._of(middle)
                 if choice.limit is None:
-                    high, best = middle, min(best, choice, key=_order)
+                    self.place, best = middle, min(best, choice, key=_order)
                 else:
                     low = middle + 1
         return self._with_longest(best)
 
-    def _by_proportion(self) -> Choice | None:
-        """What takes least, if the same slices on a larger P tell that it is far from fitting; else None."""
-        if self._larger is None or self._sp_size == 1:
+    def _first_near(self) -> int:
+        """The first parts that may fit: those before it do not on a larger P, or are far from fitting here."""
+        place = self._larger.place if self._larger is not None else 0
+        while place < self.place and self._by_proportion(place) is not None:
+            place += 1
+        return place
+
+    def _by_proportion(self, step: int) -> Choice | None:
+        """What some parts take, if the shorter slices of a larger P tell that it is far from fitting; else None."""
+        # One rank exchanges nothing, and takes less than in proportion.
+        if self._larger is None or self._sp_size == 1 or step not in self._larger.seen:
             return None
-        memory, stretched = self._ladder[-1], self._seq_len * self._larger._sp_size / self._sp_size
-        line = self._larger._line(memory)
-        causes = {"activations, by proportion": int(line.device(stretched))}
-        shardings = self._shardings()
-        choices = [self._choice(memory, each, causes, line.host(stretched)) for each in shardings]
-        best = min(choices, key=_order)
-        if best.limit is None or best.limit.needed < _FAR * best.limit.available:
-            return None
-        reached = self._longest(best, line, self._larger._sp_size / self._sp_size)
-        return replace(best, longest_seq_len=reached, is_estimate=True)
+        found, blocks = self._larger.seen[step], self._facts.blocks
+        stretch = self._larger._sp_size / self._sp_size
+        causes = {"activations, by proportion": int(found.on_device(blocks) * stretch)}
+        waiting = found.on_host(blocks, stretch)
+        best = min((self._choice(self._ladder[step], each, causes, waiting) for each in self._shardings()), key=_order)
+        is_far = best.limit is not None and best.limit.needed >= _FAR * best.limit.available
+        return best if is_far else None
+
+    def _guessed(self, guess: Choice) -> Choice:
+        assert self._larger is not None
+        line, stretch = self._larger._line(self._ladder[-1]), self._larger._sp_size / self._sp_size
+        return replace(guess, longest_seq_len=self._longest(guess, line, stretch), is_estimate=True)
 
     def _of(self, step: int) -> Choice:
         memory = self._ladder[step]
         found, blocks = self._rehearsal(memory), self._facts.blocks
+        self.seen[step] = found
         causes = {f"activations: {cause}": number for cause, number in found.by_cause(blocks).items() if number}
         choices = [self._choice(memory, each, causes, found.on_host(blocks)) for each in self._shardings()]
         return min(choices, key=_order)
@@ -290,8 +314,12 @@ class _Search:
         return self._measurements.rehearsal(Scene(times * self._seq_len, self._sp_size, memory))
 
     def _line(self, memory: MemoryConfig, times: int = 1) -> _Line:
-        at, twice = self._rehearsal(memory, times), self._rehearsal(memory, 2 * times)
-        return _Line(at, twice, times * self._seq_len, self._facts.blocks)
+        at, blocks = self._rehearsal(memory, times), self._facts.blocks
+        fixed: float | None = at.fixed
+        # Longer slices would fill tiles that are not full yet. A row keeps its hidden state at least.
+        if fixed is None or times * self._seq_len // self._sp_size < memory.rows(2 * max(self._facts.hidden, 1)):
+            fixed = 2 * at.on_device(blocks) - self._rehearsal(memory, 2 * times).on_device(blocks)
+        return _Line(at, fixed, times * self._seq_len, blocks)
 
     def _choice(self, memory: MemoryConfig, sharding: Sharding, causes: dict[str, int], waiting: int) -> Choice:
         facts, machine, seq_len = self._facts, self._machine, self._seq_len
@@ -364,24 +392,3 @@ def shown(memory: MemoryConfig) -> dict[str, Any]:
     """The settings that differ from their defaults."""
     plain = asdict(MemoryConfig())
     return {key: value for key, value in asdict(memory).items() if value != plain[key]}
-
-
-def causes_at(measurements: Measurements, plan: Plan) -> Callable[[int], dict[str, int]]:
-    """Bytes of one GPU by cause over S, for the best choice, on the line through the peaks at S and at 2 S."""
-    best, seq_len, blocks = plan.best, plan.seq_len, plan.facts.blocks
-    memory = read_memory(best.parts)
-    here, there = (
-        measurements.rehearsal(Scene(length, best.sp_size, memory)).by_cause(blocks)
-        for length in (seq_len, 2 * seq_len)
-    )
-    rest = {cause: number for cause, number in best.gpu.items() if not cause.startswith("activations")}
-
-    def at(length: int) -> dict[str, int]:
-        part = (length - seq_len) / seq_len
-        grown = {
-            f"activations: {cause}": here.get(cause, 0) + part * (there.get(cause, 0) - here.get(cause, 0))
-            for cause in (*here, *there)
-        }
-        return rest | {cause: max(int(number), 0) for cause, number in grown.items()}
-
-    return at

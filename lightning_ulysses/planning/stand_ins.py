@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,21 +15,33 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_ulysses.attention import device, kernel, repeated
+from lightning_ulysses.attention.chunked_call import ChunkedCall
 from lightning_ulysses.interceptors import highest_position
 from lightning_ulysses.memory import checkpoint, checkpointed, head, offload, tiled, tiled_loss
 from lightning_ulysses.memory.host import footprint
 from lightning_ulysses.memory.tiles import as_call
 from lightning_ulysses.memory.trying import run_rows
 from lightning_ulysses.patching.handle import Handle
+from lightning_ulysses.regions import hooks
 
 # The package has a function of this name.
 _ATTEND = importlib.import_module("lightning_ulysses.attention.attend")
+_FIRST, _GRADIENTS = ChunkedCall.first, ChunkedCall.gradients
+# Chunks that run of an attention call. Later ones take no more, beside what is kept of each.
+_CHUNKS = 8
 #: The device that is stood for.
 CUDA = torch.device("cuda")
 
 
 class AbsentGroup:
     """A group of which this process is one rank, and whose other ranks are absent: nothing is sent."""
+
+    def __init__(self, ranks: int = 1) -> None:
+        self._ranks = ranks
+
+    def size(self) -> int:
+        """How many ranks there are."""
+        return self._ranks
 
     def wait(self) -> None:
         """Ends a collective."""
@@ -94,6 +107,16 @@ def _some(spans: Callable[[int, int], list[tuple[int, int]]]) -> Callable[[int, 
     return lambda rows, size: spans(rows, size)[:2]
 
 
+def _some_first(call: ChunkedCall, inputs: Any, *, keeps: bool) -> tuple[Tensor, list[Tensor]]:
+    out, kept = _FIRST(replace(call, chunks=call.chunks[:_CHUNKS]), inputs, keeps=keeps)
+    more = range(_CHUNKS, len(call.chunks)) if keeps else ()
+    return out, kept + [torch.empty_like(each) for _ in more for each in kept[-call.traces[-1].num_kept :]]
+
+
+def _some_gradients(call: ChunkedCall, *args: Any) -> list[Tensor | None]:
+    return _GRADIENTS(replace(call, chunks=call.chunks[: len(call.traces)]), *args)
+
+
 def _unchecked(block: checkpointed.CheckpointedBlock) -> AbstractContextManager[None]:
     return nullcontext()
 
@@ -108,11 +131,13 @@ def on_fake_tensors(host: HostBytes, *, all_tiles: bool = False) -> Iterator[Non
 
     Args:
         host: Takes what is offloaded.
-        all_tiles: Whether every tile runs.
+        all_tiles: Whether every tile and every chunk of heads runs.
     """
     handle = Handle()
     try:
-        handle.patch(dist, "all_to_all_single", AbsentGroup.collective)
+        for collective in ("all_to_all_single", "all_gather", "all_reduce"):
+            handle.patch(dist, collective, AbsentGroup.collective)
+        handle.patch(hooks, "check_same_inputs", lambda mesh, name, leaves: None)
         handle.patch(highest_position, "_tried", lambda module, name: None)
         handle.patch(device, "is_gpu", _is_gpu)
         handle.patch(device, "has_flash", _has_flash)
@@ -130,6 +155,8 @@ def on_fake_tensors(host: HostBytes, *, all_tiles: bool = False) -> Iterator[Non
             # It would build a mask of S x S where it cannot read positions.
             handle.patch(masks, "find_packed_sequence_indices", lambda position_ids: None)
         if not all_tiles:
+            handle.patch(ChunkedCall, "first", _some_first)
+            handle.patch(ChunkedCall, "gradients", _some_gradients)
             handle.patch(tiled, "spans", _some(tiled.spans))
             handle.patch(tiled_loss, "spans", _some(tiled_loss.spans))
         yield

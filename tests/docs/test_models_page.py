@@ -6,9 +6,11 @@ import importlib
 import re
 
 import errors_page
+import plans_page
+import pytest
 import recipes
 import zoo
-from documents import TEXTS
+from documents import ROOT, TEXTS
 
 from lightning_ulysses import UlyssesError
 
@@ -21,6 +23,14 @@ def test_page_of_models() -> None:
 def test_page_of_recipes() -> None:
     assert len(recipes.RECIPES) >= 25
     assert recipes.PAGE.read_text() == recipes.table(), "run: python tests/support/recipes.py"
+
+
+@pytest.mark.nightly
+def test_page_of_plans() -> None:
+    text, pictures = plans_page.written()
+    assert plans_page.PAGE.read_text() == text, "run: python tests/support/plans_page.py"
+    for name, picture in pictures.items():
+        assert (ROOT / "docs/img" / name).read_text() == picture
 
 
 def test_page_of_errors() -> None:

@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from lightning_ulysses.checks.trial.choice import SplitChoice
 from lightning_ulysses.checks.trial.messages import explained
-from lightning_ulysses.checks.trial.sandbox import state_kept
+from lightning_ulysses.checks.trial.sandbox import aside, state_kept
 
-__all__ = ["SplitChoice", "explained", "state_kept"]
+__all__ = ["SplitChoice", "aside", "explained", "state_kept"]

@@ -42,6 +42,10 @@ def _ends(loss: Tensor, *args: Any, **kwargs: Any) -> None:
     raise StepEnds(loss)
 
 
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
 def _directly(function: Any, *args: Any, **kwargs: Any) -> Any:
     for name in ("use_reentrant", "preserve_rng_state", "determinism_check", "debug", "context_fn", "early_stop"):
         kwargs.pop(name, None)
@@ -259,6 +263,17 @@ def sandbox(root: nn.Module, device: torch.device) -> Iterator[dict[str, Any]]:
         stack.enter_context(torch.autocast(device.type, enabled=False))
         stack.enter_context(_without_tf32())
         yield logged
+
+
+@contextmanager
+def aside(root: nn.Module) -> Iterator[None]:
+    """Inside, ``root`` may run a step as it was written, of which nothing remains and nothing is logged."""
+    with ExitStack() as stack:
+        stack.enter_context(state_kept(root))
+        stack.enter_context(_methods_replaced(root, manual_backward=_ends, log=_nothing, log_dict=_nothing))
+        stack.callback(uncompile_steps(root).remove)
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
 
 
 def repeatable(device: torch.device) -> Any:

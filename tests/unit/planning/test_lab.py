@@ -16,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from lightning_ulysses.config import MemoryConfig
 from lightning_ulysses.memory import offload
 from lightning_ulysses.memory.host import footprint
+from lightning_ulysses.planning import stand_ins
 from lightning_ulysses.planning.lab import Lab, Scene, call_with_labels, measure_step
 from lightning_ulysses.planning.meter import Meter
 from lightning_ulysses.planning.models import BLOCKS
@@ -108,7 +109,9 @@ def test_fake_tensors_count_as_real_ones(parts):
     assert lab("Llama").rehearse(wanted).peak == meter.peak
 
 
-def test_the_first_two_tiles_take_what_all_tiles_take():
+def test_the_first_tiles_and_chunks_take_what_all_of_them_take(monkeypatch):
+    # Of four chunks on each rank.
+    monkeypatch.setattr(stand_ins, "_CHUNKS", 2)
     wanted = scene({**PARTS["chunks"], "tile_bytes": 2**18}, seq_len=1024)
     made = lab("Llama")
     assert made.rehearse(wanted).peak == made.rehearse(wanted, all_tiles=True).peak
@@ -121,6 +124,23 @@ def test_four_blocks_tell_what_more_of_them_take(parts):
     found = lab("Llama", layers=BLOCKS).rehearse(wanted)
     assert found.on_device(6) == pytest.approx(more.peak, rel=1e-3)
     assert found.on_host(6) == more.on_host(6)
+
+
+@pytest.mark.parametrize("parts", PARTS)
+def test_what_does_not_grow_is_told_by_shapes(parts):
+    made, at = lab("Llama"), {**PARTS[parts], **({"tile_bytes": 2**17} if parts in ("tiled", "chunks") else {})}
+    once, twice = (made.rehearse(scene(at, seq_len)) for seq_len in (5000, 10000))
+    assert once.fixed is not None
+    assert once.fixed + 2 * (once.peak - once.fixed) == pytest.approx(twice.peak, rel=2e-3)
+    # Here S_r is that of hidden states.
+    assert made.rehearse(scene(at, 256)).fixed is None
+
+
+@pytest.mark.parametrize("parts", ["plain", "chunks"])
+def test_peaks_grow_linearly(parts):
+    made, at = lab("Llama"), {**PARTS[parts], **({"tile_bytes": 2**17} if parts == "chunks" else {})}
+    first, second, fourth = (made.rehearse(scene(at, seq_len)).peak for seq_len in (4096, 8192, 16384))
+    assert fourth - second == pytest.approx(2 * (second - first), rel=1e-2)
 
 
 def test_a_tensor_that_is_held_is_counted():

@@ -72,6 +72,17 @@ def test_facts_are_those_of_the_whole_model(measurements):
     assert (measurements.facts.blocks, measurements.facts.heads, measurements.facts.kv_heads) == (12, 8, 2)
 
 
+def test_experts_that_run_as_one_product_are_planned(tmp_path):
+    sizes = {"model_type": "qwen3_moe", "head_dim": 32, "num_experts": 8, "num_experts_per_tok": 2}
+    values = CONFIG | sizes | {"architectures": ["Qwen3MoeForCausalLM"], "moe_intermediate_size": 128}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    experts = Measurements(find_model(str(tmp_path)), None)
+    facts = experts.facts
+    # Of each block's 8 experts, a token passes 2.
+    assert facts.per_token == 2 * (facts.numel - 12 * 6 * 3 * 256 * 128)
+    assert experts.rehearsal(Scene(4096, 2, MemoryConfig(checkpoint="block", tiled_loss=True))).peak > 0
+
+
 def test_what_fits_is_below_its_limits_and_what_is_longest_at_them(measurements, fitting):
     best = fitting.best
     assert best.limit is None
