@@ -51,7 +51,7 @@ USES: dict[str, Use] = {
     "docs/data.md / Data / 1": Use(checks.check_files, given.given_files),
     "docs/data.md / Datasets of your own / 1": Use(checks.check_sampler, given.given_documents),
     "docs/data.md / Streams / 1": Use(checks.check_stream, given.given_documents, world=1),
-    "docs/splitting.md / Plans / 3": Use(checks.check_plan, given.given_positions),
+    "docs/splitting.md / Plans without a join / 1": Use(checks.check_plan, given.given_positions),
     "docs/your-model.md / Hand-written models / 1": Use(checks.check_tiny_gpt),
     "docs/your-model.md / Hand-written models / 2": Use(checks.check_explicit_attention, given.given_heads, world=1),
     "docs/your-model.md / The whole sequence inside a step / 1": Use(checks.check_unsharded),
