@@ -20,7 +20,7 @@ def _cut_batch(context: SequenceContext | None, length: int) -> LocalBatch | Non
     if context is None:
         return None
     split = context.split
-    if split is not None or context.plan is None or context.is_joined:
+    if split is not None or context.plan is None or context.awaits_region is not None:
         return split
     # Here a plan without join has not split the model yet: its `whole` inputs are whole, other tensors are slices.
     running = context.place.batch

@@ -20,9 +20,9 @@ from lightning_ulysses.attention.fused_extras import attend_fused, why_by_formul
 from lightning_ulysses.attention.grouped import heads_of
 from lightning_ulysses.attention.kernel import Kernel
 from lightning_ulysses.attention.packed import VariableLength, attend_packed, variable_length
-from lightning_ulysses.attention.rows import Row, clip, parts_of, rows_of, tokens_of
+from lightning_ulysses.attention.rows import Row, parts_of, rows_of, tokens_of
 from lightning_ulysses.exchange.mesh import SequenceMesh
-from lightning_ulysses.geometry.layout import Runs
+from lightning_ulysses.geometry.layout import Runs, clip
 from lightning_ulysses.geometry.mask_spec import MaskSpec
 
 # Largest number of queries in a block. Each block has a mask tensor, so this bounds its memory.
@@ -158,25 +158,15 @@ def _document(
     return kernel(q, k, v, causal=spec.causal, offset=first)
 
 
-def _with_bias(bias: Tensor, spec: MaskSpec, rows: list[Row], length: int, first: int, last: int) -> Tensor:
-    """The bias (B | 1, H_r | 1, S | 1, S) for queries ``first:last``, with everything hidden that ``spec`` hides.
-
-    Returns:
-        (B, H_r | 1, S_q, S).
-    """
-    padding = length - bias.shape[-1]
-    if padding:
-        # Filled with True for a mask and 0.0 for a bias: neither hides anything. `keep` hides the padding.
-        queries = padding if bias.shape[-2] > 1 else 0
-        bias = torch.nn.functional.pad(bias, (0, padding, 0, queries), value=bias.dtype == torch.bool)
-    bias = bias if bias.shape[-2] == 1 else bias[..., first:last, :]
-    place = torch.arange(length, device=bias.device)
+def visible(spec: MaskSpec, rows: list[Row], length: int, first: int, last: int, device: torch.device) -> Tensor:
+    """(B, 1, S_q | 1, S) bool: the keys that queries ``first:last`` see."""
+    place = torch.arange(length, device=device)
     query = place[first:last, None]
     kept = []
     for documents, valid in rows:
         # (S,) the number of each token's document.
-        number = torch.zeros(length, dtype=torch.int64, device=bias.device)
-        seen = torch.full((length,), valid is None, device=bias.device)
+        number = torch.zeros(length, dtype=torch.int64, device=device)
+        seen = torch.full((length,), valid is None, device=device)
         for index, (begin, end) in enumerate(documents):
             number[begin:end] = index
         for begin, end in valid or ():
@@ -191,6 +181,22 @@ def _with_bias(bias: Tensor, spec: MaskSpec, rows: list[Row], length: int, first
     if spec.reach is not None:
         distance = query - place
         keep = keep & (distance <= spec.reach[0]) & (distance >= -spec.reach[1])
+    return keep
+
+
+def _with_bias(bias: Tensor, spec: MaskSpec, rows: list[Row], length: int, first: int, last: int) -> Tensor:
+    """The bias (B | 1, H_r | 1, S | 1, S) for queries ``first:last``, with everything hidden that ``spec`` hides.
+
+    Returns:
+        (B, H_r | 1, S_q, S).
+    """
+    padding = length - bias.shape[-1]
+    if padding:
+        # Filled with True for a mask and 0.0 for a bias: neither hides anything. `keep` hides the padding.
+        queries = padding if bias.shape[-2] > 1 else 0
+        bias = torch.nn.functional.pad(bias, (0, padding, 0, queries), value=bias.dtype == torch.bool)
+    bias = bias if bias.shape[-2] == 1 else bias[..., first:last, :]
+    keep = visible(spec, rows, length, first, last, bias.device)
     # A query that sees no key would give NaN. It is padding, so its output does not matter: it sees all keys.
     keep = keep | ~keep.any(dim=-1, keepdim=True)
     return bias & keep if bias.dtype == torch.bool else bias.masked_fill(~keep, float("-inf"))

@@ -81,6 +81,8 @@ def _answer(context: SequenceContext, batch: LocalBatch | None, call: AttentionC
         # Outside of the regions of a plan, a mask that was described there has no values of its own.
         if known is None or whole is None:
             return plain()
+        # What runs on the joined sequence gets no padding of this package.
+        known = known.unpadded(whole.layout.real_len) if call.lengths[1] == whole.layout.real_len else known
         meaning = call.meaning(whole, known)
         meaning = meaning if call.lengths[0] == call.lengths[1] else _of_other(meaning)
         return call.write(meaning.attend(call.q, call.k, call.v, slice(0, call.q.shape[1]), None, ALONE, 0))

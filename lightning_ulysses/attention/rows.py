@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from lightning_ulysses.context import LocalBatch, current_context
-from lightning_ulysses.geometry.layout import Runs
+from lightning_ulysses.geometry.layout import Runs, clip
 from lightning_ulysses.geometry.mask_spec import MaskSpec
 
 #: Documents of a row, and its kept keys; None if all are kept.
@@ -18,12 +18,6 @@ def live_batch() -> LocalBatch | None:
     """The batch of the running step, to which facts about all of its layers are attached; None outside of steps."""
     context = current_context()
     return None if context is None else context.place.region or context.place.batch
-
-
-def clip(runs: Runs, begin: int, end: int) -> Runs:
-    """The part of ``runs`` inside ``begin:end``, counted from ``begin``."""
-    clipped = ((max(left, begin) - begin, min(right, end) - begin) for left, right in runs)
-    return tuple((left, right) for left, right in clipped if left < right)
 
 
 @dataclass(frozen=True)

@@ -104,6 +104,12 @@ class SequenceLayout:
         return [token for begin, end in runs for token in range(begin, end)]
 
 
+def clip(runs: Runs, begin: int, end: int) -> Runs:
+    """The part of ``runs`` inside ``begin:end``, counted from ``begin``."""
+    clipped = ((max(left, begin) - begin, min(right, end) - begin) for left, right in runs)
+    return tuple((left, right) for left, right in clipped if left < right)
+
+
 def runs_from_starts(begins: list[int], seq_len: int) -> Runs:
     """Documents from the indices where they begin. The first document always begins at 0."""
     # The set drops documents without a token: their edges are equal.

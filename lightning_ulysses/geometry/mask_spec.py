@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
-from lightning_ulysses.geometry.layout import Runs
+from lightning_ulysses.geometry.layout import Runs, clip
 
 
 @dataclass(frozen=True)
@@ -44,3 +44,13 @@ class MaskSpec:
         if self.window is None:
             return None
         return self.window - 1, 0 if self.causal else self.ahead or 0
+
+    def unpadded(self, real_len: int) -> MaskSpec:
+        """The same over the first ``real_len`` tokens, which are all but those that this package added."""
+        if not self.num_padding:
+            return self
+        documents, valid = (
+            None if rows is None else tuple(clip(row, 0, real_len) for row in rows)
+            for rows in (self.documents, self.valid)
+        )
+        return replace(self, documents=documents, valid=valid, num_padding=0)
