@@ -119,7 +119,8 @@ class MemoryConfig:
         return self.tile_tokens or max((self.tile_bytes or 256 * 2**20) // row_bytes, 1)
 
 
-def _are_sizes(value: object) -> bool:
+def are_sizes(value: object) -> bool:
+    """Whether a value is P or the factors of P."""
     if isinstance(value, Mapping):
         return value.keys() == {"ulysses", "gather"} and all(type(size) is int and size >= 1 for size in value.values())
     return value == "auto" or (type(value) is int and value >= 1)
@@ -172,7 +173,7 @@ class UlyssesConfig:
 
     def __post_init__(self) -> None:
         self._check_types()
-        if not _are_sizes(self.sp_size):
+        if not are_sizes(self.sp_size):
             raise UlyssesError(
                 f"sp_size={self.sp_size!r}",
                 "'auto', a positive number, or two whose product it is, such as {'ulysses': 8, 'gather': 4}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from contextlib import redirect_stdout
 from itertools import islice
@@ -28,7 +29,8 @@ def add_command(commands: Any) -> None:
     add("--config", metavar="YAML", type=Path, required=True, help="a config of LightningCLI")
     add("--model", metavar="CLASS", help="class path of the module, where `model` in the config has no class_path")
     add("--data", metavar="CLASS", help="the same for `data`")
-    add("--sp_size", metavar="P", type=int, default=2, help="processes that share a sequence (default: 2)")
+    sizes = 'processes that share a sequence (default: 2), or their factors: \'{"ulysses": 2, "gather": 2}\''
+    add("--sp_size", metavar="P", type=json.loads, default=2, help=sizes)
     add("--steps", metavar="N", type=int, default=1, help="batches to compare (default: 1)")
     add("--layers", metavar="N", type=int, help="build transformers models with N layers, for one too large to compare")
     add("--max_tokens", metavar="S", type=int, default=4096, help="cut longer batches to S tokens (default: 4096)")
@@ -40,7 +42,6 @@ def add_command(commands: Any) -> None:
 
 def verify(args: argparse.Namespace) -> None:
     """Prints the comparison and ends the process with its exit status."""
-    import json
     import traceback
 
     from lightning_ulysses.verification import verify_parity

@@ -69,7 +69,7 @@ def step_split(rank: int, job: Job) -> None:
     record = StepRecord()
 
     def run() -> None:
-        strategy = Compared(sp_size=job.sp_size, check_model=False, **job.strategy)
+        strategy = Compared(sp_size=job.sizes, check_model=False, **job.strategy)
         module = prepare(job, False, [], steps=True)
         fit(job, module, strategy, job.sp_size, job.batches[:1], _StepKeeper(record, None))
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lightning_ulysses.batch.whole import read_batch
+from lightning_ulysses.config import are_sizes
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.testing.processes import ProcessPool, RemoteError
 from lightning_ulysses.verification.compare import compare_calls, gradient_errors, norm
@@ -39,7 +40,7 @@ def verify_parity(
     module: pl.LightningModule,
     batch: Any,
     *,
-    sp_size: int = 2,
+    sp_size: int | dict[str, int] = 2,
     steps: int | None = None,
     strategy: dict[str, Any] | None = None,
     tolerance: float = 1e-4,
@@ -57,7 +58,7 @@ def verify_parity(
     Args:
         module: The user's module. Its class has to be importable by other processes.
         batch: A whole batch, or a list of them; B, S and the keys as the dataloader yields them.
-        sp_size: P.
+        sp_size: P, or its factors, such as ``{"ulysses": 2, "gather": 2}``.
         steps: Batches to compare; all that were given if None.
         strategy: ``sequence_dims``, ``loss_weighting``, ``targets``, ``ignore_index``, ``plan`` and ``split`` of
             `UlyssesDeepSpeedStrategy`; its other arguments do not change what a step computes. Where neither ``plan``
@@ -86,6 +87,7 @@ def verify_parity(
             "set automatic_optimization=True for the comparison and return the loss from training_step",
         )
     settings = dict(strategy or {})
+    ranks = math.prod(sp_size.values()) if isinstance(sp_size, dict) else sp_size
     compare = functools.partial(
         _compare,
         module,
@@ -97,7 +99,7 @@ def verify_parity(
         max_tokens=max_tokens,
         accelerator=accelerator,
     )
-    with nullcontext(pool) if pool is not None else ProcessPool(sp_size, timeout=600.0) as processes:
+    with nullcontext(pool) if pool is not None else ProcessPool(ranks, timeout=600.0) as processes:
         if settings.get("plan") is not None or settings.get("split", "auto") != "auto":
             return compare(settings, processes)
         cut: ParityReport | UlyssesError
@@ -124,7 +126,7 @@ def _compare(
     strategy: dict[str, Any],
     processes: ProcessPool,
     *,
-    sp_size: int,
+    sp_size: int | dict[str, int],
     steps: int | None,
     tolerance: float,
     layers: int | None,
@@ -133,13 +135,13 @@ def _compare(
 ) -> ParityReport:
     with tempfile.TemporaryDirectory() as folder:
         job, seq_len, notes = _make_job(folder, batch, sp_size, steps, strategy, layers, max_tokens, accelerator)
-        layout = read_batch(job.batches[0], job.rules, sp_size).layout
+        layout = read_batch(job.batches[0], job.rules, job.sp_size).layout
         is_cut = bool(notes)
         notes += _save_module(module, Path(folder) / "module.pt", layers)
         single, ranks = _run(job, processes)
         notes += [note for note in single.notes if note not in notes]
         report = ParityReport(
-            sp_size=sp_size,
+            sp_size=job.sp_size,
             seq_len=seq_len,
             tolerance=tolerance,
             losses=tuple(single.losses),
@@ -161,7 +163,7 @@ def _compare(
 def _make_job(
     folder: str,
     batch: Any,
-    sp_size: int,
+    sp_size: int | dict[str, int],
     steps: int | None,
     strategy: dict[str, Any] | None,
     layers: int | None,
@@ -177,14 +179,19 @@ def _make_job(
             "leave the others out; they do not change what a step computes",
         )
     batches = list(batch) if _is_list(batch) else [batch]
-    if sp_size < 2 or not batches or (steps is not None and not 0 < steps <= len(batches)):
+    job = Job(folder, batches[:steps], sp_size, settings, layers, accelerator)
+    if (
+        not are_sizes(sp_size)
+        or job.sp_size < 2
+        or not batches
+        or (steps is not None and not 0 < steps <= len(batches))
+    ):
         raise UlyssesError(
             f"sp_size={sp_size} and {len(batches)} batches for steps={steps}",
-            "sp_size of 2 or more, and a batch for each step",
+            "sp_size of 2 or more, or {'ulysses': U, 'gather': R}, and a batch for each step",
             "change sp_size or steps, or give more batches",
         )
-    job = Job(folder, batches[:steps], sp_size, settings, layers, accelerator)
-    cuts = [cut_batch(each, job.rules, max_tokens, sp_size) for each in job.batches]
+    cuts = [cut_batch(each, job.rules, max_tokens, job.sp_size) for each in job.batches]
     job.batches[:] = [each for each, _, _ in cuts]
     longest = max(before for _, before, _ in cuts)
     notes = [f"batches cut from S = {longest} to {max_tokens} tokens"] if longest > max_tokens else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import sys
 import traceback
 import warnings
@@ -45,7 +46,7 @@ class Job:
     Attributes:
         folder: Where ``module.pt`` lies, and where the records go.
         batches: Whole batches.
-        sp_size: P.
+        sizes: P, or its factors, as the strategy's ``sp_size``.
         strategy: Arguments of `UlyssesDeepSpeedStrategy`.
         layers: Layers that transformers models are built with; None for their own number.
         accelerator: Of the Trainer.
@@ -53,10 +54,15 @@ class Job:
 
     folder: str
     batches: list[Any]
-    sp_size: int
+    sizes: int | dict[str, int]
     strategy: dict[str, Any]
     layers: int | None
     accelerator: str
+
+    @property
+    def sp_size(self) -> int:
+        """P."""
+        return self.sizes if isinstance(self.sizes, int) else math.prod(self.sizes.values())
 
     @property
     def rules(self) -> BatchRules:
@@ -307,7 +313,7 @@ def run_split(rank: int, job: Job) -> None:
     record = Record()
 
     def run() -> None:
-        strategy = Compared(sp_size=job.sp_size, check_model=False, **job.strategy)
+        strategy = Compared(sp_size=job.sizes, check_model=False, **job.strategy)
         share = read_batch(job.batches[0], job.rules, job.sp_size).layout.shares[rank]
         # The last rank alone: rank 0 begins where the sequence does, and so looks right where others do not.
         keeper = _Keeper(record, share if rank == job.sp_size - 1 else None)

@@ -77,6 +77,23 @@ def test_plan_by_hand(pool: ProcessPool) -> None:
     exact(pool, translator("T5"), [pair_of_texts(1, 29, 17), pair_of_texts(2, 33, 21)], run)
 
 
+GATHERED: dict[str, tuple[Any, int, Any]] = {
+    "1 head on 2": (partial(WrittenTranslator, heads=1), 2, 2),
+    "3 heads on 4": (partial(WrittenTranslator, heads=3), 4, 4),
+    "T5, 4 heads on 1 x 2": (translator("T5"), 2, {"ulysses": 1, "gather": 2}),
+    "Bart, 4 heads on 1 x 2": (translator("Bart"), 2, {"ulysses": 1, "gather": 2}),
+    "torch, 4 heads on 2 x 2": (TorchTranslator, 4, {"ulysses": 2, "gather": 2}),
+}
+
+
+@pytest.mark.parametrize("case", GATHERED)
+def test_more_ranks_than_heads(pool: ProcessPool, case: str) -> None:
+    """Queries of the decoder see all keys of the encoder, which ranks gather."""
+    make, ranks, sizes = GATHERED[case]
+    run = SplitRun(ranks, ranks, {"sp_size": sizes}, {"accumulate_grad_batches": 2})
+    exact(pool, make, [pair_of_texts(1, 29, 17), pair_of_texts(2, 33, 33)], run)
+
+
 def no_bias(batch: Any, position_bias: Any, mask: Tensor | None, *, is_split: bool) -> Tensor | None:
     return mask
 

@@ -392,6 +392,8 @@ def test_failures(pool: ProcessPool) -> None:
     assert "ValueError: no such slice" in report.finding.reason and not report.split_losses
     heads = check(pool, HandWritten(heads=3, kv_heads=3), pair_batch(1, 33), sp_size=4)
     assert heads.finding is None and heads.exact
+    gathered = check(pool, HandWritten(), pair_batch(1, 33), sp_size={"ulysses": 2, "gather": 2})
+    assert gathered.exact and gathered.sp_size == 4
     with pytest.raises(UlyssesError, match="ValueError: never works"):
         verify_parity(Fails(), pair_batch(1, 33), pool=pool)
     with pytest.raises(UlyssesError, match="batches with at least one valid label"):
@@ -406,6 +408,7 @@ def test_messages(pool: ProcessPool, monkeypatch: pytest.MonkeyPatch) -> None:
     says("automatic_optimization=False", HandWritten(manual=True))
     says("holds no transformers model", HandWritten(), layers=1)
     says("sp_size=1", HandWritten(), sp_size=1)
+    says("a batch for each step", HandWritten(), sp_size={"ulysses": 2})
     says("2 batches for steps=3", HandWritten(), [pair_batch(1, 33)] * 2, steps=3)
     says(r"strategy with \['stage'\]", HandWritten(), strategy={"stage": 3})
     says("3 tokens per row", HandWritten(), pair_batch(1, 3), sp_size=4)
