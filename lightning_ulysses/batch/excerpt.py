@@ -33,23 +33,13 @@ def excerpt(batch: Any, rules: BatchRules, *pieces: tuple[int, int]) -> Any:
     """
     dims = read_batch(batch, rules, 1).dims
 
-    def cut(key: str, value: Any) -> Any:
+    new: dict[str, Any] = {}
+    for key, value in entries_of(batch, deep=True).items():
         if key in _EDGES and value is not None:
-            return _edges(value, pieces)
-        dim = dims.get(key)
-        if dim is None or key not in given:
-            return value
-        return torch.cat([value.narrow(dim, begin, count) for begin, count in pieces], dim=dim)
-
-    if isinstance(batch, Tensor):
-        given = {"batch"}
-        return cut("batch", batch)
-    if hasattr(batch, "items"):
-        given = set(batch)
-        return {key: cut(key, value) for key, value in batch.items()}
-    given = {str(index) for index in range(len(batch))}
-    values = [cut(str(index), value) for index, value in enumerate(batch)]
-    return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
+            new[key] = _edges(value, pieces)
+        elif key in dims:
+            new[key] = torch.cat([value.narrow(dims[key], begin, count) for begin, count in pieces], dim=dims[key])
+    return rebuild(batch, new)
 
 
 def _edges(edges: Any, pieces: Sequence[tuple[int, int]]) -> Any:
@@ -206,7 +196,7 @@ def parted_targets(batch: Any, rules: BatchRules, name: str) -> list[Any]:
         The batch and its parts; nothing if the tensor has too few targets, or they cannot be ignored.
     """
     key = _key_of(batch, name)
-    given = entries_of(batch).get(key)
+    given = entries_of(batch, deep=True).get(key)
     is_mask = key in MASK_KEYS
     if not isinstance(given, Tensor) or given.dim() != 2 or not (is_mask or _is_signed(given)):
         return []
@@ -241,7 +231,7 @@ def with_fewer_targets(batch: Any, rules: BatchRules, name: str, tokens: int) ->
         The batch; None if the tensor has no targets to spare, or its targets cannot be ignored.
     """
     key = _key_of(batch, name)
-    given = entries_of(batch).get(key)
+    given = entries_of(batch, deep=True).get(key)
     is_mask = key in MASK_KEYS or name.endswith(KEPT)
     if not isinstance(given, Tensor) or given.dim() != 2 or (not is_mask and not _is_signed(given)):
         return None
@@ -264,7 +254,7 @@ def with_fewer_targets(batch: Any, rules: BatchRules, name: str, tokens: int) ->
 def _key_of(batch: Any, name: str) -> str:
     """The key of a tensor of targets that may have been shifted here."""
     key = name.removesuffix(KEPT)
-    return key if key in entries_of(batch) else key.removeprefix("shift_")
+    return key if key in entries_of(batch, deep=True) else key.removeprefix("shift_")
 
 
 def _is_signed(tensor: Tensor) -> bool:

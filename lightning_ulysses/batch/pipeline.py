@@ -54,7 +54,7 @@ def local_batch(
     pin = device.type == "cuda"
     sharded, shards, seen = whole.shard(rank, stand_in=stand_in, targets=targets, pin=pin)
     result = move(sharded)
-    moved = entries_of(result)
+    moved = entries_of(result, deep=True)
     local = LocalBatch(
         whole.layout,
         # The very tensors that the module gets, so that they are recognised.
@@ -70,7 +70,7 @@ def local_batch(
 
 def _note_documents(whole: WholeBatch, moved: Mapping[str, Any], local: LocalBatch) -> None:
     """Takes note of what the batch's ``cu_seqlens`` say, which are read here on the host, for where they were moved."""
-    host = entries_of(whole.template)
+    host = entries_of(whole.template, deep=True)
     for key in _CU_SEQLENS:
         given, there = host.get(key), moved.get(key)
         if isinstance(given, Tensor) and isinstance(there, Tensor) and given.dim() == 1 and given.shape == there.shape:

@@ -12,23 +12,37 @@ from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.geometry.batch_keys import LABEL_KEYS, SEQUENCE_KEYS, WHOLE_KEYS, BatchRules
 
 
-def entries_of(batch: Any) -> dict[str, Any]:
+def entries_of(batch: Any, *, deep: bool = False) -> dict[str, Any]:
     """The entries of a batch by key. Those of a tuple or list go by index, ``"0"``, ``"1"``, ...
+
+    Args:
+        batch: The batch.
+        deep: Whether entries of entries follow, such as ``"0.features"``.
 
     Raises:
         UlyssesError: If the batch is no mapping, tuple, list or tensor.
     """
     if isinstance(batch, Tensor):
         return {"batch": batch}
-    if isinstance(batch, Mapping):
-        return dict(batch.items())
-    if isinstance(batch, (tuple, list)):
-        return {str(index): value for index, value in enumerate(batch)}
+    if isinstance(batch, (Mapping, tuple, list)):
+        found = dict(batch.items() if isinstance(batch, Mapping) else ((str(i), each) for i, each in enumerate(batch)))
+        nested = {key: value for key, value in found.items() if deep and isinstance(value, (Mapping, tuple, list))}
+        inner = {
+            f"{key}.{name}": part
+            for key, value in nested.items()
+            for name, part in entries_of(value, deep=True).items()
+        }
+        return {**inner, **found}
     raise UlyssesError(
         f"a batch of type {type(batch).__name__}",
         "a mapping, a tuple or list of tensors, or a tensor",
         "return a dict from the collate function",
     )
+
+
+def names_inside(rules: BatchRules) -> bool:
+    """Whether ``sequence_dims`` names entries of entries, such as ``"0.features"``."""
+    return any("." in key for key in rules.sequence_dims)
 
 
 def check_not_nested(entries: Mapping[str, Any]) -> None:
@@ -82,6 +96,12 @@ def _suggest(entries: Mapping[str, Any]) -> str:
         for key, value in entries.items()
         if isinstance(value, Tensor) and value.dim() > 0
     }
+    images = [key for key in dims if entries[key].dim() > 3 and entries[key].is_floating_point()]
+    if images:
+        return (
+            f"set split='blocks' in the strategy, since a model makes a sequence of {images[0]!r} itself, such as one "
+            "of patches; or name the dimension that carries the sequence by sequence_dims"
+        )
     return f"name the dimension that carries the sequence, such as sequence_dims={dims}, in the strategy"
 
 
@@ -131,8 +151,8 @@ def _check_flat(entries: Mapping[str, Any]) -> None:
         raise UlyssesError(
             f"a batch {_describe(entries)} that holds batches, as several dataloaders together make it",
             "one batch for each step, a mapping or tuple of tensors, whose sequence is cut and whose targets count",
-            "use one dataloader, such as over a torch.utils.data.ConcatDataset of the datasets, or flatten the batch "
-            "in the collate function",
+            "use one dataloader, such as over a torch.utils.data.ConcatDataset of the datasets; for a batch whose "
+            "inputs are a mapping, name them in sequence_dims={'0.features': 1}, or flatten it in the collate function",
         )
 
 
@@ -143,7 +163,8 @@ def find_dims(batch: Any, entries: dict[str, Any], rules: BatchRules) -> dict[st
         UlyssesError: If no sequence is found, or the batch consists of batches. Also if a tensor under a usual key has
             an unusual shape.
     """
-    _check_flat(entries)
+    if not names_inside(rules):
+        _check_flat(entries)
     if isinstance(batch, Mapping):
         _check_tensors(entries, rules)
     # A key may be missing in some batches, but not all keys in one batch.

@@ -19,6 +19,7 @@ from lightning_ulysses.batch.recognition import (
     entries_of,
     find_dims,
     find_whole,
+    names_inside,
 )
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.geometry.batch_keys import KEPT, LABEL_KEYS, MASK_KEYS, SEQUENCE_KEYS, BatchRules
@@ -114,8 +115,16 @@ def pinned(tensor: Tensor) -> Tensor:
     return tensor if tensor.device.type != "cpu" or tensor.is_pinned() else tensor.pin_memory()
 
 
-def rebuild(template: Any, new: dict[str, Tensor]) -> Any:
-    """A batch of the type of ``template``, with other tensors."""
+def rebuild(template: Any, new: dict[str, Any]) -> Any:
+    """A batch of the type of ``template``, with other tensors by key; those of an entry as ``"0.features"``."""
+    entries = entries_of(template)
+    heads = {key: key.split(".")[0] for key in new if key not in entries and "." in key}
+    if heads:
+        inside = {
+            head: rebuild(entries[head], {key[len(head) + 1 :]: new[key] for key in heads if heads[key] == head})
+            for head in dict.fromkeys(heads.values())
+        }
+        new = {**{key: value for key, value in new.items() if key not in heads}, **inside}
     if isinstance(template, Tensor):
         return new["batch"]
     if isinstance(template, dict) and type(template) is dict:
@@ -188,7 +197,7 @@ def read_batch(batch: Any, rules: BatchRules, sp_size: int) -> WholeBatch:
     Raises:
         UlyssesError: If the batch cannot be read for certain. The error shows the shapes and the setting to add.
     """
-    entries = entries_of(batch)
+    entries = entries_of(batch, deep=names_inside(rules))
     check_not_nested(entries)
     if rules.keeps_all:
         dims = find_whole(batch, entries, rules, sp_size)

@@ -146,6 +146,11 @@ BATCHES: dict[str, tuple[Any, dict[str, Any], tuple[str, ...]]] = {
         {},
         ("'0': (2, 33) int64", "'2': (2,) int64", "sequence_dims={'0': 1, '1': 1, '2': 0}"),
     ),
+    "an image": (
+        {"image": torch.zeros(2, 3, 16, 16), "series": torch.zeros(2, 33, 5), "y": ones(2)},
+        {},
+        ("'image': (2, 3, 16, 16) float32", "set split='blocks'", "makes a sequence of 'image' itself"),
+    ),
     "unequal pair": ((ones(2, 33), ones(2)), {}, ("'1': (2,) int64", "sequence_dims=")),
     "bare floats": (torch.zeros(2, 33), {}, ("'batch': (2, 33) float32", "sequence_dims={'batch': 1}")),
     "no tensors": ("text", {}, ("a batch of type str", "return a dict")),
@@ -256,7 +261,7 @@ def call_sdpa(query: Tensor, mask: Tensor | None = None) -> None:
     ("call", "parts"),
     [
         (lambda: call_sdpa(torch.zeros(1, 4, 5, 8), torch.ones(5, 5)), ("mask of shape (5, 5)", "is_causal=True")),
-        (lambda: call_sdpa(torch.zeros(1, 1, 4, 5, 8)), ("shape (1, 1, 4, 5, 8)", "(B, H, S_r, D)", "unsharded()")),
+        (lambda: call_sdpa(torch.zeros(5, 8)), ("shape (5, 8)", "(B, H, S_r, D)", "unsharded()")),
         (lambda: call_sdpa(torch.zeros(1, 4, 7, 8)), ("over 7 tokens", "holds 5 of the batch's 9", "unsharded()")),
         (lambda: lightning_ulysses.sequence_positions(ones(1, 4)), ("over 4 tokens", "holds 5", "unsharded()")),
         (lambda: lightning_ulysses.gather_sequence(ones(1, 4)), ("gather_sequence(x, dim=1) over 4 tokens", "holds 5")),
