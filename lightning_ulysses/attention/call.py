@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from lightning_ulysses.attention.mask_table import MaskTable
 from lightning_ulysses.context import LocalBatch
 from lightning_ulysses.exchange.mesh import SequenceMesh
 from lightning_ulysses.geometry.mask_spec import MaskSpec
@@ -123,7 +124,7 @@ class AttentionCall:
 
     def check(self, batch: LocalBatch) -> None:
         """See `TokenCall`."""
-        self.meaning(batch, None)
+        self.meaning(batch, None if self.mask is None else batch.notes.of(MaskTable).get(self.mask))
 
     def form(self) -> Any:
         """See `TokenCall`."""

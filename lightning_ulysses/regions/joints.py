@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lightning_ulysses.context import SequenceContext
+from lightning_ulysses.attention.whole_mask import whole_values
+from lightning_ulysses.context import LocalBatch, SequenceContext
 from lightning_ulysses.divided import joined
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.exchange.cut_and_join import join_shares
@@ -78,13 +79,18 @@ class _Hooks:
         call.layout = region.layout
         call.stack.enter_context(context.at(replace(context.place, region=None, is_joined=True)))
         context.notes.of(JointTally).calls += 1
-        return self._inputs.put(args, kwargs, new)
+        args, kwargs = self._inputs.put(args, kwargs, new)
+        given = {key: self._whole(value, region) for key, value in kwargs.items()}
+        return tuple(self._whole(value, region) for value in args), given
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> Any:
         """The forward hook. It also runs after an exception, without an output."""
         call = self._open.pop() if self._open else _Call()
         call.stack.close()
         return None if call.layout is None or output is None else self._less(output, call)
+
+    def _whole(self, leaf: Any, region: LocalBatch) -> Any:
+        return leaf
 
     def _more(self, key: str, value: Any, layout: SequenceLayout, call: _Call, module: nn.Module) -> Any:
         raise NotImplementedError
@@ -118,6 +124,10 @@ class JoinedHooks(_Hooks):
     def __init__(self, context: SequenceContext, name: str, inputs: Inputs, outputs: Mapping[str, int] | None) -> None:
         super().__init__(context, name, inputs)
         self._outputs = outputs
+
+    def _whole(self, leaf: Any, region: LocalBatch) -> Any:
+        batches = (region, self._context.place.batch or region)
+        return next((found for batch in batches if (found := whole_values(leaf, batch)) is not leaf), leaf)
 
     def _more(self, key: str, value: Any, layout: SequenceLayout, call: _Call, module: nn.Module) -> Any:
         dim = self._inputs.dims[key]

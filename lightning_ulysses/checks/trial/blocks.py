@@ -37,6 +37,7 @@ class Block:
         crossing: For each number of keys in ``others`` the parameters that carried as many tokens, with the dimension.
         partner: The parameter that carried another sequence, which attention joins with that of ``inputs``.
         both: Parameters that belong to both, with the dimension.
+        is_silent: Whether no attention call inside tells where the sequence is, so that it was guessed.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Block:
     crossing: dict[int, dict[str, int]] = field(default_factory=dict)
     partner: dict[str, int] = field(default_factory=dict)
     both: dict[str, int] = field(default_factory=dict)
+    is_silent: bool = False
 
     @property
     def parent(self) -> str:
@@ -85,6 +87,7 @@ class BlockFinder:
         parameters = inspect.signature(module.forward).parameters.values()
         names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
         given: list[Mapping[str, Any]] = []
+        widths = {size for p in module.parameters() for size in getattr(p, "ds_shape", p.shape)}
 
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
             # Positions stand for names that a forward does not have.
@@ -97,15 +100,19 @@ class BlockFinder:
             block, inputs = self._open.pop(), given.pop()
             if len(block.lengths) == 1:
                 length, lengths = min(block.lengths), block.lengths | block.others
-                block.inputs = _dims(inputs, length, lengths)
-                block.outputs = _dims(outputs_of(output), length, lengths)
-                block.crossing = {other: _dims(inputs, other, lengths) for other in block.others - block.lengths}
+                block.inputs = _dims(inputs, length, lengths, widths)
+                block.outputs = _dims(outputs_of(output), length, lengths, widths)
+                block.crossing = {
+                    other: _dims(inputs, other, lengths, widths) for other in block.others - block.lengths
+                }
                 if length in block.others:
                     # Of the same length as the queries, so that only its use tells it apart.
                     memories = {key: block.inputs.pop(key) for key in [*block.inputs] if key in block.memories}
                     block.crossing[length] = memories
             if block.lengths:
-                _note_pair(block, inputs, output)
+                _note_pair(block, inputs, output, widths)
+            if in_list and not (block.inputs and block.outputs):
+                _guess(block, inputs, outputs_of(output), widths)
             block.given.clear()
             # In the order of the calls; of several calls of one module the last one counts.
             self._found.pop(name, None)
@@ -145,7 +152,8 @@ class BlockFinder:
 
     def plans(self) -> list[SequencePlan]:
         """Plans that may be exact, the one that divides most of the model first."""
-        usable = [block for block in self._found.values() if block.inputs and block.outputs]
+        told = [block for block in self._found.values() if block.inputs and block.outputs]
+        usable = [block for block in told if not block.is_silent]
         # Of lists in lists, the elements of the inner one attend, and those of the outer one may divide more.
         blocks = [block for block in usable if block.in_list and not self._has_inner(block)]
         outer = [block for block in usable if block.in_list and not self._is_inner(block, usable)]
@@ -157,6 +165,11 @@ class BlockFinder:
             found += [replace(at_last, is_divided=True), at_last]
             # What happens between two blocks is that of the whole sequence.
             found.append(self._plan(blocks, blocks))
+        if any(block.is_silent for block in told):
+            # Attention that is not taken over runs on the joined sequence, and what is around it is divided.
+            listed = [block for block in told if block.in_list and not self._is_inner(block, told)]
+            at_last = self._plan(listed, list({block.parent: block for block in listed}.values()))
+            found += [replace(at_last, is_divided=True), at_last]
         if attending:
             found.append(self._plan(attending, attending))
         return [plan for index, plan in enumerate(found) if plan not in found[:index]]
@@ -243,7 +256,7 @@ class BlockFinder:
         return SequencePlan(patterns, joined, inside, cross=others, is_absolute=True)
 
 
-def _note_pair(block: Block, inputs: Mapping[str, Any], output: Any) -> None:
+def _note_pair(block: Block, inputs: Mapping[str, Any], output: Any, widths: Collection[int]) -> None:
     """Finds two inputs (B, S_1, ...) and (B, S_2, ...) of a block whose attention sees both as one sequence."""
     length = max(block.lengths)
     given = {key: value for key, value in inputs.items() if isinstance(value, Tensor) and value.dim() == 3}
@@ -260,19 +273,43 @@ def _note_pair(block: Block, inputs: Mapping[str, Any], output: Any) -> None:
     one, other = pairs[0]
     sizes = (given[one].shape[1], given[other].shape[1])
     lengths = {length, *sizes}
-    block.inputs = {one: 1, **{key: dim for key, dim in _dims(inputs, sizes[0], lengths).items() if key != other}}
+    alike = _dims(inputs, sizes[0], lengths, widths)
+    block.inputs = {one: 1, **{key: dim for key, dim in alike.items() if key != other}}
     block.partner = {other: 1}
     # One tensor for both, or one for each.
-    block.both = {key: dim for key, dim in _only_dims(inputs, lengths).items() if key not in {*block.inputs, other}}
-    block.outputs = _dims(outputs_of(output), sizes[0], lengths) | _dims(outputs_of(output), sizes[1], lengths)
+    only = _only_dims(inputs, lengths, widths)
+    block.both = {key: dim for key, dim in only.items() if key not in {*block.inputs, other}}
+    returned = outputs_of(output)
+    block.outputs = _dims(returned, sizes[0], lengths, widths) | _dims(returned, sizes[1], lengths, widths)
 
 
-def _only_dims(values: Mapping[str, Any], lengths: Collection[int]) -> dict[str, int]:
-    """For each value whose tensors have exactly one dimension as long as some sequence, the same for all, that one."""
+def _guess(block: Block, inputs: Mapping[str, Any], outputs: Mapping[str, Any], widths: Collection[int]) -> None:
+    """Takes an input (B, S, ...) that comes back in the same shape for the sequence, where attention tells none."""
+    shapes = {value.shape for value in outputs.values()}
+    for value in inputs.values():
+        if isinstance(value, Tensor) and value.dim() == 3 and value.is_floating_point() and value.shape in shapes:
+            length = value.shape[1]
+            block.inputs, block.outputs = (_dims(each, length, {length}, widths) for each in (inputs, outputs))
+            block.is_silent = True
+            return
+
+
+def _only_dims(values: Mapping[str, Any], lengths: Collection[int], widths: Collection[int]) -> dict[str, int]:
+    """For each value whose tensors have exactly one dimension as long as some sequence, the same for all, that one.
+
+    Features may be as many as tokens: the last dimension does not count if a parameter of the module has its size.
+    """
     found = {}
     for key, value in values.items():
         tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
-        dims = {tuple(dim for dim, size in enumerate(t.shape) if size in lengths) for t in tensors}
+        dims = {
+            tuple(
+                dim
+                for dim, size in enumerate(t.shape)
+                if size in lengths and not (0 < dim == t.dim() - 1 and size in widths and t.is_floating_point())
+            )
+            for t in tensors
+        }
         if len(dims) == 1 and len(only := dims.pop()) == 1:
             found[key] = only[0]
     return found
@@ -325,15 +362,16 @@ def _joint(joint: Joint) -> Any:
     return {"inputs": dict(joint.inputs), "outputs": joint.outputs.get(ONLY_OUTPUT, dict(joint.outputs))}
 
 
-def _dims(values: Mapping[str, Any], length: int, lengths: Collection[int]) -> dict[str, int]:
+def _dims(values: Mapping[str, Any], length: int, lengths: Collection[int], widths: Collection[int]) -> dict[str, int]:
     """For each value whose tensors have exactly one dimension as long as a sequence, that dimension.
 
     Args:
         values: By name.
         length: Of the sequence.
         lengths: Of all sequences. What has two of them, such as a mask, stays whole.
+        widths: See `_only_dims`.
     """
-    only = _only_dims(values, lengths)
+    only = _only_dims(values, lengths, widths)
     tensors = {key: [leaf for leaf in tree_leaves(values[key]) if isinstance(leaf, Tensor)] for key in only}
     return {key: dim for key, dim in only.items() if all(t.shape[dim] == length for t in tensors[key])}
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from lightning_ulysses.attention.whole_mask import is_stand_in
 from lightning_ulysses.checks.trial.blocks import outputs_of
 from lightning_ulysses.checks.trial.outputs import Call, Called, ModuleOutputs, Slice, distance_of
 from lightning_ulysses.geometry.joint import PADDED, Halo, Joined, Joint
@@ -177,6 +178,9 @@ def _dims(one: Any, other: Any, cut: Slice, bound: float) -> Iterator[int]:
             # Caches and switches may differ between the runs; a length that is passed on may not.
             if isinstance(a, Tensor) or isinstance(b, Tensor) or (a == cut.seq_len and b == cut.share):
                 yield _UNLIKE
+        elif is_stand_in(b):
+            # A mask that gets its values where it is joined.
+            continue
         elif a.shape != b.shape:
             dim = _cut_along(a, b)
             is_slice = dim is not None and (a.shape[dim], b.shape[dim]) == (cut.seq_len, cut.share)
@@ -195,11 +199,18 @@ def _output_dims(one: Any, other: Any, cut: Slice) -> Iterator[int]:
         if not isinstance(b, Tensor):
             # The run on the slice has failed: excerpts have lengths that nothing else has.
             dims = [dim for dim, size in enumerate(a.shape) if size == cut.seq_len]
-            yield from dims if len(dims) < 2 else [_UNLIKE]
-        elif a.shape != b.shape:
+            # One of pairs of tokens stays whole.
+            yield from dims if len(dims) < 2 else []
+        elif a.shape != b.shape and not _is_of_pairs(a, b, cut):
             dim = _cut_along(a, b)
             is_slice = dim is not None and (a.shape[dim], b.shape[dim]) == (cut.seq_len, cut.share)
             yield dim if is_slice and dim is not None else _UNLIKE
+
+
+def _is_of_pairs(one: Tensor, other: Tensor, cut: Slice) -> bool:
+    """Whether a tensor has two dimensions of tokens, such as a bias of distances, (..., S, S) and (..., S_r, S_r)."""
+    pairs = [(a, b) for a, b in zip(one.shape, other.shape, strict=False) if a != b]
+    return one.dim() == other.dim() and pairs == [(cut.seq_len, cut.share)] * 2
 
 
 def _halo(module: nn.Module, one: Called, other: Called, cut: Slice, bound: float) -> Halo | None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from lightning_ulysses.attention.mask_table import MaskTable
+from lightning_ulysses.attention.whole_mask import MaskDtypes
 from lightning_ulysses.context import LocalBatch, SequenceContext
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.geometry.documents import valid_runs
@@ -111,26 +112,32 @@ def install_masks(context: SequenceContext, handle: Handle, names: tuple[str, ..
             is_tried = context.place.trial is not None
             whole = context.awaits_region
             batch = context.place.region or whole
-            if batch is None or (is_tried and context.mesh.sp_size == 1):
+            # Models may use the values of these themselves, which is right where they run on the joined sequence.
+            has_values = name in ("sdpa", "eager")
+            is_plain = has_values and (context.place.is_joined or (name == "eager" and whole is not None))
+            if batch is None or (is_tried and context.mesh.sp_size == 1) or is_plain:
                 return original(*args, **kwargs)
             call = inspect.signature(original).bind(*args, **kwargs)
             call.apply_defaults()
             values = {**call.arguments, **call.arguments.get("kwargs", {})}
             # Where the sequence is whole, a mask that cannot be described is built by transformers.
             is_known = _KNOWN_MASKS.issuperset(_mask_parts(values["mask_function"]))
-            if is_tried and is_known:
+            if is_tried and is_known and not has_values:
                 # What answers on a slice takes no mask.
                 return None
             if (context.mesh.sp_size == 1 or whole is not None) and not is_known:
                 return original(*args, **kwargs)
             # Outside of the regions of a plan, another sequence than the batch may have a mask.
             padding, lengths = values.get("attention_mask"), {values["q_length"], values["kv_length"]}
-            is_other = whole is not None and lengths != {whole.layout.seq_len}
+            is_unpadded = whole is not None and lengths == {whole.layout.real_len}
+            is_other = whole is not None and not is_unpadded and lengths != {whole.layout.seq_len}
             if is_other and "packed_sequence_mask_function" in _mask_parts(values["mask_function"]):
                 return original(*args, **kwargs)
             running = context.place.batch or batch
             is_packed = padding is None and name in _PACKED and running.notes.of(PackedCall).is_found
             spec = _spec_from_mask_function(values["mask_function"], batch, padding is not None, is_packed)
+            if whole is not None and is_unpadded:
+                spec = spec.unpadded(whole.layout.real_len)
             if whole is not None and padding is not None:
                 # That of an encoder is not that of the decoder.
                 spec = replace(spec, valid=valid_runs(padding.cpu()))
@@ -138,6 +145,8 @@ def install_masks(context: SequenceContext, handle: Handle, names: tuple[str, ..
                 spec = replace(spec, documents=None, num_padding=0)
             seed = torch.ones(1, dtype=torch.bool, device=values.get("device", "cpu"))
             batch.notes.of(MaskTable)[seed] = spec
+            if has_values:
+                batch.notes.of(MaskDtypes)[seed] = torch.bool if name == "sdpa" else values.get("dtype", torch.float32)
             # (1,) -> (1, 1, 1, 1) -> (B, 1, S_r, S_r) in the memory of one element: models may look at the shape.
             return seed.view(1, 1, 1, 1).expand(values["batch_size"], 1, values["q_length"], values["kv_length"])
 
