@@ -1,0 +1,273 @@
+"""Makes a tiny model of any architecture of the installed transformers: sizes by names of settings, and by trying."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import lightning as L
+import torch
+from hybrids import decay_slowly
+from torch import Tensor
+from zoo import ZOO
+
+VOCAB, WIDTH, HEADS, LAYERS, LENGTH = 99, 32, 4, 2, 33
+# The first pattern that a name fits decides how large its number may be.
+SIZES: tuple[tuple[str, int], ...] = (
+    (r"type_vocab|num_labels|channels|dilation|stride|(^|_)pretraining|num_nextn|num_mem_blocks|conv_kernel|_bits", 0),
+    (r"vocab", VOCAB),
+    (r"key_value_heads|kv_heads|n_head_kv|num_query_groups|multi_query_group", 2),
+    (r"rope_head_dim|rotary_dim|state|d_conv", 4),
+    (r"head_dim|d_kv|head_size|dim_head|kv_channels|d_head", WIDTH // HEADS),
+    (r"heads?$|n_heads?|heads_per", HEADS),
+    (r"layers?$|_layers_|blocks?$|depth|n_layer|hidden_groups|first_k_dense", LAYERS),
+    (r"per_tok|top_?k|moe_k|num_selected", 2),
+    (r"shared_expert.*size|expert.*(size|dim|ffn)", 16),
+    (r"shared_experts|n_group|expert_group", 1),
+    (r"experts?$|num_.*experts", 4),
+    (r"intermediate|ffn|d_ff|inner|feed_forward|mlp|expansion_dim", 48),
+    (r"lora|rank", 16),
+    (r"positions?$|position_embeddings|max_seq|seq_len|n_ctx|context_length|max_.*length|_length$", 256),
+    (r"window|attention_chunk", 8),
+    (r"image_size|resolution", 16),
+    (r"patch_size", 4),
+    (r"chunk|block_size|bucket", 16),
+    (r"size$|dim$|d_model|n_embd|embed|width|d_inner|features|dim_", WIDTH),
+)
+# A try changes settings of those before it.
+TRIES: tuple[dict[str, Any], ...] = (
+    {},
+    {"kv": HEADS},
+    {"kv": HEADS, "head": 0},
+    {"head": 16},
+    {"width": 64},
+    {"kv": HEADS, "width": 64, "head": 16},
+    {"kv": 1},
+    {"layers": 4},
+    {"layers": 8},
+    {"fill": WIDTH // HEADS, "kv": HEADS},
+    {"positions": 0},
+)
+MOST_PARAMETERS = 3_000_000
+
+
+class Unbuilt(Exception):
+    """No try gave a model."""
+
+
+def _limit(name: str, changed: Mapping[str, int]) -> int:
+    """The largest number for a setting; 0 leaves it."""
+    for pattern, size in SIZES:
+        if re.search(pattern, name):
+            if "key_value" in pattern:
+                return changed.get("kv", size)
+            if pattern.startswith("head_dim"):
+                return changed.get("head", size)
+            if pattern.startswith("positions"):
+                return changed.get("positions", size)
+            if size == LAYERS and "layers" in pattern:
+                return changed.get("layers", size)
+            if size == WIDTH:
+                return changed.get("width", size)
+            return size
+    return 0
+
+
+def _smaller(name: str, value: Any, changed: Mapping[str, int]) -> Any:
+    if name.endswith("_token_id") or name.endswith("_token_index"):
+        special = {"pad": 0, "bos": 1, "eos": 2, "decoder_start": 1}
+        small = next((id_ for key, id_ in special.items() if name.startswith(key)), 90)
+        return value if not isinstance(value, int) or value < VOCAB else small
+    if isinstance(value, bool) or not isinstance(value, (int, list, tuple)):
+        return value
+    limit = _limit(name, changed)
+    if isinstance(value, int):
+        return min(value, limit) if limit and value > 0 else value
+    if value and all(type(each) is int for each in value):
+        return type(value)(min(each, limit) if limit and each > 0 else each for each in value)
+    return value
+
+
+def settings_of(kind: Any, changed: Mapping[str, int], depth: int = 0) -> dict[str, Any]:
+    """Arguments of a configuration class that make it small."""
+    default = kind()
+    layers = getattr(default, "num_hidden_layers", None)
+    parts = {} if depth > 2 else dict(getattr(kind, "sub_configs", {}))
+    found: dict[str, Any] = {}
+    for name, value in vars(default).items():
+        if name.startswith("_") or name in parts or name in ("layer_types", "mlp_layer_types", "torch_dtype", "dtype"):
+            continue
+        if isinstance(value, float) and "drop" in name:
+            found[name] = 0.0
+            continue
+        if name == "use_cache":
+            # A cache of layers without attention has no length.
+            found[name] = False
+            continue
+        if name == "head_dim" and value is None and "fill" in changed:
+            found[name] = changed["fill"]
+            continue
+        if isinstance(value, (list, tuple)) and layers and len(value) == layers:
+            # One for each layer.
+            value = type(value)(value[: _limit("num_hidden_layers", changed)])
+            found[name] = value
+        small = _smaller(name, value, changed)
+        if small is not value and small != value:
+            found[name] = small
+    for name in parts:
+        part = getattr(default, name, None)
+        if part is not None and hasattr(part, "to_dict"):
+            own = type(part)
+            given = settings_of(own, changed, depth + 1)
+            found[name] = {"model_type": own.model_type, **given} if own.model_type else given
+    return found
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a class of models is given, and what its loss is a mean over.
+
+    Args:
+        mapping: The table of transformers that names the classes.
+        batch: Makes a batch, given the configuration and a seed.
+        count: Targets of a batch.
+    """
+
+    mapping: str
+    batch: Callable[[Any, int], dict[str, Tensor]]
+    count: Callable[[dict[str, Tensor]], float]
+
+
+def text(config: Any, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(3, 60, (2, LENGTH), generator=generator)
+    labels = tokens.clone()
+    labels[:, : 3 + seed] = -100
+    labels[torch.rand(labels.shape, generator=generator) < 0.2] = -100
+    return {"input_ids": tokens, "labels": labels}
+
+
+def texts(config: Any, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(3, 60, (2, 21), generator=generator)
+    labels[0, -3:] = -100
+    return {"input_ids": torch.randint(3, 60, (2, LENGTH), generator=generator), "labels": labels}
+
+
+def images(config: Any, seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    size = getattr(config, "image_size", None) or getattr(getattr(config, "vision_config", None), "image_size", 16)
+    height, width = (size, size) if isinstance(size, int) else tuple(size)[:2]
+    channels = getattr(config, "num_channels", 3)
+    pixels = torch.randn(3, channels, height, width, generator=generator)
+    return {"pixel_values": pixels, "labels": torch.tensor([0, 1, 1])}
+
+
+def shifted_targets(batch: dict[str, Tensor]) -> float:
+    return float((batch["labels"][:, 1:] != -100).sum())
+
+
+def targets(batch: dict[str, Tensor]) -> float:
+    return float((batch["labels"] != -100).sum())
+
+
+# In this order: a model that has several classes is taken by the first.
+KINDS: dict[str, Kind] = {
+    "pair": Kind("MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES", texts, targets),
+    "masked": Kind("MODEL_FOR_MASKED_LM_MAPPING_NAMES", text, targets),
+    "causal": Kind("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", text, shifted_targets),
+    "sight": Kind("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", text, shifted_targets),
+    "image": Kind("MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", images, lambda batch: float(len(batch["labels"]))),
+}
+GIVEN = ("input_ids", "pixel_values", "labels")
+
+
+def architectures() -> dict[str, tuple[str, str]]:
+    """For each model type that some kind has a class for, the kind and the class."""
+    from transformers.models.auto import modeling_auto
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    found: dict[str, tuple[str, str]] = {}
+    for kind, what in KINDS.items():
+        known = getattr(modeling_auto, what.mapping)
+        for name in CONFIG_MAPPING_NAMES:
+            if name in known and name not in found:
+                cls = known[name]
+                found[name] = kind, cls if isinstance(cls, str) else cls[0]
+    return found
+
+
+class Tiny(L.LightningModule):
+    """A user's module around a model of transformers."""
+
+    def __init__(self, cls: str, config: Any) -> None:
+        super().__init__()
+        import transformers
+
+        torch.manual_seed(0)
+        kind = getattr(transformers, cls)
+        config._attn_implementation = "sdpa" if kind._supports_sdpa else "eager"
+        self.model: Any = kind(config)
+        decay_slowly(self.model)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss: Tensor = self.model(**{key: batch[key] for key in GIVEN if key in batch}).loss
+        return loss.mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def _configs(name: str, cls: str) -> Iterator[Any]:
+    import transformers
+
+    kind = getattr(transformers, cls).config_class or transformers.CONFIG_MAPPING[name]
+    if cls in ZOO:
+        entry = ZOO[cls]
+        yield partial(kind, vocab_size=VOCAB, pad_token_id=0, **entry.sizes)
+    seen: list[Any] = []
+    for changed in TRIES:
+        settings = settings_of(kind, changed)
+        if settings not in seen:
+            seen.append(settings)
+            yield partial(kind, **settings)
+
+
+def tiny(name: str, kind: str, cls: str) -> tuple[Any, dict[str, Tensor], str]:
+    """A configuration of an architecture whose step in one process has a finite loss, a batch, and its kind.
+
+    Raises:
+        Unbuilt: With the first error of all tries.
+    """
+    why = ""
+    # A model that hears has its sound in the text that it continues.
+    for way in (kind, "causal") if kind == "pair" else (kind,):
+        for make in _configs(name, cls):
+            try:
+                return (*_running(make, way, cls), way)
+            except Exception as error:
+                why = why or f"{type(error).__name__}: {error}"
+    raise Unbuilt(" ".join(why.split())[:200] if why else "no try")
+
+
+def _running(make: Callable[[], Any], kind: str, cls: str) -> tuple[Any, dict[str, Tensor]]:
+    import transformers
+
+    config = make()
+    for key in [key for key, value in vars(config).items() if isinstance(value, float) and "drop" in key]:
+        setattr(config, key, 0.0)
+    if kind == "pair" and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = 0
+    with torch.device("meta"):
+        count = sum(p.numel() for p in getattr(transformers, cls)(config).parameters())
+    if count > MOST_PARAMETERS:
+        raise ValueError(f"{count} parameters")
+    batch = KINDS[kind].batch(config, 1)
+    loss = Tiny(cls, config).training_step(batch, 0)
+    loss.backward()
+    if not torch.isfinite(loss):
+        raise ValueError(f"a loss of {float(loss)}")
+    return config, batch
