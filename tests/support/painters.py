@@ -226,14 +226,13 @@ def painter(name: str) -> Any:
     return partial(Painter, name)
 
 
-def painting(name: str, seed: int, rows: int = 2, text: int = 7, padded: bool = True) -> dict[str, Tensor]:
+def painting(name: str, seed: int, rows: int = 2, text: int = 7, padding: int = 2) -> dict[str, Tensor]:
     """Rows of an image with a text, whose last tokens may be padding."""
     generator = torch.Generator().manual_seed(seed)
     shape = (rows, *(PAINTERS[name][1] if name in PAINTERS else (33, 4)))
     out = (rows, 33, 12) if name.startswith("Qwen") else shape
     mask = torch.ones(rows, text, dtype=torch.bool)
-    if padded:
-        mask[0, -2:] = False
+    mask[0, text - padding :] = False
     return {
         "noisy": torch.randn(shape, generator=generator),
         "noise": torch.randn(out, generator=generator),
