@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from threading import Event, Lock, Thread
+from threading import Event, Lock, Thread, Timer
 from typing import TypeVar
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -26,8 +26,8 @@ def unseen(count: int) -> None:
 def progress(text: str, total: int | None = None, unit: str = "") -> Iterator[Callable[[int], object]]:
     """Shows that something goes on while the block runs, and how far it is.
 
-    Nothing is shown on other ranks, where stderr is no terminal, and in the first `DELAY` seconds. The line is gone
-    afterwards.
+    Nothing is shown on other ranks, where stderr is no terminal, and in the first `DELAY` seconds. The bar is gone
+    afterwards. Below a bar of Rich's, such as the Trainer's, ``text`` is printed once instead.
 
     Args:
         text: What goes on.
@@ -37,8 +37,14 @@ def progress(text: str, total: int | None = None, unit: str = "") -> Iterator[Ca
     Yields:
         A function to be told how many more are done.
     """
-    # Under a bar of Rich's, each refresh would be a line of its own.
-    is_hidden = getattr(rank_zero_only, "rank", 0) != 0 or isinstance(sys.stderr, FileProxy)
+    if getattr(rank_zero_only, "rank", 0) != 0:
+        yield unseen
+        return
+    if isinstance(sys.stderr, FileProxy):
+        # Each refresh would be a line of its own.
+        with _said(text):
+            yield unseen
+        return
     form = None if unit else "{desc} [{elapsed}]"
     lock, ended = Lock(), Event()
     with tqdm(
@@ -51,7 +57,7 @@ def progress(text: str, total: int | None = None, unit: str = "") -> Iterator[Ca
         miniters=0,
         leave=False,
         dynamic_ncols=True,
-        disable=True if is_hidden else None,
+        disable=None,
     ) as bar:
 
         def advance(count: int = 1) -> None:
@@ -71,6 +77,17 @@ def progress(text: str, total: int | None = None, unit: str = "") -> Iterator[Ca
             ended.set()
             if thread.is_alive():
                 thread.join()
+
+
+@contextmanager
+def _said(text: str) -> Iterator[None]:
+    timer = Timer(DELAY, print, [f"{text} ..."], {"file": sys.stderr})
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def tracked(items: list[Item], text: str, unit: str) -> Iterable[Item]:
