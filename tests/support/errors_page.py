@@ -170,7 +170,7 @@ shows all. By what you see instead: [Symptoms](symptoms.md).
 
 ## Classes
 
-| Class | |
+| Class | Meaning |
 |---|---|
 """
 
