@@ -82,6 +82,8 @@ def _suggest(entries: Mapping[str, Any]) -> str:
         for key, value in entries.items()
         if isinstance(value, Tensor) and value.dim() > 0
     }
+    if not dims:
+        return "have the dataset or collate_fn yield tensors"
     return f"name the dimension that carries the sequence, such as sequence_dims={dims}, in the strategy"
 
 
