@@ -3,13 +3,14 @@
     python examples/pretrain.py fit --config configs/demo_cpu.yaml        # a small Llama on this machine's CPU
     python examples/pretrain.py fit --config configs/pretrain_8gpu.yaml   # 8B parameters from random weights
     python examples/pretrain.py fit --config configs/finetune_8gpu.yaml   # 8B parameters, chats
+    python examples/pretrain.py fit --config configs/lora_8gpu.yaml       # the same with low-rank adapters
 
 The module below knows nothing about the split. The strategy in the configuration does it.
 """
 
 import logging
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningCLI
@@ -29,6 +30,9 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from lightning_ulysses.data import SequenceDataModule
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 
 class CausalLM(pl.LightningModule):
     """Next-token prediction with a causal language model of transformers.
@@ -37,6 +41,7 @@ class CausalLM(pl.LightningModule):
         llama: Settings of ``transformers.LlamaConfig`` for a model that starts from random weights.
         from_pretrained: Name or path of a pretrained model to start from instead.
         attn_implementation: Attention of transformers, ``"sdpa"`` or ``"flash_attention_2"``.
+        lora: Settings of ``peft.LoraConfig``; only its adapters are trained then.
         gradient_checkpointing: Computes activations again in the backward pass instead of keeping them.
         learning_rate: Peak learning rate, reached after the warmup.
         weight_decay: Weight decay of AdamW.
@@ -48,6 +53,7 @@ class CausalLM(pl.LightningModule):
         llama: dict[str, Any] | None = None,
         from_pretrained: str | None = None,
         attn_implementation: str = "sdpa",
+        lora: dict[str, Any] | None = None,
         gradient_checkpointing: bool = False,
         learning_rate: float = 1e-2,
         weight_decay: float = 0.1,
@@ -58,11 +64,12 @@ class CausalLM(pl.LightningModule):
         self.llama = llama or {}
         self.from_pretrained = from_pretrained
         self.attn_implementation = attn_implementation
+        self.lora = lora
         self.gradient_checkpointing = gradient_checkpointing
         self.learning_rate = learning_rate
         self.weight_decay = weight_decay
         self.warmup_steps = warmup_steps
-        self.model: PreTrainedModel | None = None
+        self.model: PreTrainedModel | PeftModel | None = None
 
     def configure_model(self) -> None:
         """Build the model. Under ZeRO-3 it is built in shards, and no process ever holds all of it."""
@@ -81,6 +88,10 @@ class CausalLM(pl.LightningModule):
             self.model = LlamaForCausalLM(LlamaConfig(**self.llama, **attention))
         if self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
+        if self.lora is not None:
+            from peft import LoraConfig, get_peft_model
+
+            self.model = get_peft_model(self.model, LoraConfig(task_type="CAUSAL_LM", **self.lora))
 
     def _loss(self, batch: Batch) -> Tensor:
         assert self.model is not None
@@ -96,7 +107,8 @@ class CausalLM(pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """AdamW with linear warmup and a cosine to zero."""
-        optimizer = AdamW(self.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay, betas=(0.9, 0.95))
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = AdamW(trained, lr=self.learning_rate, weight_decay=self.weight_decay, betas=(0.9, 0.95))
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = get_cosine_schedule_with_warmup(optimizer, self.warmup_steps, steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

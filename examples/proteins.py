@@ -2,7 +2,7 @@
 
 Run it with ``python examples/proteins.py``. It trains a tiny ESM on two CPU processes to fill in amino acids. Labels
 are made with the data, -100 where nothing was masked, and the loss is the mean over all others. So the batch is cut,
-and each process weighs its slice by the targets in it. Genomes are the same program with other letters.
+and each process weighs its slice by the targets in it. Genomes are the same program with other letters: ``genomes``.
 
 Source: Lin et al., 10.1126/science.ade2574.
 """
@@ -19,14 +19,17 @@ from transformers import EsmConfig, EsmForMaskedLM
 
 import lightning_ulysses  # noqa: F401  registers the strategies
 
-PAD, MASK, LETTERS = 0, 1, "LAGVSERTIDPKQNFYMHWC"
-VOCAB = 2 + len(LETTERS)
+PAD, MASK, ACIDS, BASES = 0, 1, "LAGVSERTIDPKQNFYMHWC", "ACGT"
 
 
 class ProteinModel(L.LightningModule):
-    """Predicts masked amino acids."""
+    """Predicts masked letters.
 
-    def __init__(self) -> None:
+    Args:
+        letters: Of the alphabet.
+    """
+
+    def __init__(self, letters: str = ACIDS) -> None:
         super().__init__()
         sizes: dict[str, Any] = {
             "hidden_size": 32,
@@ -40,10 +43,11 @@ class ProteinModel(L.LightningModule):
             "attention_probs_dropout_prob": 0.0,
             "token_dropout": False,
         }
-        self.model = EsmForMaskedLM(EsmConfig(vocab_size=VOCAB, pad_token_id=PAD, mask_token_id=MASK, **sizes, **rest))
+        rest |= {"vocab_size": 2 + len(letters), "pad_token_id": PAD, "mask_token_id": MASK}
+        self.model = EsmForMaskedLM(EsmConfig(**sizes, **rest))
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """The mean cross entropy over masked amino acids."""
+        """The mean cross entropy over masked letters."""
         loss: Tensor = self.model(**batch).loss
         self.log("loss", loss)
         return loss
@@ -53,12 +57,12 @@ class ProteinModel(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
-def proteins(number: int, longest: int = 60) -> list[dict[str, Tensor]]:
-    """Rows of ``input_ids``, ``attention_mask`` and ``labels``, (S,) each. A motif repeats along each protein."""
+def proteins(number: int, longest: int = 60, letters: str = ACIDS) -> list[dict[str, Tensor]]:
+    """Rows of ``input_ids``, ``attention_mask`` and ``labels``, (S,) each. A motif repeats along each of them."""
     generator = torch.Generator().manual_seed(0)
     rows = []
     for _ in range(number):
-        motif = 2 + torch.randint(0, 4, (1,), generator=generator) + torch.arange(4)
+        motif = 2 + (torch.randint(0, 4, (1,), generator=generator) + torch.arange(4)) % len(letters)
         length = int(torch.randint(longest // 2, longest, (1,), generator=generator))
         tokens = motif.repeat(longest)[:longest]
         is_real = torch.arange(longest) < length
@@ -71,6 +75,11 @@ def proteins(number: int, longest: int = 60) -> list[dict[str, Tensor]]:
             }
         )
     return rows
+
+
+def genomes(number: int) -> list[dict[str, Tensor]]:
+    """The same of DNA."""
+    return proteins(number, longest=120, letters=BASES)
 
 
 def main() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -153,7 +154,10 @@ def read_memory(given: MemoryConfig | Mapping[str, Any] | None) -> MemoryConfig:
         return given
     known = [each.name for each in fields(MemoryConfig)]
     is_right = given is None or (isinstance(given, Mapping) and all(key in known for key in given))
-    _require(is_right, "memory", given, f"None, a MemoryConfig, or a mapping with some of {known}")
+    unknown = [str(key) for key in given if key not in known] if isinstance(given, Mapping) else []
+    near = [(key, *get_close_matches(key, known, 1)) for key in unknown]
+    fix = ", ".join(f"write {pair[1]!r} for {pair[0]!r}" if pair[1:] else f"leave {pair[0]!r} out" for pair in near)
+    _require(is_right, "memory", given, f"None, a MemoryConfig, or a mapping with some of {known}", fix)
     return MemoryConfig(**(given or {}))
 
 
@@ -214,9 +218,9 @@ class UlyssesConfig:
         _require(isinstance(self.check_model, bool), "check_model", self.check_model, "True or False")
 
 
-def _require(is_right: bool, name: str, value: Any, expected: str) -> None:
+def _require(is_right: bool, name: str, value: Any, expected: str, fix: str = "") -> None:
     if not is_right:
-        raise UlyssesError(f"{name}={value!r}", expected, f"change {name}")
+        raise UlyssesError(f"{name}={value!r}", expected, fix or f"change {name}")
 
 
 def batch_rules(

@@ -25,7 +25,7 @@ from lightning_ulysses.checks.hooks import HookWatch
 from lightning_ulysses.checks.monitors import check_monitored
 from lightning_ulysses.checks.notices import Notices
 from lightning_ulysses.checks.optimizer import check_elementwise, clipping_error, only_one
-from lightning_ulysses.checks.trainer import check_accelerator, check_trainer, no_output
+from lightning_ulysses.checks.trainer import check_accelerator, check_arguments, check_loss, check_trainer
 from lightning_ulysses.config import (
     REGISTERED,
     MemoryConfig,
@@ -121,6 +121,7 @@ class UlyssesDeepSpeedStrategy(
         config: str | Path | dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        check_arguments(kwargs, type(self))
         check_replicas(dp_shard_size, dp_replicate_size)
         check_stage(stage if kwargs.get("zero_optimization", True) else 0)
         check_config(config)
@@ -302,8 +303,8 @@ class UlyssesDeepSpeedStrategy(
             # DeepSpeed counts micro-steps across epochs, Lightning's window ends with the epoch.
             self.deepspeed_engine.set_gradient_accumulation_boundary(is_boundary)
         output = self._step("training_step", *args, is_boundary=is_boundary, **kwargs)
-        if output is None and module.automatic_optimization:
-            raise no_output(module)
+        if module.automatic_optimization:
+            check_loss(module, output)
         return output
 
     @override

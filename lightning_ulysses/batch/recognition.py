@@ -96,6 +96,8 @@ def _suggest(entries: Mapping[str, Any]) -> str:
         for key, value in entries.items()
         if isinstance(value, Tensor) and value.dim() > 0
     }
+    if not dims:
+        return "have the dataset or collate_fn yield tensors"
     images = [key for key in dims if entries[key].dim() > 3 and entries[key].is_floating_point()]
     if images:
         return (

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from lightning_ulysses.checkpoints.manifest import Division, Manifest, is_complete, lacking, list_files, read, write
 from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.progress import tracked
 from lightning_ulysses.upstream import shards, universal
 
 #: The folder of the converted state, and the name under which DeepSpeed finds it.
@@ -68,7 +68,9 @@ def convert(path: Path, output: Path) -> Path:
             if left.exists():
                 shutil.rmtree(left)
         beside.mkdir(parents=True)
-        universal.write_universal(path / "checkpoint", beside, _tracked)
+        universal.write_universal(
+            path / "checkpoint", beside, partial(tracked, text="Converting the checkpoint", unit="parameters")
+        )
         write(beside, replace(manifest, files=list_files(beside)))
         os.rename(beside, target)
         (output / "latest_universal").write_text(UNIVERSAL)
@@ -79,9 +81,3 @@ def convert(path: Path, output: Path) -> Path:
             f"convert by hand, `lightning-ulysses convert {path} --output DIR`, and pass ckpt_path=DIR",
         ) from error
     return target
-
-
-def _tracked(parameters: list[Any]) -> Iterable[Any]:
-    from tqdm import tqdm
-
-    return tqdm(parameters, desc="Converting the checkpoint", unit="parameter")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import lightning.fabric.accelerators as fabric_accelerators
@@ -9,9 +12,10 @@ from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 from lightning.pytorch.callbacks import LearningRateFinder, ModelPruning, WeightAveraging
 from lightning.pytorch.plugins import DeepSpeedPrecision
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
 from torch._dynamo import OptimizedModule
 
-from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.errors import UlyssesError, UlyssesValueError
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -148,10 +152,41 @@ def check_precision(precision: str, owner: str) -> None:
         )
 
 
-def no_output(module: pl.LightningModule) -> UlyssesError:
-    """The error for a training step that returns None: the targets of its batch have been counted already."""
-    return UlyssesError(
-        f"None from {type(module).__name__}.training_step",
-        "a loss for every batch, since a step's targets are counted ahead over all micro-batches and ranks",
-        "leave unwanted batches out in the dataset, or give their labels the ignore_index",
-    )
+def check_loss(module: pl.LightningModule, output: Any) -> None:
+    """Refuses what a training step returned if it is no loss that can be differentiated.
+
+    Raises:
+        UlyssesError: For None, since the targets of its batch have been counted already, and for a constant.
+    """
+    step = f"{type(module).__name__}.training_step"
+    if output is None:
+        raise UlyssesError(
+            f"None from {step}",
+            "a loss for every batch, since a step's targets are counted ahead over all micro-batches and ranks",
+            "leave unwanted batches out in the dataset, or give their labels the ignore_index",
+        )
+    loss = output.get("loss") if isinstance(output, Mapping) else output
+    if isinstance(loss, Tensor) and loss.grad_fn is None:
+        raise UlyssesError(
+            f"a loss from {step} that depends on no parameter",
+            "a loss that can be differentiated",
+            "leave detach(), item(), float() and torch.no_grad() out of its computation",
+        )
+
+
+def check_arguments(given: Iterable[str], strategy: type) -> None:
+    """Refuses arguments that neither the strategy nor the class it derives from has.
+
+    Raises:
+        UlyssesValueError: For the first one.
+    """
+    makers = [vars(each)["__init__"] for each in strategy.__mro__[:-1] if "__init__" in vars(each)]
+    known = {name for maker in makers for name in signature(maker).parameters}
+    for name in given:
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            raise UlyssesValueError(
+                f"the argument {name!r}",
+                f"arguments of {strategy.__name__} and of Lightning's DeepSpeedStrategy",
+                f"write {near[0]!r}" if near else "leave it out",
+            )

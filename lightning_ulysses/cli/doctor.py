@@ -33,11 +33,12 @@ def doctor(args: argparse.Namespace) -> None:
 
     from lightning_ulysses.diagnosis import examine
     from lightning_ulysses.diagnosis.examination import Shapes
+    from lightning_ulysses.progress import progress
 
     shapes = Shapes(args.heads, args.kv_heads, args.head_dim, args.dtype, args.sp_size)
     try:
         # Packages print when they are imported, which must not mix with JSON.
-        with redirect_stdout(sys.stderr):
+        with redirect_stdout(sys.stderr), progress("Looking at this machine"):
             found = examine(shapes, runs=not args.no_run)
     except UlyssesError as error:
         print(error, file=sys.stderr)

@@ -11,6 +11,9 @@ from lightning_ulysses import __version__
 from lightning_ulysses.cli import convert, doctor, plan, verify
 from lightning_ulysses.errors import UlyssesError
 
+_TEXT = "Checks, plans and converts for trainings whose sequences are split over processes."
+_EPILOG = "`lightning-ulysses COMMAND --help` lists the arguments of a command."
+
 
 def _find_csv(folder: Path) -> Path:
     from lightning_ulysses.callbacks.token_report import CSV_NAME
@@ -41,7 +44,7 @@ def report(args: argparse.Namespace) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lightning-ulysses", description=__doc__)
+    parser = argparse.ArgumentParser(prog="lightning-ulysses", description=_TEXT, epilog=_EPILOG)
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     text = "print the tokens of a run by rank and draw them again, from its token_report.csv"

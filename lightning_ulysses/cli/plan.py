@@ -89,6 +89,7 @@ def plan(args: argparse.Namespace) -> None:
     from lightning_ulysses.planning.plan import make_plan
     from lightning_ulysses.planning.render import numbers, text_of
     from lightning_ulysses.planning.store import Measurements, folder
+    from lightning_ulysses.progress import progress
 
     machine = Machine(
         args.gpus,
@@ -102,8 +103,8 @@ def plan(args: argparse.Namespace) -> None:
     )
     try:
         # Packages print when they are imported, which must not mix with JSON.
-        with redirect_stdout(sys.stderr):
-            measurements = Measurements(find_model(args.model), None if args.no_cache else folder())
+        with redirect_stdout(sys.stderr), progress("Planning", unit="measurements") as advance:
+            measurements = Measurements(find_model(args.model), None if args.no_cache else folder(), advance)
             found = make_plan(measurements, machine, args.seq_len, _fixed(args.config))
             if args.html or args.svg or args.png:
                 _draw(args, measurements, found)

@@ -44,11 +44,12 @@ def verify(args: argparse.Namespace) -> None:
     """Prints the comparison and ends the process with its exit status."""
     import traceback
 
+    from lightning_ulysses.progress import progress
     from lightning_ulysses.verification import verify_parity
 
     try:
         # Whatever user code prints must not mix with the report, above all not with its JSON.
-        with redirect_stdout(sys.stderr):
+        with redirect_stdout(sys.stderr), progress(f"Comparing one process with {args.sp_size}"):
             module, batches, settings = load_config(args)
             report = verify_parity(
                 module,

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
-from tqdm import tqdm
 
 from lightning_ulysses.data.corpus import Corpus
 from lightning_ulysses.data.readers import Row
@@ -26,6 +25,7 @@ from lightning_ulysses.data.token_rows import CacheNote, TokenRows, TokenWriter,
 from lightning_ulysses.data.tokenizer_key import describe_tokenizer
 from lightning_ulysses.data.tokens import BadRows, EncodedRows, RowEncoder, kind_of_rows
 from lightning_ulysses.errors import UlyssesError
+from lightning_ulysses.progress import progress
 
 # Part of every cache key. Raise it when a change of the code gives other tokens for the same rows.
 _FORMAT = 3
@@ -204,10 +204,10 @@ class TokenCache:
         encoder = RowEncoder(self.tokenizer, kind, self.text_column, self.append_eos, self.bad_rows)
         writer = TokenWriter(folder)
         try:
-            with tqdm(total=rows.total, desc="tokenizing", unit=" rows") as bar:
+            with progress("Tokenizing", rows.total, "rows") as advance:
                 for encoded in encode(encoder, batches(chain(first, read), self.text_column), self.num_proc):
                     writer.add(encoded)
-                    bar.update(encoded.rows)
+                    advance(encoded.rows)
             self._check_any(writer.note)
             writer.finish()
         finally:

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.planning.lab import Lab, Rehearsal, Scene
 from lightning_ulysses.planning.models import Facts, Made, Source
+from lightning_ulysses.progress import unseen
 
 
 def folder() -> Path:
@@ -38,10 +39,12 @@ class Measurements:
     Args:
         source: The model.
         place: The folder of the files; None to keep nothing.
+        advance: Told of each measurement.
     """
 
-    def __init__(self, source: Source, place: Path | None) -> None:
+    def __init__(self, source: Source, place: Path | None, advance: Callable[[int], object] = unseen) -> None:
         self._source = source
+        self._advance = advance
         self._made: Made | None = None
         self._lab: Lab | None = None
         name = hashlib.sha256(f"{_stamp()} {source.key}".encode()).hexdigest()
@@ -83,6 +86,7 @@ class Measurements:
     def _remember(self, key: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         if key not in self._known:
             self._known[key] = measure()
+            self._advance(1)
             self._write()
         found: dict[str, Any] = self._known[key]
         return found

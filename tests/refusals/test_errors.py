@@ -18,7 +18,7 @@ from torch import Tensor
 import lightning_ulysses
 from lightning_ulysses import TokenCountMonitor, UlyssesDeepSpeedStrategy, UlyssesError
 from lightning_ulysses.batch.whole import read_batch
-from lightning_ulysses.checks.trainer import check_trainer
+from lightning_ulysses.checks.trainer import check_loss, check_trainer
 from lightning_ulysses.context import LocalBatch, SequenceContext, activate
 from lightning_ulysses.exchange.mesh import SequenceMesh, resolve_sizes
 from lightning_ulysses.geometry.batch_keys import BatchRules
@@ -96,6 +96,11 @@ SETTINGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "check_model as text": ({"check_model": "no"}, ("check_model='no'", "True or False")),
     "stage as a float": ({"stage": 2.0}, ("stage=2.0", "a whole number", "set stage=2")),
     "stage as text": ({"stage": "2"}, ("stage='2'", "set stage=2")),
+    "a misspelt argument": ({"spsize": 2}, ("the argument 'spsize'", "write 'sp_size'")),
+    "an argument of nobody": ({"quux": 2}, ("the argument 'quux'", "leave it out")),
+    "a misspelt part": ({"memory": {"tiled_lost": True}}, ("'tiled_lost'", "write 'tiled_loss' for 'tiled_lost'")),
+    "a part of nobody": ({"memory": {"quux": 1}}, ("memory={'quux': 1}", "leave 'quux' out")),
+    "no mapping of parts": ({"memory": "all"}, ("memory='all'", "change memory")),
     "config as a number": ({"config": 5}, ("config=5", "a dict, the path of one, or None")),
 }
 CONFIGS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
@@ -324,3 +329,16 @@ def test_the_monitor_needs_the_strategy() -> None:
     with pytest.raises(UlyssesError) as caught:
         trainer.fit(HandWritten(), [pair_batch(0)])
     assert_says(caught.value, ("TokenCountMonitor with SingleDeviceStrategy", "strategy='ulysses_deepspeed'"))
+
+
+@pytest.mark.parametrize("output", [torch.tensor(1.0), torch.ones((), requires_grad=True), {"loss": torch.ones(())}])
+def test_losses_without_a_gradient(output: Any) -> None:
+    with pytest.raises(UlyssesError) as caught:
+        check_loss(HandWritten(), output)
+    assert_says(caught.value, ("HandWritten.training_step that depends on no parameter", "detach()"))
+
+
+def test_losses_that_are_fine() -> None:
+    loss = torch.ones(2, requires_grad=True).sum()
+    for output in (loss, {"loss": loss}, {"other": 1}):
+        check_loss(HandWritten(), output)

@@ -43,6 +43,24 @@ AREAS = {
     "Commands": ("cli", "verification", "diagnosis", "planning", "testing"),
     "Processes": ("upstream", "patching", "notes.py"),
 }
+# Where each subject is explained.
+PAGES = {
+    "Fabric": ("Fabric", "fabric.md"),
+    "Settings": ("Settings", "index.md#settings"),
+    "Hooks of your module": ("Lightning features", "features.md"),
+    "The step": ("The trial", "splitting.md#the-trial"),
+    "Batches": ("Batches", "batches.md"),
+    "Attention": ("How it works", "how-it-works.md"),
+    "Models": ("Your model", "your-model.md"),
+    "Plans and divided tensors": ("Plans", "splitting.md#plans"),
+    "Loss": ("Loss and logging", "loss-and-logging.md"),
+    "Memory": ("Memory", "memory.md"),
+    "Data": ("Data", "data.md"),
+    "Checkpoints": ("Checkpoints", "checkpoints.md"),
+    "Monitoring": ("`TokenCountMonitor`", "loss-and-logging.md#tokencountmonitor"),
+    "Commands": ("Verify", "verify.md"),
+    "Processes": ("Reliability", "reliability.md"),
+}
 
 
 @dataclass(frozen=True)
@@ -170,7 +188,7 @@ shows all. By what you see instead: [Symptoms](symptoms.md).
 
 ## Classes
 
-| Class | |
+| Class | Meaning |
 |---|---|
 """
 
@@ -183,7 +201,8 @@ def page() -> str:
         here = [message for message in every if area_of(message.file) == title]
         errors = _items([message for message in here if message.kind != "warning"])
         warned = _items([message for message in here if message.kind == "warning"])
-        text += f"\n## {title}\n" if errors or warned else ""
+        name, link = PAGES[title]
+        text += f"\n## {title}\n\nExplained in [{name}]({link}).\n" if errors or warned else ""
         text += f"\n{errors}" if errors else ""
         text += f"\nWarnings:\n\n{warned}" if warned else ""
     return text

@@ -1,6 +1,6 @@
 """Training recipes: a model, a step and a batch each, and where the step is split.
 
-python tests/support/recipes.py    # writes docs/recipes.md
+python tests/support/recipes.py    # writes docs/steps.md
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from recipe_batches import (
 )
 from torch import Tensor
 
-PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
+PAGE = Path(__file__).parents[2] / "docs" / "steps.md"
 
 
 class Trained(L.LightningModule):
@@ -196,9 +196,9 @@ RECIPES = {
 
 
 def table() -> str:
-    """The text of docs/recipes.md."""
+    """The text of docs/steps.md."""
     head = (
-        "# Training recipes\n\n"
+        "# Training steps\n\n"
         "Steps as they are written for one process, with the default settings: one optimizer step of two micro-\n"
         "batches on two processes against one, in float32. Each is exact: the step, the loss and the gradient norm\n"
         "differ by at most 1e-5. `tests/parity/test_recipes.py` runs every row; `python tests/support/recipes.py`\n"

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import feature_runs
 import lightning_features as features
 import pytest
 from exact import BOUND
@@ -35,7 +36,7 @@ def different(found: dict[str, Any], wanted: dict[str, Any]) -> dict[str, tuple[
 def test_feature(pool: ProcessPool, name: str, tmp_path: Path) -> None:
     feature = features.FEATURES[name]
     results = pool.run(features.run, name, str(tmp_path / "split"), True, world_size=2)
-    if feature.verdict == features.REFUSED:
+    if feature.verdict == feature_runs.REFUSED:
         for _, _, message in results:
             assert feature.why in message
         return
@@ -48,12 +49,12 @@ def test_feature(pool: ProcessPool, name: str, tmp_path: Path) -> None:
         # What only rank 0 has, such as files.
         told_here = told if seen or not rank else {}
         differs.append(off > BOUND or bool(different(seen, told_here)))
-        assert feature.verdict != features.EXACT or not differs[-1], (off, different(seen, told_here))
+        assert feature.verdict != feature_runs.EXACT or not differs[-1], (off, different(seen, told_here))
     # A slice with all targets of a batch has the number of the whole.
-    assert feature.verdict == features.EXACT or any(differs), "it does not differ: say so in the table"
+    assert feature.verdict == feature_runs.EXACT or any(differs), "it does not differ: say so in the table"
 
 
 def test_the_page_says_what_is_tested() -> None:
     assert len(features.FEATURES) >= 60
     assert features.PAGE.read_text() == features.table(), "run: python tests/support/lightning_features.py"
-    assert all(each.why for each in features.FEATURES.values() if each.verdict != features.EXACT)
+    assert all(each.why for each in features.FEATURES.values() if each.verdict != feature_runs.EXACT)

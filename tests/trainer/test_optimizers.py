@@ -136,8 +136,12 @@ def test_elementwise_optimizers_pass() -> None:
         torch.optim.AdamW(parameters, fused=True),
     ):
         check_elementwise(optimizer, CPU)
+    kinds = [torch.optim.SGD, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adagrad]
+    if torch.optim.Adagrad(parameters).state:
+        # Of torch before 2.13: its state exists at once, and DeepSpeed makes it anew.
+        kinds.pop()
     # The known ones are: tried, they pass as well.
-    for kind in (torch.optim.SGD, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adagrad):
+    for kind in kinds:
         check_elementwise(type("Mine", (kind,), {})(parameters, lr=0.1), CPU)  # type: ignore[operator]
 
 

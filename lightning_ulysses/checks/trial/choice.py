@@ -36,6 +36,7 @@ from lightning_ulysses.geometry.split_plan import SequencePlan
 from lightning_ulysses.loss.logged import LoggedValues
 from lightning_ulysses.loss.weights import StepWeights
 from lightning_ulysses.patching.handle import Handle
+from lightning_ulysses.progress import progress
 
 # Steps that are not named after their kind; those of Fabric are calls of a module.
 _STEPS = {"train": "training_step", "validate": "validation_step", "forward": "forward", "evaluation": "forward"}
@@ -136,6 +137,10 @@ class SplitChoice:
         trial = self._trials.pop(clock.kind, None)
         if trial is None:
             return False
+        with progress(f"Trying a step of {clock.kind!r} on a few tokens", unit="runs") as trial.advance:
+            return self._choose(clock, trial, step)
+
+    def _choose(self, clock: Clock, trial: StepTrial, step: Step) -> bool:
         if self._context.mesh.sp_size == 1:
             self._weigh_rows(clock, trial, step)
             return False

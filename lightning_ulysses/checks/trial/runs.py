@@ -26,6 +26,7 @@ from lightning_ulysses.geometry.split_plan import SequencePlan
 from lightning_ulysses.interceptors.draw_table import DrawTable
 from lightning_ulysses.loss.logged import numbers_of
 from lightning_ulysses.patching.handle import Handle
+from lightning_ulysses.progress import unseen
 from lightning_ulysses.regions.notes import JointTally, RegionTally
 from lightning_ulysses.upstream.meeting import all_arrive, arrive, next_meeting
 
@@ -46,6 +47,7 @@ class TrialRuns:
     Attributes:
         joints: Submodules that run on more than a slice, by name.
         given: The plan of the user's that is tried.
+        advance: Told of each run.
     """
 
     def __init__(self, context: SequenceContext, module: nn.Module, device: torch.device) -> None:
@@ -59,6 +61,7 @@ class TrialRuns:
         self._cuts = True
         self.joints: dict[str, Joint] = {}
         self.given: SequencePlan | None = None
+        self.advance: Callable[[int], object] = unseen
 
     @property
     def cut_plan(self) -> SequencePlan | None:
@@ -112,6 +115,7 @@ class TrialRuns:
             with torch.inference_mode(False), sandbox(self._module, self._device) as self._logged:
                 yield
         finally:
+            self.advance(1)
             tallies[0].calls, tallies[1].begun, tallies[2].calls = before
 
     @contextmanager

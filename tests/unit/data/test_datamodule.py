@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -118,11 +117,6 @@ def test_workers_give_the_same_batches(tmp_path: Path) -> None:
         for ours, theirs in zip(loader, expected, strict=True):
             assert ours.keys() == theirs.keys()
             assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-
-
-def test_tokenizing_shows_how_far_it_is(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    module(tmp_path, write(tmp_path, "jsonl"))
-    assert f"{len(TEXTS)}/{len(TEXTS)}" in re.sub(r"\s", "", capfd.readouterr().err.split("tokenizing")[-1])
 
 
 def test_validation_by_fraction_and_by_file(tmp_path: Path) -> None:
