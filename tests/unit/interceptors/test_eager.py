@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -46,7 +48,8 @@ def test_the_features_matter(pool: ProcessPool, name: str) -> None:
         assert compare(result, reference).largest > 1e-4
 
 
-def refused(rank: int) -> UlyssesError:
+@contextmanager
+def another_formula() -> Iterator[None]:
     """A model whose own function divides by the number of keys in place of the sum."""
     from transformers.models.gemma2 import modeling_gemma2 as modeling
 
@@ -57,12 +60,28 @@ def refused(rank: int) -> UlyssesError:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(modeling, "eager_attention_forward", divided)
-        with pytest.raises(UlyssesError) as caught:
-            fit_rank(rank, partial(Specimen, NAMES[0]), BATCHES, SplitRun())
+        yield
+
+
+def fit_another(rank: int) -> Any:
+    with another_formula():
+        return fit_rank(rank, partial(Specimen, NAMES[0]), BATCHES, SplitRun())
+
+
+def refused(rank: int) -> UlyssesError:
+    with another_formula(), pytest.raises(UlyssesError) as caught:
+        fit_rank(rank, partial(Specimen, NAMES[0]), BATCHES, SplitRun(strategy={"check_model": False}))
     return caught.value
 
 
-def test_another_formula_is_refused(pool: ProcessPool) -> None:
+def test_another_formula_runs_on_the_joined_sequence(pool: ProcessPool) -> None:
+    with another_formula():
+        reference = fit_single(partial(Specimen, NAMES[0]), [BATCHES], count_targets)
+    for result in pool.run(fit_another, world_size=2):
+        assert compare(result, reference).largest <= 1e-5
+
+
+def test_another_formula_is_refused_without_the_check(pool: ProcessPool) -> None:
     for error in pool.run(refused, world_size=2):
         assert "Gemma2Attention, whose divided is not softmax attention" in str(error), error
 
