@@ -7,8 +7,8 @@ from configurations import draw, outcome
 
 from lightning_ulysses.testing.processes import ProcessPool
 
-# More from the command line, see `configurations`.
-SEEDS = range(10)
+# More from the command line, see `configurations`. The last three have hardly any target in their first micro-batch.
+SEEDS = (*range(10), 165, 167, 191)
 
 
 def test_seeds_differ() -> None:
