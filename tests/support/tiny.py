@@ -214,6 +214,8 @@ class Tiny(L.LightningModule):
         decay_slowly(self.model)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        # Data loaders draw as well, in a run and not by hand.
+        torch.manual_seed(batch_idx)
         loss: Tensor = self.model(**{key: batch[key] for key in GIVEN if key in batch}).loss
         return loss.mean()
 

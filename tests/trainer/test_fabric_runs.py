@@ -7,6 +7,7 @@ import io
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from planned import GPT
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_ulysses import UlyssesFabricStrategy
 from lightning_ulysses.testing import snapshot
 from lightning_ulysses.testing.processes import ProcessPool
 
@@ -153,9 +155,16 @@ def run_example(rank: int) -> str:
         import fabric_litgpt
     finally:
         sys.path.pop(0)
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    printed, made = io.StringIO(), []
+
+    def make(**settings: Any) -> UlyssesFabricStrategy:
+        made.append(UlyssesFabricStrategy(**settings))
+        return made[-1]
+
+    with contextlib.redirect_stdout(printed), mock.patch.object(fabric_litgpt, "UlyssesFabricStrategy", make):
         fabric_litgpt.main()
+    # The example's process ends here; this one goes on.
+    made[0].close()
     return printed.getvalue()
 
 
