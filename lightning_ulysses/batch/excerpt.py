@@ -109,7 +109,9 @@ def _kept(batch: WholeBatch, name: str, ignore_index: int) -> Tensor | None:
 def _length(count: int, seq_len: int, sp_size: int, sizes: Collection[int]) -> int:
     """The largest good length of an excerpt up to ``count``."""
     usual = [n for n in range(count, 2 * sp_size - 1, -1) if n == seq_len or n not in sizes]
-    return next((n for n in usual if _cuts_chunks(n, sp_size)), usual[0] if usual else count)
+    # Rotated heads have an even size, which no parameter shows.
+    odd = next((n for n in usual if n % 2), usual[0] if usual else count)
+    return next((n for n in usual if _cuts_chunks(n, sp_size)), odd)
 
 
 def _cuts_chunks(count: int, sp_size: int) -> bool:

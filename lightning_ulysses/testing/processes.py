@@ -84,8 +84,6 @@ def _serve(connection: Connection) -> None:
     import torch
 
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    if _SHOWS_STACKS:
-        faulthandler.register(signal.SIGUSR1)
     torch.set_num_threads(1)
     runs = 0
     while True:
@@ -98,6 +96,10 @@ def _serve(connection: Connection) -> None:
             # the parent.
             function, args, environment = pickle.loads(message)
             os.environ.update(environment)
+            if _SHOWS_STACKS:
+                # For each run: Lightning's Trainer resets handlers when it ends.
+                faulthandler.unregister(signal.SIGUSR1)
+                faulthandler.register(signal.SIGUSR1)
             reply: Any = (True, function(int(environment["RANK"]), *args))
         except BaseException as error:
             cause: BaseException | None = error

@@ -67,7 +67,8 @@ class StepTrial(TrialRuns):
         # Padding is nothing that the step in one process has.
         self._rules = replace(rules, pad_to_multiple_of=None)
         self._whole_rules = whole_rules
-        self._samples: Samples | None = None
+        # Made by `prepare`.
+        self._samples: Samples
         self._first: Sample | None = None
         self._sample: Sample | None = None
         #: Plans that may divide the model, the one that divides most of it first.
@@ -109,7 +110,7 @@ class StepTrial(TrialRuns):
         Args:
             step: Calls the user's step on inputs.
         """
-        assert self._first is not None and self._samples is not None
+        assert self._first is not None
         self._sample = self._first
         verdict = self._run(step, self._sample)
         # The batches of other groups may be longer, or short as they are: all ranks try again, or none.
@@ -140,7 +141,6 @@ class StepTrial(TrialRuns):
         return verdict
 
     def _with_fewer(self, run: Callable[[Sample], Verdict], name: str) -> Attempt:
-        assert self._samples is not None
         kept, attempt = (self._recorder, self.log_rules), Attempt()
         with self._making():
             sample = self._samples.fewer(name)
@@ -174,7 +174,6 @@ class StepTrial(TrialRuns):
             # The step itself will say what a refusal says.
             reason = "" if isinstance(failure, UlyssesError) else repr(failure)
             report = SliceReport(counts, reason=reason, fails=fails, is_recorded=fails)
-        assert self._samples is not None
         report = replace(report, is_empty=not self._samples.has_targets, found=self._found)
         reports, everyones_plans, everyones_logs = zip(*self._from_all((report, plans, logged), failed), strict=True)
         verdict = judge([*zip(reports, everyones_plans, strict=True)], self._context.mesh.sp_size)
@@ -326,7 +325,6 @@ class StepTrial(TrialRuns):
         Returns:
             Names of tensors; none of a loss that rows do not add up to; None if that could not be tried.
         """
-        assert self._samples is not None
         name = self._samples.likeliest
         found = Attempt() if name is None else self._by_rows(step, name)
         # In a few tokens, fewer targets may tell no tensor from another.
@@ -336,38 +334,50 @@ class StepTrial(TrialRuns):
             return self._by_targets(step, found.names)
         return found.names if not found.names else narrow(found.names, partial(self._by_rows, step))
 
+    def _company(self, runs: int) -> list[Inputs]:
+        """What to run besides, so that all ranks run as often: at ZeRO-3 each run gathers parameters from all."""
+        most = max(self._from_all(runs, None))
+        with self._making():
+            return [self._samples.first().whole for _ in range(most - runs)]
+
     def _by_targets(self, step: Step, names: frozenset[str] | None) -> frozenset[str] | None:
         """The same for a step that does not run on some rows alone."""
-        assert self._samples is not None
+        samples = [*self._samples.by_targets()]
+        company = self._company(3 * len(samples))
         try:
             with self._tried(), state_kept(self._module):
                 self._module.eval()
-                for whole, *parts in self._samples.by_targets():
+                for whole, *parts in samples:
                     recording, *runs = (self._alone(step, *each).recording for each in (whole, *parts))
                     each = [*zip(runs, (local for _, local in parts), strict=True)]
                     found = names_of_targets(recording, each, not computes_precisely(self._module))
                     names = found if names is None else names | (found or frozenset())
+                for inputs in company:
+                    self._alone(step, *inputs)
         except Exception as failure:
             return agreed(self._from_all(Attempt(names), failure)).names
         return agreed(self._from_all(Attempt(names), None)).names
 
     def _by_rows(self, step: Step, name: str | None) -> Attempt:
-        assert self._samples is not None
         attempt = Attempt()
         failed: Exception | None = None
+        samples = self._samples.by_rows(name)
+        company = self._company(len(samples))
         try:
             with self._tried(), state_kept(self._module):
                 self._module.eval()
                 runs = []
-                for inputs in self._samples.by_rows(name):
+                for inputs in samples:
                     runs.append((self._alone(step, *inputs).recording, inputs[1]))
                     # A step that fails on some rows alone takes them together.
                     attempt = Attempt(frozenset())
                 if runs:
                     attempt = Attempt(names_of_rows(runs[0][0], runs[1:], not computes_precisely(self._module)))
+                for inputs in company:
+                    self._alone(step, *inputs)
         except Exception as failure:
-            failed = failure
-            attempt = Attempt(attempt.names, fails=attempt.names is None, breaks=attempt.names is not None)
+            failed, is_tried = failure, bool(samples)
+            attempt = Attempt(attempt.names, is_tried and attempt.names is None, attempt.names is not None)
         return agreed(self._from_all(attempt, failed))
 
     def _compare(self, step: Step, part: Inputs) -> tuple[SliceReport, Logged]:
