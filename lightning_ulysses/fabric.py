@@ -29,7 +29,7 @@ from lightning_ulysses.checkpoints.save import saved_whole
 from lightning_ulysses.checks import own_loop
 from lightning_ulysses.checks.notices import Notices
 from lightning_ulysses.checks.optimizer import check_elementwise
-from lightning_ulysses.checks.trainer import check_accelerator, check_precision
+from lightning_ulysses.checks.trainer import check_accelerator, check_arguments, check_precision
 from lightning_ulysses.config import (
     REGISTERED,
     MemoryConfig,
@@ -105,6 +105,7 @@ class UlyssesFabricStrategy(upstream_lightning.IndexedDevice, DeepSpeedStrategy)
         config: str | Path | dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        check_arguments(kwargs, type(self))
         check_replicas(dp_shard_size, dp_replicate_size)
         check_stage(stage if kwargs.get("zero_optimization", True) else 0)
         check_config(config)

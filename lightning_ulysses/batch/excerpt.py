@@ -277,6 +277,8 @@ def _with_pairs(batches: Iterable[Any], rules: BatchRules) -> Iterator[Any]:
         yield batch
         whole = read_batch(batch, rules, 1)
         is_single = whole.rows == 1 and not (whole.layout.documents and len(whole.layout.documents[0]) > 1)
+        # Edges of documents are those of one row.
+        is_single = is_single and not any(key in _EDGES for key in entries_of(batch, deep=True))
         if is_single and before is not None and before[1] == whole.layout.seq_len:
             yield _stacked(before[0], batch)
         before = (batch, whole.layout.seq_len) if is_single else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -64,6 +65,28 @@ def test_batches_of_one_row(pool: ProcessPool, name: str, split: str) -> None:
     reference = wanted(name, 1)
     for result, _ in pool.run(fit, name, run, 1, world_size=2):
         assert compare(result, reference).largest <= BOUND, compare(result, reference)
+
+
+def evaluated(rank: int, name: str, run: SplitRun) -> frozenset[str] | None:
+    """The tensors whose targets weight an evaluation in inference mode, which Lightning leaves to GPUs."""
+
+    class Evaluated(type(RECIPES[name].make())):  # type: ignore[misc]
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val_loss", self.training_step(batch, batch_idx))
+
+    module, trainer = RECIPES[name].make(), split_trainer(run)
+    module.__class__ = Evaluated
+    step = UlyssesDeepSpeedStrategy.validation_step
+    with mock.patch.object(UlyssesDeepSpeedStrategy, "validation_step", torch.inference_mode()(step)):
+        trainer.validate(module, split_loader(batches(name, None), run, rank))
+    assert isinstance(trainer.strategy, UlyssesDeepSpeedStrategy)
+    return trainer.strategy.weights._evaluated
+
+
+def test_an_evaluation_in_inference_mode_is_weighted(pool: ProcessPool) -> None:
+    """Rows of numbers, which an inference tensor would not let a gradient through."""
+    run = SplitRun(strategy={**RECIPES["weighted"].strategy, "split": "blocks"})
+    assert pool.run(evaluated, "weighted", run, world_size=2) == [frozenset({"weight>0"})] * 2
 
 
 WHOLE = ("dpo", "spans", "padded_classes", "shifted", "kto", "nanogpt", "reward", "vision", "contrastive", "weighted")

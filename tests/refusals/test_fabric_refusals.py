@@ -36,6 +36,7 @@ def test_settings() -> None:
         ({"dp_replicate_size": 2}, "dp_replicate_size=2"),
         ({"config": {"gradient_accumulation_steps": 2}}, "gradient_accumulation_steps"),
         ({"memory": {"tiles": 2}}, "memory="),
+        ({"spsize": 2}, "write 'sp_size'"),
     ):
         with pytest.raises(UlyssesError) as caught:
             UlyssesFabricStrategy(**settings)  # type: ignore[arg-type]

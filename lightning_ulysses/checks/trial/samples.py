@@ -22,6 +22,7 @@ from lightning_ulysses.batch.excerpt import (
 from lightning_ulysses.batch.pipeline import fill_mask, local_batch
 from lightning_ulysses.batch.whole import WholeBatch, read_batch
 from lightning_ulysses.context import LocalBatch
+from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.exchange.mesh import SequenceMesh
 from lightning_ulysses.geometry.batch_keys import BatchRules
 from lightning_ulysses.geometry.shares import even_shares
@@ -127,9 +128,17 @@ class Samples:
     def by_rows(self, name: str | None = None) -> list[Inputs]:
         """Some rows, or documents of a row, and their two halves; nothing if the batch has no such parts.
 
+        Nothing either where some rows are no batch that can be read.
+
         Args:
             name: A tensor that is to have fewer targets in the first half.
         """
+        try:
+            return self._by_rows(name)
+        except UlyssesError:
+            return []
+
+    def _by_rows(self, name: str | None) -> list[Inputs]:
         rules = self._row_rules
         if self._uneven is None:
             # A step that needs the whole batch fails on an excerpt.

@@ -67,8 +67,7 @@ class StepTrial(TrialRuns):
         # Padding is nothing that the step in one process has.
         self._rules = replace(rules, pad_to_multiple_of=None)
         self._whole_rules = whole_rules
-        # Made by `prepare`.
-        self._samples: Samples
+        self._samples: Samples  # Made by `prepare`.
         self._first: Sample | None = None
         self._sample: Sample | None = None
         #: Plans that may divide the model, the one that divides most of it first.
@@ -335,14 +334,15 @@ class StepTrial(TrialRuns):
         return found.names if not found.names else narrow(found.names, partial(self._by_rows, step))
 
     def _company(self, runs: int) -> list[Inputs]:
-        """What to run besides, so that all ranks run as often: at ZeRO-3 each run gathers parameters from all."""
-        most = max(self._from_all(runs, None))
+        """What to run besides, so that all ranks run as often, as ZeRO-3 needs."""
+        missing = max(self._from_all(runs, None)) - runs
         with self._making():
-            return [self._samples.first().whole for _ in range(most - runs)]
+            return [self._samples.first().whole for _ in range(missing)]
 
     def _by_targets(self, step: Step, names: frozenset[str] | None) -> frozenset[str] | None:
         """The same for a step that does not run on some rows alone."""
-        samples = [*self._samples.by_targets()]
+        with self._making():
+            samples = [*self._samples.by_targets()]
         company = self._company(3 * len(samples))
         try:
             with self._tried(), state_kept(self._module):
@@ -359,9 +359,9 @@ class StepTrial(TrialRuns):
         return agreed(self._from_all(Attempt(names), None)).names
 
     def _by_rows(self, step: Step, name: str | None) -> Attempt:
-        attempt = Attempt()
-        failed: Exception | None = None
-        samples = self._samples.by_rows(name)
+        attempt, failed = Attempt(), None
+        with self._making():
+            samples = self._samples.by_rows(name)
         company = self._company(len(samples))
         try:
             with self._tried(), state_kept(self._module):
@@ -376,8 +376,8 @@ class StepTrial(TrialRuns):
                 for inputs in company:
                     self._alone(step, *inputs)
         except Exception as failure:
-            failed, is_tried = failure, bool(samples)
-            attempt = Attempt(attempt.names, is_tried and attempt.names is None, attempt.names is not None)
+            failed = failure
+            attempt = Attempt(attempt.names, bool(samples) and attempt.names is None, attempt.names is not None)
         return agreed(self._from_all(attempt, failed))
 
     def _compare(self, step: Step, part: Inputs) -> tuple[SliceReport, Logged]:
