@@ -8,6 +8,7 @@ from __future__ import annotations
 from lightning.fabric.strategies import STRATEGY_REGISTRY
 from lightning.pytorch.strategies import StrategyRegistry
 
+from lightning_ulysses import registered as registered
 from lightning_ulysses.attention import ulysses_attention
 from lightning_ulysses.callbacks import TokenCountMonitor
 from lightning_ulysses.data import CostModel, PackedStream, PackingCollator, SequenceDataModule, SequenceShardSampler

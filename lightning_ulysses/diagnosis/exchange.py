@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_ulysses.diagnosis.finding import Finding, size
+from lightning_ulysses.geometry.distance import largest
 from lightning_ulysses.sequence import sequence_positions
 from lightning_ulysses.testing.processes import ProcessPool, RemoteError
 from lightning_ulysses.testing.runs import SplitRun, compare, fit_single, fit_split
@@ -116,7 +117,7 @@ def parity(pool: ProcessPool, device_type: str) -> Finding:
         results: list[Any] = fit_split(pool, TinyGPT, [batch], run)
     except (RemoteError, TimeoutError) as failure:
         return Finding(name, f"failed: {_explain(failure)}", "mend what it says; the other findings may be the cause")
-    largest = max(compare(each, fit_single(TinyGPT, [[batch]], count_targets)).largest for each in results)
-    good = largest <= _BOUNDS[device_type]
+    error = largest(compare(each, fit_single(TinyGPT, [[batch]], count_targets)).largest for each in results)
+    good = error <= _BOUNDS[device_type]
     mend = None if good else "do not train here; report it with the output of `lightning-ulysses doctor --json`"
-    return Finding(name, f"differs from one process by {largest:.1e} (bound {_BOUNDS[device_type]:.0e})", mend)
+    return Finding(name, f"differs from one process by {error:.1e} (bound {_BOUNDS[device_type]:.0e})", mend)

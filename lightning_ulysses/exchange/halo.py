@@ -48,9 +48,11 @@ class Fetch:
         """Sends each rank its part (n, ...), and receives parts of so many tokens; this rank's own one stays here."""
         like, own = parts[self.rank], parts[self.rank]
         width = math.prod(like.shape[1:])
-        counts = [0 if rank == self.rank else part.shape[0] * width for rank, part in enumerate(parts)]
+        sent = [like[:0] if rank == self.rank else part for rank, part in enumerate(parts)]
+        counts = [part.shape[0] * width for part in sent]
         sizes = [0 if rank == self.rank else tokens * width for rank, tokens in enumerate(shapes)]
-        send = torch.cat([part.reshape(-1)[:count] for part, count in zip(parts, counts, strict=True)])
+        # Each (n, ...) -> (elements,)
+        send = torch.cat([part.reshape(-1) for part in sent])
         got = like.new_empty(sum(sizes))
         dist.all_to_all_single(got, send, sizes, counts, group=self.group)
         # (elements,) -> (n, ...) of each rank
@@ -73,8 +75,8 @@ class _Fetched(torch.autograd.Function):
         tokens = part.movedim(dim, 0)
         parts = [tokens[first - begin : last - begin] for first, last in fetch.sent()]
         pieces = fetch.exchange(parts, [last - first for first, last in fetch.received()])
-        # Each (n, ...) -> (wanted, ...) -> (..., wanted, ...)
-        return torch.cat(pieces).movedim(0, dim).contiguous()
+        # Each (n, ...) -> (..., n, ...) -> (..., wanted, ...)
+        return torch.cat([piece.movedim(0, dim) for piece in pieces], dim)
 
     @staticmethod
     @once_differentiable
@@ -84,9 +86,12 @@ class _Fetched(torch.autograd.Function):
         parts = list(grads[0].movedim(ctx.dim, 0).split([last - first for first, last in fetch.received()]))
         spans = fetch.sent()
         pieces = fetch.exchange(parts, [last - first for first, last in spans])
-        total = grads[0].new_zeros(ctx.share, *parts[0].shape[1:])
-        for piece, (first, last) in zip(pieces, spans, strict=True):
-            total[first - begin : last - begin] += piece
+        whole = spans[fetch.rank][1] - spans[fetch.rank][0] == ctx.share
+        # A rank that sees all of its own tokens begins with their gradients.
+        total = pieces[fetch.rank].clone() if whole else grads[0].new_zeros(ctx.share, *parts[0].shape[1:])
+        for rank, (piece, (first, last)) in enumerate(zip(pieces, spans, strict=True)):
+            if rank != fetch.rank or not whole:
+                total[first - begin : last - begin] += piece
         # (S_r, ...) -> (..., S_r, ...)
         return total.movedim(0, ctx.dim), None, None
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from lightning_ulysses.batch.random_streams import step_stream
+from lightning_ulysses.geometry.distance import largest
 from lightning_ulysses.strategy import UlyssesDeepSpeedStrategy
 from lightning_ulysses.testing.processes import ProcessPool
 
@@ -62,7 +63,7 @@ class Difference:
     @property
     def largest(self) -> float:
         """The largest of the three."""
-        return max(self.step, self.loss, self.grad_norm)
+        return largest((self.step, self.loss, self.grad_norm))
 
 
 @dataclass(frozen=True)
@@ -231,7 +232,7 @@ def compare(result: StepResult, reference: StepResult) -> Difference:
             raise ValueError(f"Runs start from different values of {name}.")
 
     def relative(values: Sequence[float], wanted: Sequence[float]) -> float:
-        return max(abs(a - b) / max(abs(b), 1e-12) for a, b in zip(values, wanted, strict=True))
+        return largest(abs(a - b) / max(abs(b), 1e-12) for a, b in zip(values, wanted, strict=True))
 
     wanted = reference.step()
     return Difference(

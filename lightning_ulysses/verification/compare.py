@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lightning_ulysses.geometry.distance import largest
 from lightning_ulysses.verification.record import Call
 
 
@@ -49,7 +50,7 @@ def difference(parts: list[Tensor], whole: Tensor, shares: tuple[int, ...]) -> f
         # A single number, such as a mean over the slice, cannot be joined.
         return None
     if all(part.shape == whole.shape for part in parts):
-        return max(_relative(part, whole) for part in parts)
+        return largest(_relative(part, whole) for part in parts)
     joined = join(parts, whole, shares)
     if joined is None:
         return None

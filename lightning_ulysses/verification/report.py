@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from lightning_ulysses.geometry.distance import largest
 
 _WORST = 5
 
@@ -13,11 +14,6 @@ _WORST = 5
 def relative(value: float, wanted: float) -> float:
     """|value - wanted| / |wanted|; NaN if either is NaN."""
     return abs(value - wanted) / max(abs(wanted), 1e-12)
-
-
-def _worst(values: Sequence[float]) -> float:
-    """The largest value; infinite if one is NaN or there is none."""
-    return max(values) if values and not any(math.isnan(value) for value in values) else math.inf
 
 
 @dataclass(frozen=True)
@@ -84,25 +80,25 @@ class ParityReport:
     @property
     def loss_error(self) -> float:
         """The largest relative difference of a loss; infinite if there is no loss to compare."""
-        return _worst([relative(value, wanted) for value, wanted in zip(self.split_losses, self.losses, strict=False)])
+        return largest(relative(value, wanted) for value, wanted in zip(self.split_losses, self.losses, strict=False))
 
     @property
     def grad_norm_error(self) -> float:
         """The largest relative difference of a gradient norm; infinite if there is no norm to compare."""
         pairs = zip(self.split_grad_norms, self.grad_norms, strict=False)
-        return _worst([relative(value, wanted) for value, wanted in pairs])
+        return largest(relative(value, wanted) for value, wanted in pairs)
 
     @property
     def gradient_error(self) -> float:
         """The largest of `parameter_errors`; infinite if there is none."""
-        return _worst(list(self.parameter_errors.values()))
+        return largest(self.parameter_errors.values())
 
     @property
     def exact(self) -> bool:
         """Whether loss, gradient norm, every parameter's gradient and the optimizer's step agree."""
         complete = len(self.split_losses) == len(self.losses)
         errors = (self.loss_error, self.grad_norm_error, self.gradient_error, self.step_error or 0.0)
-        return complete and max(errors) <= self.tolerance
+        return complete and largest(errors) <= self.tolerance
 
     def worst(self, count: int = _WORST) -> list[tuple[str, float]]:
         """The parameters whose gradients differ most, the worst first."""

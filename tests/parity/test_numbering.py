@@ -11,6 +11,7 @@ import torch
 from models import VOCAB, token_batch
 from torch import Tensor
 
+from lightning_ulysses.geometry.distance import largest
 from lightning_ulysses.interceptors.transformers.positions import Numbering
 from lightning_ulysses.testing import SplitRun, compare, fit_rank, fit_single, fit_split
 from lightning_ulysses.testing.processes import ProcessPool
@@ -92,7 +93,7 @@ CASES: dict[str, tuple[Any, list[Any], list[list[Any]], SplitRun]] = {
 def test_the_step_is_exact(pool: ProcessPool, case: str) -> None:
     make, batches, steps, run = CASES[case]
     reference = fit_single(make, steps, count)
-    assert max(compare(result, reference).largest for result in fit_split(pool, make, batches, run)) <= 1e-5
+    assert largest(compare(result, reference).largest for result in fit_split(pool, make, batches, run)) <= 1e-5
 
 
 def not_numbered(rank: int, run: SplitRun) -> Any:

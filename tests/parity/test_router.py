@@ -12,6 +12,7 @@ from models import VOCAB, count_targets, token_batch
 from torch import Tensor
 
 from lightning_ulysses import UlyssesError
+from lightning_ulysses.geometry.distance import largest
 from lightning_ulysses.interceptors.transformers import attention as huggingface
 from lightning_ulysses.interceptors.transformers import router_loss as router
 from lightning_ulysses.testing import SplitRun, compare, fit_rank, fit_single, fit_split
@@ -79,7 +80,7 @@ CASES: dict[str, tuple[Any, list[Any], list[list[Any]], SplitRun]] = {
 def test_the_step_is_exact(pool: ProcessPool, case: str) -> None:
     make, batches, steps, run = CASES[case]
     reference = fit_single(make, steps, count_targets)
-    assert max(compare(result, reference).largest for result in fit_split(pool, make, batches, run)) <= 1e-5
+    assert largest(compare(result, reference).largest for result in fit_split(pool, make, batches, run)) <= 1e-5
 
 
 def without_exchange(rank: int, run: SplitRun) -> Any:

@@ -18,6 +18,7 @@ from lightning_ulysses.attention.explicit import Extras
 from lightning_ulysses.attention.ulysses import exchanged
 from lightning_ulysses.context import LocalBatch
 from lightning_ulysses.exchange.mesh import SequenceMesh
+from lightning_ulysses.geometry.distance import largest
 from lightning_ulysses.geometry.layout import SequenceLayout
 
 D, D_V = 6, 4
@@ -49,7 +50,7 @@ def numbers(seed: int, *shape: int) -> Tensor:
 
 
 def worst(pairs: list[tuple[Tensor, Tensor]]) -> float:
-    return max(float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs)
+    return largest(float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs)
 
 
 def step(

@@ -20,6 +20,7 @@ from unittest import mock
 import torch
 from tiny import KINDS, Tiny, Unbuilt, architectures, tiny
 
+from lightning_ulysses.geometry.distance import largest
 from lightning_ulysses.testing import SplitRun, StepResult, compare, fit_rank, fit_single
 from lightning_ulysses.testing.processes import ProcessPool, RemoteError
 
@@ -55,9 +56,9 @@ def tried(pool: ProcessPool, name: str, kind: str, cls: str) -> dict[str, Any]:
         found = pool.run(fit_and_listen, cls, config, [batch], world_size=2)
     except RemoteError as error:
         return {**row, "result": "refused", "why": first_line(error)}
-    largest = max(compare(result, reference).largest for result, _ in found)
+    error = largest(compare(result, reference).largest for result, _ in found)
     said = " ".join(line for _, lines in found for line in lines)
-    return {**row, "result": "exact" if largest <= BOUND else "wrong", "error": largest, **how(said)}
+    return {**row, "result": "exact" if error <= BOUND else "wrong", "error": error, **how(said)}
 
 
 def first_line(error: RemoteError) -> str:

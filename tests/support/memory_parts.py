@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_ulysses.config import MemoryConfig
 from lightning_ulysses.context import LocalBatch, SequenceContext
 from lightning_ulysses.exchange.mesh import ALONE
+from lightning_ulysses.geometry.distance import largest
 from lightning_ulysses.geometry.layout import SequenceLayout
 from lightning_ulysses.memory import install
 
@@ -72,8 +73,8 @@ def worst(found: nn.Module, wanted: nn.Module) -> float:
     mine, theirs = gradients(found), gradients(wanted)
     assert [name for name in mine if mine[name] is None] == [name for name in theirs if theirs[name] is None]
     both = [(a.double(), b.double()) for a, b in zip(mine.values(), theirs.values(), strict=True) if a is not None]
-    largest = max((float(b.norm()) for _, b in both), default=0.0)
-    return max((float((a - b).norm()) / max(float(b.norm()), 1e-3 * largest, 1e-30) for a, b in both), default=0.0)
+    longest = max((float(b.norm()) for _, b in both), default=0.0)
+    return largest(float((a - b).norm()) / max(float(b.norm()), 1e-3 * longest, 1e-30) for a, b in both)
 
 
 def targets(shape: tuple[int, ...], classes: int, masked: float = 0.3, seed: int = 0) -> Tensor:

@@ -23,6 +23,7 @@ from sights import SIGHTS
 from torch import Tensor
 from torch.nn.functional import pad
 
+from lightning_ulysses.geometry.distance import largest
 from lightning_ulysses.testing import SplitRun, compare, fit_single, fit_split
 from lightning_ulysses.testing.processes import ProcessPool, RemoteError
 
@@ -206,8 +207,8 @@ def compared(
     reference = fit_single(make, [[shifted(batch) for batch in batches]], count)
     if not reference.step().norm() > 1e-4:
         return "wrong", "the reference has not moved"
-    largest = max(compare(result, reference).largest for result in results)
-    return ("exact" if largest <= BOUND else "wrong"), f"{largest:.1e}"
+    error = largest(compare(result, reference).largest for result in results)
+    return ("exact" if error <= BOUND else "wrong"), f"{error:.1e}"
 
 
 def shifted(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from lightning.pytorch.strategies.deepspeed import DeepSpeedStrategy
 from models import HandWritten
 
 from lightning_ulysses import UlyssesDeepSpeedStrategy
+from lightning_ulysses.config import REGISTERED
 
 STRATEGY = """
 trainer:
@@ -65,3 +66,29 @@ def test_command_line_overrides_yaml(tmp_path: Path) -> None:
     cli = LightningCLI(HandWritten, run=False, args=arguments, save_config_callback=None)
     assert isinstance(cli.trainer.strategy, UlyssesDeepSpeedStrategy)
     assert cli.trainer.strategy.ulysses.sp_size == "auto"
+
+
+@pytest.mark.parametrize("suffix", REGISTERED)
+def test_registered_names_take_arguments(suffix: str, tmp_path: Path) -> None:
+    name = f"ulysses_deepspeed{suffix}"
+    (tmp_path / "run.yaml").write_text(f"trainer: {{strategy: {name}}}")
+    flags = ["--trainer.accelerator=cpu", "--trainer.devices=2"]
+    ways = (
+        ["--config", str(tmp_path / "run.yaml")],
+        ["--trainer.strategy", name],
+        ["--trainer.strategy", name, "--trainer.strategy.sp_size", "2", "--trainer.strategy.offload_optimizer=true"],
+        ["--config", str(tmp_path / "run.yaml"), "--trainer.strategy.sp_size=2"],
+    )
+    for place, line in enumerate(ways):
+        cli = LightningCLI(HandWritten, run=False, args=[*line, *flags], save_config_callback=None)
+        strategy = cli.trainer.strategy
+        assert isinstance(strategy, UlyssesDeepSpeedStrategy)
+        assert strategy.ulysses.sp_size == (2 if place > 1 else "auto")
+        zero = strategy.config["zero_optimization"]
+        assert zero["stage"] == REGISTERED[suffix]["stage"]
+        offloads = place == 2 or "offload" in suffix
+        assert ("offload_optimizer" in zero) == offloads and ("offload_param" in zero) == ("offload" in suffix)
+    # A stage beside the name replaces the name's.
+    line = ["--trainer.strategy", name, "--trainer.strategy.stage=3", *flags]
+    cli = LightningCLI(HandWritten, run=False, args=line, save_config_callback=None)
+    assert cli.trainer.strategy.config["zero_optimization"]["stage"] == 3

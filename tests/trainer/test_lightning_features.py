@@ -12,6 +12,7 @@ import pytest
 from exact import BOUND
 from nightly import sampled
 
+from lightning_ulysses.geometry.distance import largest
 from lightning_ulysses.testing.processes import ProcessPool
 
 # One of each kind, in the sample.
@@ -45,7 +46,7 @@ def test_feature(pool: ProcessPool, name: str, tmp_path: Path) -> None:
     differs = []
     for rank, (weights, seen, message) in enumerate(results):
         assert not message, message
-        off = max(float((weights[key] - value).norm() / value.norm()) for key, value in alone.items())
+        off = largest(float((weights[key] - value).norm() / value.norm()) for key, value in alone.items())
         # What only rank 0 has, such as files.
         told_here = told if seen or not rank else {}
         differs.append(off > BOUND or bool(different(seen, told_here)))

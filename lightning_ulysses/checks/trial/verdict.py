@@ -23,6 +23,7 @@ from lightning_ulysses.checks.trial.outputs import Change, Slice, first_changed,
 from lightning_ulysses.checks.trial.replay import Recorder, Recording, Rehearsal, Replay, cut_dim, narrowed
 from lightning_ulysses.context import LocalBatch
 from lightning_ulysses.exchange.mesh import SequenceMesh
+from lightning_ulysses.geometry.distance import largest
 from lightning_ulysses.geometry.split_plan import SequencePlan
 
 # Relative L2 differences that rounding in float32 does not reach, and a wrong loss surpasses.
@@ -357,7 +358,7 @@ def judge(found: Sequence[tuple[SliceReport, tuple[SequencePlan, ...]]], sp_size
             found=first.found if first is not None else next((each.found for each in everyone if each.found), None),
         )
     half = any(report.is_half for report in reports)
-    misfit, gap = max(report.misfit for report in reports), max(map(_gap, groups))
+    misfit, gap = largest(report.misfit for report in reports), largest(map(_gap, groups))
     additive = misfit <= (HALF if half else GRADIENTS) and gap <= (HALF if half else LOGS)
     names = frozenset.intersection(*(_fitting(group) for group in groups)) if additive else frozenset()
     weights = tuple(report.weight for report in groups[0])
@@ -386,4 +387,4 @@ def _fitting(group: Sequence[SliceReport]) -> frozenset[str]:
 
 def _distance_of(group: Sequence[SliceReport], name: str) -> float:
     total = sum(report.counts[name] for report in group)
-    return max(abs(report.weight - report.counts[name] / total) for report in group) if total else float("inf")
+    return largest(abs(report.weight - report.counts[name] / total) for report in group) if total else float("inf")

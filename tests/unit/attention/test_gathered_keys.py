@@ -13,6 +13,7 @@ from lightning_ulysses.attention import MaskSpec
 from lightning_ulysses.attention.attend import Softmax
 from lightning_ulysses.attention.chunked import HeadChunks
 from lightning_ulysses.attention.explicit import Extras
+from lightning_ulysses.geometry.distance import largest
 from lightning_ulysses.testing.processes import ProcessPool
 
 HEADS = [(1, 1), (2, 2), (2, 1), (3, 3), (3, 1)]
@@ -48,7 +49,7 @@ def sweep(rank: int, size: int) -> dict[str, float]:
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_masks_and_heads(pool: ProcessPool, size: int) -> None:
     for errors in pool.run(sweep, size, world_size=size):
-        assert len(errors) > 45 and max(errors.values()) <= 1e-12, {k: e for k, e in errors.items() if e > 1e-12}
+        assert len(errors) > 45 and largest(errors.values()) <= 1e-12, {k: e for k, e in errors.items() if e > 1e-12}
 
 
 def counted_from_the_first_key(rank: int, size: int) -> float:

@@ -15,6 +15,7 @@ from models import HandWritten, LlamaModule, pair_batch, token_batch
 from torch import Tensor
 
 from lightning_ulysses.exchange.all_to_all import _blocks, _sharers, heads_to_seq, seq_to_heads
+from lightning_ulysses.geometry.distance import largest
 from lightning_ulysses.geometry.heads import head_layout
 from lightning_ulysses.geometry.layout import SequenceLayout
 from lightning_ulysses.testing import SplitRun, split_loader, split_trainer
@@ -52,7 +53,7 @@ def strided(tensor: Tensor, kind: str) -> Tensor:
 def worst(pairs: list[tuple[Tensor, Tensor]]) -> float:
     for found, wanted in pairs:
         assert found.shape == wanted.shape and found.dtype == wanted.dtype
-    return max(float((found.double() - wanted.double()).abs().max()) for found, wanted in pairs)
+    return largest(float((found.double() - wanted.double()).abs().max()) for found, wanted in pairs)
 
 
 def exchange(rank: int, sizes: tuple[int, int, int, int], rows: int, value_size: int, kind: str) -> float:
@@ -94,7 +95,7 @@ def exchange(rank: int, sizes: tuple[int, int, int, int], rows: int, value_size:
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize(("rows", "value_size", "kind"), [(1, 6, "contiguous"), (2, 4, "transposed"), (2, 9, "spread")])
 def test_exchange(pool: ProcessPool, sizes: tuple[int, int, int, int], rows: int, value_size: int, kind: str) -> None:
-    assert max(pool.run(exchange, sizes, rows, value_size, kind, world_size=sizes[0])) <= 1e-12
+    assert largest(pool.run(exchange, sizes, rows, value_size, kind, world_size=sizes[0])) <= 1e-12
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "sp"), [(64, 8, 16), (64, 64, 16), (64, 1, 16), (32, 8, 4), (12, 6, 12)])

@@ -26,7 +26,7 @@ from lightning_ulysses.exchange.mesh import SequenceMesh
 from lightning_ulysses.geometry.heads import head_layout
 from lightning_ulysses.geometry.layout import SequenceLayout
 from lightning_ulysses.testing.processes import ProcessPool
-from lightning_ulysses.upstream.deepspeed import forget_world
+from lightning_ulysses.upstream.deepspeed import forget_world, without_shared_memory_op
 
 D = 32
 
@@ -71,7 +71,8 @@ def theirs(mesh: SequenceMesh, seq_len: int, heads: int, kv_heads: int, rows: in
     import deepspeed.comm
     from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
-    deepspeed.comm.init_distributed("gloo", verbose=False)
+    with without_shared_memory_op():
+        deepspeed.comm.init_distributed("gloo", verbose=False)
     block: Any = nn.Module()
 
     def attention(module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Any, **kwargs: Any) -> tuple[Tensor, None]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_ulysses import UlyssesError
+from lightning_ulysses.geometry.distance import largest
 
 
 def run(module: nn.Module, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,7 +37,7 @@ def both(module: nn.Module, shape: tuple[int, ...], dtype: torch.dtype = torch.f
     wanted = run(plain, x, weight := torch.randn_like(plain(x)))
     with tiled(root, tiled_mlp=["mlp"], **settings):
         found = run(root, x, weight)
-    return max(relative(found[0], wanted[0]), relative(found[1], wanted[1]), worst(root, plain))
+    return largest((relative(found[0], wanted[0]), relative(found[1], wanted[1]), worst(root, plain)))
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 16, 37, 101, 1000])
