@@ -19,7 +19,7 @@ from lightning_ulysses.sequence import gather_sequence, sequence_positions, unsh
 from lightning_ulysses.strategy import UlyssesDeepSpeedStrategy
 from lightning_ulysses.upstream.flavour import register_refusals
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "CostModel",
     "PackedStream",
