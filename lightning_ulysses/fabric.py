@@ -330,7 +330,8 @@ class UlyssesFabricStrategy(upstream_lightning.IndexedDevice, DeepSpeedStrategy)
         manifest = self._run.manifest(engine.global_steps, self.mesh.sp_size, engine.optimizer, self._division)
         if self._masters is not None:
             self._masters.carry_edits()
-        with saved_whole(whole, manifest, self.local_rank == 0) as beside:
+        frozen = upstream_deepspeed.held_frozen(upstream_deepspeed.unstepped(engine))
+        with saved_whole(whole, manifest, self.local_rank == 0) as beside, frozen:
             save(beside, {**state, **beside_it})
 
     @override

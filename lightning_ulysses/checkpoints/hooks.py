@@ -56,7 +56,8 @@ class CheckpointedStrategy(DeepSpeedStrategy):
         with self.settled(), saved_whole(path, self._manifest(), self.local_rank == 0) as beside:
             if not self.zero_stage_3:
                 keep_replaced(checkpoint, self.lightning_module)
-            super().save_checkpoint(checkpoint, beside, *args, **kwargs)
+            with upstream_deepspeed.held_frozen(upstream_deepspeed.unstepped(self.deepspeed_engine)):
+                super().save_checkpoint(checkpoint, beside, *args, **kwargs)
 
     def _join_shares(self, state: dict[str, Any]) -> None:
         """Has each rank keep what the train dataloaders of all data-parallel ranks have saved; a collective."""

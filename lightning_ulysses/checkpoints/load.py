@@ -18,6 +18,7 @@ from lightning_ulysses.checkpoints.ranks import from_all, on_rank_zero, patient_
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.export import load_weights
 from lightning_ulysses.upstream import shards, universal
+from lightning_ulysses.upstream.deepspeed import held_frozen
 
 # Optimizers with the same state.
 _ALIKE = ({"Adam", "AdamW", "FusedAdam", "DeepSpeedCPUAdam"}, {"Lion", "FusedLion", "DeepSpeedCPULion"})
@@ -199,7 +200,7 @@ def load_to_train(
     """
     check_optimizer(found, type(engine.optimizer.optimizer).__name__)
     if found.division == wanted and not found.is_universal:
-        return natively(found.path)
+        return _natively(found, engine.module, natively)
     if not found.is_universal and not on_rank_zero(lambda: is_converted(found.path), world()):
         say(f"{found.path} is of {found.division}. It is converted for {wanted}.")
         with patient_group() as group:
@@ -214,6 +215,12 @@ def load_to_train(
         ) from error
 
 
+def _natively(found: Found, module: nn.Module, natively: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    names = shards.frozen_names(found.path / "checkpoint")
+    with held_frozen(parameter for name, parameter in module.named_parameters() if name in names):
+        return natively(found.path)
+
+
 def load_to_evaluate(
     found: Found, wanted: Division, module: nn.Module, natively: Callable[[Path], dict[str, Any]]
 ) -> dict[str, Any]:
@@ -221,7 +228,7 @@ def load_to_evaluate(
     is_partitioned = {found.division.stage == 3, wanted.stage == 3}
     is_same = is_partitioned == {False} or (is_partitioned == {True} and found.division.world == wanted.world)
     if is_same and not found.is_universal:
-        return natively(found.path)
+        return _natively(found, module, natively)
     if found.is_universal:
         tensors, state = universal.read_universal(found.path / UNIVERSAL)
     else:

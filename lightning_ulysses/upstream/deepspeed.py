@@ -305,6 +305,30 @@ def forget_world() -> None:
     counter[0][0] = 0
 
 
+@contextmanager
+def held_frozen(parameters: Iterable[torch.nn.Parameter]) -> Iterator[None]:
+    """Around saving and loading: parameters without gradients.
+
+    At stage 3, DeepSpeed saves and loads what its optimizer steps and what is frozen (``engine.py``,
+    ``_get_zero_frozen_param_attributes``); what has a gradient and no optimizer is neither, and was lost.
+    """
+    held = [parameter for parameter in parameters if parameter.requires_grad]
+    for parameter in held:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in held:
+            parameter.requires_grad_()
+
+
+def unstepped(engine: Any) -> list[torch.nn.Parameter]:
+    """The parameters that ZeRO-3 divides and its optimizer does not step; none at other stages."""
+    groups = getattr(engine.optimizer, "fp16_groups", None) if engine.zero_optimization_partition_weights() else None
+    stepped = {id(parameter) for group in groups or () for parameter in group}
+    return [parameter for parameter in engine.module.parameters() if groups and id(parameter) not in stepped]
+
+
 def gradient_norm(optimizer: Any) -> torch.Tensor:
     """The 2-norm of the gradients that the next step will use, before clipping, () float; a collective.
 

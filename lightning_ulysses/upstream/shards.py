@@ -165,6 +165,12 @@ def client_state(folder: Path) -> dict[str, Any]:
     return {key: value for key, value in state.items() if key not in ("module", "optimizer", "lr_scheduler")}
 
 
+def frozen_names(folder: Path) -> frozenset[str]:
+    """The parameters that were saved as frozen ones."""
+    models = sorted(folder.glob("*_model_states.pt"), key=_rank_of)
+    return frozenset(_load(models[0]).get("frozen_param_shapes") or ()) if models else frozenset()
+
+
 def whole(shards: Shards, shape: torch.Size, pieces: list[Piece], key: str) -> Tensor:
     """One state of a parameter, joined from its pieces.
 

@@ -36,6 +36,17 @@ class Dropped(nn.Module):
         return self.dropout(self.gpt(idx))
 
 
+class Kept(nn.Module):
+    """A layer with gradients that no optimizer steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gpt, self.kept = GPT(), nn.Linear(3, 2, bias=False)
+
+    def forward(self, idx: Tensor) -> Tensor:
+        return self.gpt(idx) + 0 * self.kept(torch.ones(3)).sum()
+
+
 def build(kind: type[nn.Module]) -> nn.Module:
     torch.manual_seed(0)
     return kind()
@@ -49,7 +60,10 @@ def steps(
     fabric = launched(processes, {"sp_size": sp_size, "stage": stage})
     fabric.seed_everything(5)
     module = build(kind).train()
-    model, optimizer = fabric.setup(module, torch.optim.Adam(module.parameters(), lr=1e-2))
+    if isinstance(module, Kept) and not load:
+        nn.init.constant_(module.kept.weight, 3.0)
+    stepped = [parameter for name, parameter in module.named_parameters() if "kept" not in name]
+    model, optimizer = fabric.setup(module, torch.optim.Adam(stepped, lr=1e-2))
     state: dict[str, Any] = {"model": model, "optimizer": optimizer, "step": first}
     left = fabric.load(load, state) if load else {}
     dp_size, losses = fabric.strategy.mesh.dp_size, []
@@ -88,6 +102,14 @@ def test_a_checkpoint_goes_on_in_any_world(pool: ProcessPool, tmp_path: Path) ->
     ((early, _, _),) = pool.run(steps, (1, 1, 1), GPT, 0, 2, "", "", world_size=1)
     name = "lm_head.weight"
     assert float((early[name] - whole[name]).norm() / whole[name].norm()) > 1e-3
+
+
+def test_what_no_optimizer_steps_is_saved_at_stage_3(pool: ProcessPool, tmp_path: Path) -> None:
+    path = str(tmp_path / "step-1.ckpt")
+    pool.run(steps, (2, 2, 3), Kept, 0, 1, "", path, world_size=2)
+    for world in ((2, 2, 3), (1, 1, 2)):
+        for after, _, _ in pool.run(steps, world, Kept, 1, 2, path, "", world_size=world[0]):
+            assert after["kept.weight"].tolist() == [[3.0] * 3] * 2
 
 
 def test_dropout_does_not_depend_on_processes_and_goes_on(pool: ProcessPool, tmp_path: Path) -> None:

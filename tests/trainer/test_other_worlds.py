@@ -29,20 +29,22 @@ BATCHES = [token_batch(seed, 34, 1, "uneven") for seed in range(6)]
 
 
 class Grouped(LlamaModule):
-    """Two groups of parameters, a buffer, and a frozen parameter."""
+    """Two groups of parameters, a buffer, a frozen parameter, and a layer with gradients that no optimizer steps."""
 
     def __init__(self, optimizer: str = "AdamW", **settings: Any) -> None:
         super().__init__()
         self.register_buffer("seen", torch.zeros(()))
         self.frozen = nn.Parameter(torch.zeros(5), requires_grad=False)
+        self.unstepped = nn.Linear(3, 2, bias=False)
+        nn.init.zeros_(self.unstepped.weight)
         self.kind, self.settings = optimizer, settings
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.seen += 1
-        return super().training_step(batch, batch_idx)
+        return super().training_step(batch, batch_idx) + 0 * self.unstepped(torch.ones(3)).sum()
 
     def configure_optimizers(self) -> Any:
-        named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        named = [(name, p) for name, p in self.model.named_parameters()]
         matrices = {"params": [p for _, p in named if p.dim() > 1], "weight_decay": 0.1}
         vectors = {"params": [p for _, p in named if p.dim() == 1], "weight_decay": 0.0, "lr": 0.003}
         return getattr(torch.optim, self.kind)([matrices, vectors], lr=0.002, **self.settings)
@@ -68,13 +70,14 @@ def fit(
     module = Grouped(kind, **settings)
     if not resumed:
         module.frozen.data.fill_(3.0)
+        module.unstepped.weight.data.fill_(3.0)
     loader: Any = DataLoader(BATCHES, batch_size=None)  # type: ignore[arg-type]
     split_trainer(SplitRun(run.world_size, run.sp_size, run.strategy, trainer), callbacks).fit(
         module, loader, ckpt_path=resumed
     )
     decays = [group["weight_decay"] for group in module.trainer.optimizers[0].param_groups]
-    frozen = keep.after["frozen"]
-    return keep.after, float(module.seen) + float(frozen.sum()), decays
+    others = keep.after["frozen"].sum() + keep.after["unstepped.weight"].sum()
+    return keep.after, float(module.seen) + float(others), decays
 
 
 def saved(pool: ProcessPool, run: SplitRun, folder: Path, kind: str = "AdamW", **settings: Any) -> dict[str, Tensor]:
@@ -98,6 +101,7 @@ def off(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
         ((2, 3), (1, 1), "Adagrad", {"lr_decay": 0.1}),
         ((2, 2), (3, 1), "RMSprop", {"centered": True, "momentum": 0.5}),
         ((1, 1), (2, 3), "AdamW", {"amsgrad": True}),
+        ((2, 3), (2, 3), "AdamW", {}),
     ],
 )
 def test_another_world_and_stage(
@@ -112,9 +116,9 @@ def test_another_world_and_stage(
     assert off(load_weights(path), straight) > 1e-4
     for found, others, decays in results:
         assert off(found, straight) <= 1e-6
-        assert others == 6 + 15
+        assert others == 6 + 15 + 18
         assert decays == [0.1, 0.0]
-    assert is_converted(tmp_path / "middle.ckpt")
+    assert is_converted(tmp_path / "middle.ckpt") == (first != second)
 
 
 def test_a_conversion_is_used_again_and_never_half_of_one(pool: ProcessPool, tmp_path: Path) -> None:
@@ -161,7 +165,7 @@ def test_another_precision(pool: ProcessPool, tmp_path: Path, first: str, second
     found, others, _ = pool.run(fit, runs[1], "", str(tmp_path / "middle.ckpt"), "AdamW", {}, world_size=1)[0]
     # The last steps are computed in another precision.
     assert off(found, straight) <= 1e-2
-    assert others == 6 + 15
+    assert others == 6 + 15 + 18
 
 
 def refused(rank: int, path: str, kind: str) -> str:
