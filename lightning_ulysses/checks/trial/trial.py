@@ -128,14 +128,14 @@ class StepTrial(TrialRuns):
 
     def _mended(self, verdict: Verdict, run: Callable[[], Verdict]) -> Verdict:
         """Runs more and more submodules on more than a slice, until nothing differs or nothing is left to try."""
-        first, tries = verdict, 0
+        first, kept, tries = verdict, self._recorder, 0
         while verdict.found is not None and self.given is None and tries < _TRIES:
             self.joints = added(self.joints, verdict.found)
             verdict, tries = run(), tries + 1
         # A step of evaluation may have no loss to judge by.
         is_judged = verdict.is_known or (self._recorder is not None and self._recorder.recording.loss is None)
         if tries and (verdict.moved is not None or verdict.fails or not is_judged):
-            self.joints = {}
+            self.joints, self._recorder = {}, kept
             return first
         return verdict
 
