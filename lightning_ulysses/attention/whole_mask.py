@@ -19,7 +19,9 @@ class MaskDtypes(StorageTable[torch.dtype]):
 
 def is_stand_in(tensor: Tensor) -> bool:
     """Whether a tensor is one element in the shape of a mask."""
-    return tensor.dim() == 4 and tensor.numel() > 1 and not any(tensor.stride())
+    # A dimension of one entry keeps a stride.
+    steps = (stride for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
+    return tensor.dim() == 4 and tensor.numel() > 1 and not any(steps)
 
 
 def whole_values(mask: object, batch: LocalBatch) -> object:

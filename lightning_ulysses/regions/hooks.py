@@ -124,7 +124,9 @@ class Splitter:
             region = LocalBatch(layout, rows=running.rows)
             region.cross_first = context.plan is None or context.plan.cross_first
             # `predict` joins by this layout if the batch itself has no sequence.
-            running.notes.of(RegionSizes).layout = layout
+            note = running.notes.of(RegionSizes)
+            note.layout = layout
+            note.layouts.append(layout)
         tally = context.notes.of(RegionTally)
         if tally.begun < _CHECKED_REGIONS:
             check_same_inputs(mesh, self._name, leaves)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lightning_ulysses.context import LocalBatch
 from lightning_ulysses.geometry.layout import SequenceLayout
@@ -24,9 +24,15 @@ class JointTally:
 
 @dataclass
 class RegionSizes:
-    """A note on a batch: the layout of the last region in its step."""
+    """A note on a batch.
+
+    Attributes:
+        layout: Of the last region in its step.
+        layouts: Of all regions in it.
+    """
 
     layout: SequenceLayout | None = None
+    layouts: list[SequenceLayout] = field(default_factory=list)
 
 
 def split_layout(batch: LocalBatch) -> SequenceLayout:

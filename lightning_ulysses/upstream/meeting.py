@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from lightning_ulysses.exchange.agreement import digest
 
-# Seconds between two looks.
-_PAUSE = 0.05
+# Seconds between two looks: few at first, since ranks mostly come together.
+_SHORTEST, _PAUSE = 0.001, 0.05
 # More than there are ranks.
 _OFF = 2**40
 
@@ -28,11 +28,6 @@ def next_meeting(name: str) -> str:
     return f"{name}/{_store().add(f'{name}/of/{dist.get_rank()}', 1)}"
 
 
-def arrive(name: str) -> None:
-    """Tells the other ranks that this one has come; waits for nobody."""
-    _store().add(name, 1)
-
-
 def all_arrive(name: str, seconds: float) -> bool:
     """Whether all ranks come within a time, this one included.
 
@@ -44,10 +39,10 @@ def all_arrive(name: str, seconds: float) -> bool:
     """
     try:
         store, size = _store(), dist.get_world_size()
-        count, deadline = int(store.add(name, 1)), time.monotonic() + seconds
+        count, deadline, pause = int(store.add(name, 1)), time.monotonic() + seconds, _SHORTEST
         while 0 <= count < size and time.monotonic() < deadline:
-            time.sleep(_PAUSE)
-            count = int(store.add(name, 0))
+            time.sleep(pause)
+            count, pause = int(store.add(name, 0)), min(2 * pause, _PAUSE)
         if 0 <= count < size:
             # Whoever comes later finds that the meeting was called off. The last rank may just have come.
             count = int(store.add(name, -_OFF)) + _OFF

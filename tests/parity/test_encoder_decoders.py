@@ -82,6 +82,7 @@ GATHERED: dict[str, tuple[Any, int, Any]] = {
     "3 heads on 4": (partial(WrittenTranslator, heads=3), 4, 4),
     "T5, 4 heads on 1 x 2": (translator("T5"), 2, {"ulysses": 1, "gather": 2}),
     "Bart, 4 heads on 1 x 2": (translator("Bart"), 2, {"ulysses": 1, "gather": 2}),
+    "T5, 4 heads on 2 x 2": (translator("T5"), 4, {"ulysses": 2, "gather": 2}),
     "torch, 4 heads on 2 x 2": (TorchTranslator, 4, {"ulysses": 2, "gather": 2}),
 }
 

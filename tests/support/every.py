@@ -33,8 +33,9 @@ def fit_and_listen(rank: int, cls: str, config: Any, batches: list[Any]) -> tupl
     said: list[str] = []
     warnings.simplefilter("ignore")
     listening = mock.patch("lightning_ulysses.strategy.rank_zero_info", said.append)
-    # A rank that fails alone is waited for.
-    with listening, mock.patch("lightning_ulysses.checks.trial.runs._PATIENCE", PATIENCE):
+    # A rank that fails alone, or waits in another exchange, is waited for.
+    patience = {"_PATIENCE": PATIENCE, "_LONG_PATIENCE": 2 * PATIENCE}
+    with listening, mock.patch.multiple("lightning_ulysses.checks.trial.runs", **patience):
         result = fit_rank(rank, partial(Tiny, cls, config), batches, SplitRun())
     return result, [line for line in said if "steps of 'train'" in line]
 

@@ -214,8 +214,7 @@ HYBRIDS: list[dict[str, Any]] = [
             "unpadded_vocab_size": None,
             "mlp_layer_types": ["dense", "sparse"],
         },
-        "exact": False,
-        "why": "position bias",
+        "why": "position bias, joined",
     },
 ]
 

@@ -40,10 +40,10 @@ _BART = {
 _LONG = {"max_position_embeddings": 96}
 FRAMES = 66
 _SPEECH = {"num_mel_bins": 8, "max_source_positions": FRAMES // 2, "max_target_positions": 96}
-_WRITTEN = "SwitchTransformers", "LongT5"
+_WRITTEN = ("LongT5",)
 # For each prefix of a class its sizes.
 FAMILIES: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("T5", "MT5", "UMT5", *_WRITTEN), _T5),
+    **dict.fromkeys(("T5", "MT5", "UMT5", "SwitchTransformers", *_WRITTEN), _T5),
     **dict.fromkeys(("Bart", "MBart", "PLBart", "BlenderbotSmall", "Pegasus", "M2M100", "Marian"), _BART | _LONG),
     "Whisper": {**_BART, **_SPEECH},
 }

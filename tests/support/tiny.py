@@ -17,7 +17,10 @@ from zoo import ZOO
 VOCAB, WIDTH, HEADS, LAYERS, LENGTH = 99, 32, 4, 2, 33
 # The first pattern that a name fits decides how large its number may be.
 SIZES: tuple[tuple[str, int], ...] = (
-    (r"type_vocab|num_labels|channels|dilation|stride|(^|_)pretraining|num_nextn|num_mem_blocks|conv_kernel|_bits", 0),
+    (
+        r"type_vocab|num_buckets|num_labels|channels|dilation|stride|(^|_)pretraining|num_nextn|num_mem_blocks|conv_kernel|_bits",
+        0,
+    ),
     (r"vocab", VOCAB),
     (r"key_value_heads|kv_heads|n_head_kv|num_query_groups|multi_query_group", 2),
     (r"rope_head_dim|rotary_dim|state|d_conv", 4),
@@ -50,33 +53,36 @@ TRIES: tuple[dict[str, Any], ...] = (
     {"layers": 8},
     {"fill": WIDTH // HEADS, "kv": HEADS},
     {"positions": 0},
+    # Of the angles of a head those of time, height and width: 4, or 2 where half of a head is rotated.
+    {"mrope": (2, 1, 1)},
+    {"mrope": (1, 1, 0)},
 )
-MOST_PARAMETERS = 3_000_000
+MOST_PARAMETERS = 8_000_000
 
 
 class Unbuilt(Exception):
     """No try gave a model."""
 
 
-def _limit(name: str, changed: Mapping[str, int]) -> int:
+def _limit(name: str, changed: Mapping[str, Any]) -> int:
     """The largest number for a setting; 0 leaves it."""
     for pattern, size in SIZES:
         if re.search(pattern, name):
             if "key_value" in pattern:
-                return changed.get("kv", size)
+                return int(changed.get("kv", size))
             if pattern.startswith("head_dim"):
-                return changed.get("head", size)
+                return int(changed.get("head", size))
             if pattern.startswith("positions"):
-                return changed.get("positions", size)
+                return int(changed.get("positions", size))
             if size == LAYERS and "layers" in pattern:
-                return changed.get("layers", size)
+                return int(changed.get("layers", size))
             if size == WIDTH:
-                return changed.get("width", size)
+                return int(changed.get("width", size))
             return size
     return 0
 
 
-def _smaller(name: str, value: Any, changed: Mapping[str, int]) -> Any:
+def _smaller(name: str, value: Any, changed: Mapping[str, Any]) -> Any:
     if name.endswith("_token_id") or name.endswith("_token_index"):
         special = {"pad": 0, "bos": 1, "eos": 2, "decoder_start": 1}
         small = next((id_ for key, id_ in special.items() if name.startswith(key)), 90)
@@ -91,7 +97,7 @@ def _smaller(name: str, value: Any, changed: Mapping[str, int]) -> Any:
     return value
 
 
-def settings_of(kind: Any, changed: Mapping[str, int], depth: int = 0) -> dict[str, Any]:
+def settings_of(kind: Any, changed: Mapping[str, Any], depth: int = 0) -> dict[str, Any]:
     """Arguments of a configuration class that make it small."""
     default = kind()
     layers = getattr(default, "num_hidden_layers", None)
@@ -109,6 +115,9 @@ def settings_of(kind: Any, changed: Mapping[str, int], depth: int = 0) -> dict[s
             continue
         if name == "head_dim" and value is None and "fill" in changed:
             found[name] = changed["fill"]
+            continue
+        if name == "rope_parameters" and isinstance(value, dict) and "mrope" in changed:
+            found[name] = {**value, "mrope_section": [*changed["mrope"]]}
             continue
         if isinstance(value, (list, tuple)) and layers and len(value) == layers:
             # One for each layer.
@@ -208,9 +217,7 @@ class Tiny(L.LightningModule):
         import transformers
 
         torch.manual_seed(0)
-        kind = getattr(transformers, cls)
-        config._attn_implementation = "sdpa" if kind._supports_sdpa else "eager"
-        self.model: Any = kind(config)
+        self.model: Any = getattr(transformers, cls)(config)
         decay_slowly(self.model)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -247,11 +254,15 @@ def tiny(name: str, kind: str, cls: str) -> tuple[Any, dict[str, Tensor], str]:
     why = ""
     # A model that hears has its sound in the text that it continues.
     for way in (kind, "causal") if kind == "pair" else (kind,):
-        for make in _configs(name, cls):
-            try:
-                return (*_running(make, way, cls), way)
-            except Exception as error:
-                why = why or f"{type(error).__name__}: {error}"
+        try:
+            for make in _configs(name, cls):
+                try:
+                    return (*_running(make, way, cls), way)
+                except Exception as error:
+                    why = why or f"{type(error).__name__}: {error}"
+        except Exception as error:
+            # Its default configuration is none.
+            why = why or f"{type(error).__name__}: {error}"
     raise Unbuilt(" ".join(why.split())[:200] if why else "no try")
 
 

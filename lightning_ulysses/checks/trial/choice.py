@@ -270,6 +270,7 @@ class SplitChoice:
 
     def _split_inside(self, clock: Clock, plan: SequencePlan, trial: StepTrial, step: Step, verdict: Verdict) -> None:
         self._plans[clock.kind] = self._installed(plan)
+        self.proven.add(clock.kind)
         self._pipeline.use(clock.kind, whole_rules(self._settings.rules))
         names = self._weigh_joined(clock, trial, step, verdict.is_additive)
         if self._context.mesh.rank == 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_ulysses.attention.whole_mask import is_stand_in
 from lightning_ulysses.checks.trial.blocks import outputs_of
-from lightning_ulysses.checks.trial.outputs import Call, Called, ModuleOutputs, Slice, distance_of
+from lightning_ulysses.checks.trial.outputs import Call, Called, ModuleOutputs, OwnSlice, Slice, distance_of
 from lightning_ulysses.geometry.joint import PADDED, Halo, Joined, Joint
 from lightning_ulysses.geometry.split_plan import SequencePlan
 from lightning_ulysses.regions.matching import clean_name, submodules
@@ -113,6 +113,16 @@ class JointFinder:
         return found
 
 
+def widest(found: Iterable[Found | None]) -> Found | None:
+    """What all of these ranks may run joined: what the one needs that goes furthest out; None if one finds nothing.
+
+    Inputs that are slices of those of one process on one rank may be none on another, such as positions from 0 on.
+    """
+    everyone = [*found]
+    known = [each for each in everyone if each is not None]
+    return min(known, key=lambda each: each.names[0].count(".")) if known and len(known) == len(everyone) else None
+
+
 def added(joints: Mapping[str, Joint], found: Found) -> dict[str, Joint]:
     """The joints with those that were found, and without those inside of them."""
     kept = {
@@ -151,7 +161,8 @@ def _joined(one: Called, other: Called, cut: Slice, bound: float) -> Joined | No
             return None
         if dims:
             inputs[key] = dims.pop()
-    if not inputs or len(one.inputs) != len(other.inputs):
+    # A slice may get more, such as labels that are shifted already: models hand on what they do not know.
+    if not inputs or not one.inputs.keys() <= other.inputs.keys():
         return None
     outputs: dict[str, int] = {}
     given = outputs_of(other.output) if other.output is not None else None
@@ -174,13 +185,18 @@ def _dims(one: Any, other: Any, cut: Slice, bound: float) -> Iterator[int]:
     if len(leaves) != len(others):
         yield _UNLIKE
     for a, b in zip(leaves, others, strict=False):
-        if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        if isinstance(b, OwnSlice):
+            # Whole for whoever reads it.
+            own = b.of(a) if isinstance(a, Tensor) else None
+            if own is None or not _is_same(own, b.local, bound):
+                yield _UNLIKE
+        elif isinstance(b, Tensor) and is_stand_in(b):
+            # A mask that gets its values where it is joined; one process may do without.
+            continue
+        elif not isinstance(a, Tensor) or not isinstance(b, Tensor):
             # Caches and switches may differ between the runs; a length that is passed on may not.
             if isinstance(a, Tensor) or isinstance(b, Tensor) or (a == cut.seq_len and b == cut.share):
                 yield _UNLIKE
-        elif is_stand_in(b):
-            # A mask that gets its values where it is joined.
-            continue
         elif a.shape != b.shape:
             dim = _cut_along(a, b)
             is_slice = dim is not None and (a.shape[dim], b.shape[dim]) == (cut.seq_len, cut.share)
@@ -193,9 +209,9 @@ def _dims(one: Any, other: Any, cut: Slice, bound: float) -> Iterator[int]:
 def _output_dims(one: Any, other: Any, cut: Slice) -> Iterator[int]:
     others = tree_leaves(other) if other is not None else []
     for place, a in enumerate(tree_leaves(one)):
-        if not isinstance(a, Tensor):
-            continue
         b = others[place] if place < len(others) else None
+        if not isinstance(a, Tensor) or isinstance(b, OwnSlice):
+            continue
         if not isinstance(b, Tensor):
             # The run on the slice has failed: excerpts have lengths that nothing else has.
             dims = [dim for dim, size in enumerate(a.shape) if size == cut.seq_len]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
+from lightning_ulysses.divided import Divided, Division
 from lightning_ulysses.geometry.layout import SequenceLayout
 from lightning_ulysses.patching.handle import Handle
 
@@ -66,6 +67,27 @@ class Slice:
     def of(cls, layout: SequenceLayout, rows: int, rank: int) -> Slice:
         """One rank's slice of a batch, or of a region."""
         return cls(layout.spans[rank], layout.seq_len, rows)
+
+
+@dataclass(frozen=True)
+class OwnSlice:
+    """What a run on slices has of a value that is divided over ranks.
+
+    No tensor: one rank may compare values while the others do not, and a divided tensor asks for the others.
+
+    Attributes:
+        local: This rank's slice.
+        division: How the value is divided.
+    """
+
+    local: Tensor
+    division: Division
+
+    def of(self, whole: Tensor) -> Tensor | None:
+        """The same slice of what one process has; None if that has another shape."""
+        shape = list(self.local.shape)
+        shape[self.division.dim] = self.division.size
+        return self.division.cut(whole, self.division.dim) if list(whole.shape) == shape else None
 
 
 @dataclass
@@ -146,8 +168,14 @@ class ModuleOutputs:
 
 
 def detached(values: Any) -> Any:
-    """Nested values without their graph."""
-    return tree_map(lambda leaf: leaf.detach() if type(leaf) is Tensor else leaf, values)
+    """Nested values without their graph, and with an `OwnSlice` of each divided one."""
+    return tree_map(_detached, values)
+
+
+def _detached(leaf: Any) -> Any:
+    if isinstance(leaf, Divided):
+        return OwnSlice(leaf.local.detach(), leaf.division)
+    return leaf.detach() if type(leaf) is Tensor else leaf
 
 
 def first_changed(

@@ -17,7 +17,7 @@ from lightning_ulysses.checks.trial.outputs import Call, ModuleOutputs, Slice
 from lightning_ulysses.context import LocalBatch, SequenceContext
 from lightning_ulysses.exchange.cut_and_join import cut
 from lightning_ulysses.interceptors.draw_table import Drawn
-from lightning_ulysses.regions.notes import split_layout
+from lightning_ulysses.regions.notes import RegionSizes, split_layout
 
 # Outputs of submodules whose gradients are compared where attention is not taken over.
 _EARLY = 8
@@ -214,14 +214,12 @@ class Rehearsal:
     regions: list[LocalBatch | None] = field(default_factory=list)
     inside: list[bool] = field(default_factory=list)
 
-    def cut(self, local: LocalBatch) -> Slice:
-        """This rank's slice of what is split in the step of ``local``."""
-        return self.cuts(local)[0]
-
     def cuts(self, local: LocalBatch) -> list[Slice]:
-        """The same for all sequences that are split in it."""
+        """This rank's slices of the sequences that are split in the step of ``local``."""
         places = [region for region in self.regions if region is not None]
-        layouts = [layout for region in places for layout in (region.layout, *region.others)] or [split_layout(local)]
+        layouts = [layout for region in places for layout in (region.layout, *region.others)]
+        # Of regions without a call of attention as well.
+        layouts = [*layouts, *local.notes.of(RegionSizes).layouts] or [split_layout(local)]
         cuts = [Slice.of(layout, local.rows, self.context.mesh.sp_rank) for layout in layouts]
         return [cut for number, cut in enumerate(cuts) if cut not in cuts[:number]]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -21,6 +21,7 @@ from lightning_ulysses.checks.trial.samples import Sample, is_tensor
 from lightning_ulysses.checks.trial.sandbox import StepEnds, repeatable, sandbox, state_kept
 from lightning_ulysses.checks.trial.verdict import INPUTS, TOKENS_IN_HALF
 from lightning_ulysses.context import LocalBatch, SequenceContext
+from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.geometry.joint import Joint
 from lightning_ulysses.geometry.split_plan import SequencePlan
 from lightning_ulysses.interceptors.draw_table import DrawTable
@@ -28,12 +29,12 @@ from lightning_ulysses.loss.logged import numbers_of
 from lightning_ulysses.patching.handle import Handle
 from lightning_ulysses.progress import unseen
 from lightning_ulysses.regions.notes import JointTally, RegionTally
-from lightning_ulysses.upstream.meeting import all_arrive, arrive, next_meeting
+from lightning_ulysses.upstream.meeting import all_arrive, next_meeting
 
 Step = Callable[[Any], Any]
 
-# Seconds for which a rank whose step failed waits for the others.
-_PATIENCE = 60.0
+# Seconds for which a rank whose step failed waits for the others, and one whose step has ended.
+_PATIENCE, _LONG_PATIENCE = 60.0, 600.0
 
 
 class TrialRuns:
@@ -96,15 +97,21 @@ class TrialRuns:
         return self._context.notes.of(DrawTable)
 
     def _from_all(self, mine: Any, failed: Exception | None) -> list[Any]:
-        # A rank that failed alone may have left the others in an exchange of the step, where they wait for it.
-        meeting = next_meeting("trial")
-        if failed is None:
-            arrive(meeting)
-        elif not all_arrive(meeting, _PATIENCE):
-            raise failed
+        # Others may still be in an exchange of the step, which no other collective must meet.
+        seconds = _LONG_PATIENCE if failed is None else _PATIENCE
+        if not all_arrive(next_meeting("trial"), seconds):
+            raise failed or self._missing(seconds)
         everyone: list[Any] = [None] * self._context.mesh.world_size
         dist.all_gather_object(everyone, mine)
         return everyone
+
+    def _missing(self, seconds: float) -> UlyssesError:
+        return UlyssesError(
+            f"a step of {type(self._module).__name__} that ended on this rank in its trial, and not on another one "
+            f"within {seconds:.0f} seconds",
+            "the same exchanges on every rank, forward and backward, whatever its slice holds and however long it is",
+            "call gather_sequence and what is exchanged on every rank, or set split='blocks' in the strategy",
+        )
 
     @contextmanager
     def _tried(self) -> Iterator[None]:
@@ -148,10 +155,11 @@ class TrialRuns:
             self._try(step, inputs, local, recorder, recorder.recording)
         return recorder
 
-    def _look(self, part: Recording, cut: Slice, call: Call | None, half: bool) -> Found | None:
+    def _look(self, part: Recording, cuts: Sequence[Slice], call: Call | None, half: bool) -> Found | None:
         assert self._recorder is not None
         whole, bound = self._recorder.recording, TOKENS_IN_HALF if half else INPUTS
-        return self._finder.find(whole.modules, part.modules, cut, call, bound, self.joints)
+        found = (self._finder.find(whole.modules, part.modules, cut, call, bound, self.joints) for cut in cuts)
+        return next((each for each in found if each is not None), None)
 
     def _try(self, step: Step, inputs: Any, local: LocalBatch, trial: Any, recording: Recording) -> None:
         kept, streams = state_kept(self._module), repeatable(self._device)

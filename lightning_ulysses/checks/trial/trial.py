@@ -14,7 +14,7 @@ from torch import nn
 from lightning_ulysses.attention.route import AttentionTally
 from lightning_ulysses.batch.whole import WholeBatch
 from lightning_ulysses.checks.step import check_joined
-from lightning_ulysses.checks.trial.joints import Found, added
+from lightning_ulysses.checks.trial.joints import Found, added, widest
 from lightning_ulysses.checks.trial.narrowing import Attempt, agreed, narrow
 from lightning_ulysses.checks.trial.outputs import Change, Slice
 from lightning_ulysses.checks.trial.replay import Rehearsal, Replay
@@ -128,14 +128,14 @@ class StepTrial(TrialRuns):
 
     def _mended(self, verdict: Verdict, run: Callable[[], Verdict]) -> Verdict:
         """Runs more and more submodules on more than a slice, until nothing differs or nothing is left to try."""
-        first, tries = verdict, 0
+        first, kept, tries = verdict, self._recorder, 0
         while verdict.found is not None and self.given is None and tries < _TRIES:
             self.joints = added(self.joints, verdict.found)
             verdict, tries = run(), tries + 1
         # A step of evaluation may have no loss to judge by.
         is_judged = verdict.is_known or (self._recorder is not None and self._recorder.recording.loss is None)
         if tries and (verdict.moved is not None or verdict.fails or not is_judged):
-            self.joints = {}
+            self.joints, self._recorder = {}, kept
             return first
         return verdict
 
@@ -301,17 +301,17 @@ class StepTrial(TrialRuns):
         except Exception as failure:
             failed, fault = failure, repr(failure)
         self.joins_attention = any(rehearsal.inside)
-        if fault is not None and local is not None:
-            cut = rehearsal.cut(local)
-            call = fault.call if isinstance(fault, Change) else None
-            if call is not None or failed is not None:
-                found = self._look(rehearsal.recording, cut, call, half)
+        call = fault.call if isinstance(fault, Change) else None
+        if local is not None and (call is not None or failed is not None):
+            found = self._look(rehearsal.recording, rehearsal.cuts(local), call, half)
         everyone = self._from_all((fault, report, found), failed)
         faults = [each for each in everyone if each[0] is not None]
         if faults:
             tally.attends_memory = before
         # The first change of any rank: later ones may follow from it.
-        first, _, found = min(faults, key=lambda each: getattr(each[0], "place", 0), default=(None, None, None))
+        places = [getattr(each[0], "place", 0) for each in faults]
+        showing = [each for each, place in zip(faults, places, strict=True) if place == min(places)]
+        first, found = next((each[0] for each in showing), None), widest(each for *_, each in showing)
         self.fault = "" if first is None else getattr(first, "where", str(first))
         return first, [report for _, report, _ in everyone], found
 
@@ -390,11 +390,11 @@ class StepTrial(TrialRuns):
             with self._draws.replaying(self._recorder.drawn), self._joining():
                 self._try(step, inputs, local, replay, replay.recording)
         except Exception:
-            self._found = self._look(replay.recording, cut, None, half)
+            self._found = self._look(replay.recording, [cut], None, half)
             raise
         logged = Logged(self._recorder.recording.logged, replay.recording.logged, local.counts)
         report = compare(self._recorder, replay, local, half)
         self.joins_attention = any(replay.inside)
         if report.moved is not None and not report.moved.is_result:
-            self._found = self._look(replay.recording, cut, report.moved.call, half)
+            self._found = self._look(replay.recording, [cut], report.moved.call, half)
         return report, logged

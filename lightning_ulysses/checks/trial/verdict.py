@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_ulysses.checks.trial.joints import Found
+from lightning_ulysses.checks.trial.joints import Found, widest
 from lightning_ulysses.checks.trial.outputs import Change, Slice, first_changed, result_change
 from lightning_ulysses.checks.trial.replay import Recorder, Recording, Rehearsal, Replay, cut_dim, narrowed
 from lightning_ulysses.context import LocalBatch
@@ -355,7 +355,7 @@ def judge(found: Sequence[tuple[SliceReport, tuple[SequencePlan, ...]]], sp_size
             plans=plans,
             is_recorded=all(report.is_recorded for report in reports),
             has_targets=bool(telling),
-            found=first.found if first is not None else next((each.found for each in everyone if each.found), None),
+            found=widest(each.found for each in everyone if (each.fails if moved is None else _shows(each, moved))),
         )
     half = any(report.is_half for report in reports)
     misfit, gap = largest(report.misfit for report in reports), largest(map(_gap, groups))
@@ -364,6 +364,10 @@ def judge(found: Sequence[tuple[SliceReport, tuple[SequencePlan, ...]]], sp_size
     weights = tuple(report.weight for report in groups[0])
     pooled = next((report.pooled for report in reports if report.pooled is not None), None)
     return Verdict(additive, names, weights, max(misfit, gap), is_coarse=half, plans=plans, pooled=pooled)
+
+
+def _shows(report: SliceReport, moved: Change) -> bool:
+    return report.moved is not None and report.moved.place == moved.place
 
 
 def _place(report: SliceReport) -> int:

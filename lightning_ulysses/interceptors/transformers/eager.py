@@ -54,11 +54,16 @@ def check_formula(
     length = q.shape[2]
     # Eager functions are given a mask that is added to the scores. This one is causal.
     hidden = torch.full((length, length), torch.finfo(q.dtype).min, dtype=q.dtype, device=q.device).triu(1)
+    bias = kwargs.get("position_bias")
+    if bias is not None:
+        # (B | 1, H, S_q, S_k) -> (1, H, tokens, tokens), of any values: those of a slice may all be zero.
+        bias = torch.linspace(-1, 1, bias.shape[1] * length**2, dtype=q.dtype, device=q.device)
+        kwargs["position_bias"] = bias = bias.view(1, -1, length, length)
     with torch.no_grad():
         # The mask (tokens, tokens) -> (1, 1, tokens, tokens)
         theirs = original(module, q, k, v, hidden[None, None], dropout=0.0, scaling=scale, **kwargs)[0]
         # (1, H, tokens, D_v) -> (1, tokens, H, D_v)
-        ours = attend(q, k, v, MaskSpec(True), scale=scale, extras=extras).transpose(1, 2)
+        ours = attend(q, k, v, MaskSpec(True), scale=scale, bias=bias, extras=extras).transpose(1, 2)
     bound = 1e-4 if q.dtype in (torch.float32, torch.float64) else 5e-2
     if theirs.shape != ours.shape or not torch.allclose(theirs, ours, atol=bound * float(ours.abs().max()), rtol=bound):
         raise UlyssesError(

@@ -15,9 +15,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_ulysses.context import LocalBatch, SequenceContext
+from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.exchange.gather import join_sequence
 from lightning_ulysses.patching.handle import Handle
 from lightning_ulysses.patching.outside_graphs import eager
@@ -75,7 +77,7 @@ class Numbering:
             bound = signature.bind_partial(*args, **kwargs)
             given, tokens = (bound.arguments.get(key) for key in ("position_ids", "input_ids"))
             # Positions that the user passes reach the model unchanged.
-            if given is not None and not any(given is own for own in self._supplied):
+            if not self._is_supplied(module, given):
                 return None
             batch = self._context.described
             assert batch is not None
@@ -95,6 +97,22 @@ class Numbering:
             return number(args, kwargs) if self._context.described is not None else None
 
         return hook
+
+    def _is_supplied(self, module: nn.Module, given: Tensor | None) -> bool:
+        """Whether positions are not the user's; a collective in a trial, whose ranks must not part here."""
+        mine = given is None or any(given is own for own in self._supplied)
+        group = self._context.mesh.sp_group
+        if group is None or not self._context.place.takes_calls:
+            return mine
+        everyone = [mine] * self._context.mesh.sp_size
+        dist.all_gather_object(everyone, mine, group=group)
+        if len(set(everyone)) > 1:
+            raise UlyssesError(
+                f"positions that the model around {type(module).__name__} changes where a slice has a certain length",
+                "the positions of a slice as they are",
+                "give the model inputs that it need not pad, or set split='blocks' in the strategy",
+            )
+        return mine
 
     def _numbers(self, tokens: Tensor, batch: LocalBatch, create: Create, padding: int) -> Tensor:
         """Token ids (B, S_r) -> positions (B, S_r)."""

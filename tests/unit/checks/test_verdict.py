@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 
+from lightning_ulysses.checks.trial.joints import Found, widest
+from lightning_ulysses.checks.trial.outputs import Change
 from lightning_ulysses.checks.trial.verdict import SliceReport, judge
+from lightning_ulysses.geometry.joint import Joined
 
 COUNTS = {"labels": 3.0, "tokens": 4.0}
 
@@ -48,3 +51,20 @@ def test_an_excerpt_without_targets_is_not_such_a_batch() -> None:
 )
 def test_counts_that_are_the_weights(weights: tuple[float, float], half: bool, names: set[str]) -> None:
     assert judge(group(*weights, half=half), 2).names == names
+
+
+INNER, OUTER = (Found((name,), Joined({"x": 1}, {"": 1})) for name in ("encoder.layer.0.attention", "encoder"))
+
+
+@pytest.mark.parametrize("order", [(INNER, OUTER), (OUTER, INNER)])
+def test_what_is_joined_is_joined_on_all_ranks(order: tuple[Found, Found]) -> None:
+    """Positions from 0 on are those of the first slice, and of no other one."""
+    here, later = Change("attention", 0.1, place=3), Change("head", 0.1, place=7)
+    reports = [SliceReport(COUNTS, moved=here, found=found) for found in order]
+    assert judge([(report, ()) for report in reports], 2).found is OUTER
+    failed = [SliceReport(COUNTS, reason="", fails=True, found=found) for found in order]
+    assert judge([(report, ()) for report in failed], 2).found is OUTER
+    # A rank whose first change lies further behind says nothing of this one.
+    reports[order.index(OUTER)] = SliceReport(COUNTS, moved=later, found=OUTER)
+    assert judge([(report, ()) for report in reports], 2).found is INNER
+    assert widest([INNER, None]) is None and widest([]) is None

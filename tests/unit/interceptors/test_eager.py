@@ -15,6 +15,7 @@ from zoo import Specimen
 
 from lightning_ulysses import UlyssesError
 from lightning_ulysses.attention.explicit import Extras
+from lightning_ulysses.interceptors.transformers.eager import check_formula
 from lightning_ulysses.testing import SplitRun, compare, fit_rank, fit_single, fit_split
 from lightning_ulysses.testing.processes import ProcessPool
 
@@ -84,6 +85,25 @@ def test_another_formula_runs_on_the_joined_sequence(pool: ProcessPool) -> None:
 def test_another_formula_is_refused_without_the_check(pool: ProcessPool) -> None:
     for error in pool.run(refused, world_size=2):
         assert "Gemma2Attention, whose divided is not softmax attention" in str(error), error
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_a_position_bias_is_part_of_the_formula(adds: bool) -> None:
+    """That of a slice may have any shape and values: the formula is tried with others."""
+    q = torch.randn(2, 4, 17, 8)
+
+    def eager(
+        module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scaling: float, position_bias: Tensor, **_: Any
+    ) -> tuple[Tensor, None]:
+        scores = q @ k.transpose(2, 3) * scaling + mask + (position_bias if adds else 0)
+        return (scores.softmax(-1) @ v).transpose(1, 2), None
+
+    bias = torch.zeros(1, 4, 17, 33)
+    if adds:
+        check_formula(eager, torch.nn.Identity(), q, q, q, 0.5, None, position_bias=bias)
+        return
+    with pytest.raises(UlyssesError, match="not softmax attention"):
+        check_formula(eager, torch.nn.Identity(), q, q, q, 0.5, None, position_bias=bias)
 
 
 def plain(rank: int) -> bool:
