@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import faulthandler
 import gc
+import importlib
 import multiprocessing
 import os
 import pickle
@@ -16,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any, TypeVar
@@ -54,6 +55,13 @@ def free_port() -> int:
             return port
 
 
+def _store() -> Any:
+    """Where the ranks of one run meet; it ends with the object."""
+    import torch.distributed as dist
+
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
 def _clean_up(runs: int) -> None:
     import torch.distributed as dist
 
@@ -79,12 +87,15 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _serve(connection: Connection) -> None:
-    """Runs the functions that it is sent, until the other end closes the connection."""
+def _serve(connection: Connection, preload: Sequence[str]) -> None:
+    """Says that it is ready, then runs the functions that it is sent, until the other end closes the connection."""
     import torch
 
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+    for name in preload:
+        importlib.import_module(name)
+    connection.send(os.getpid())
     runs = 0
     while True:
         try:
@@ -124,11 +135,13 @@ class ProcessPool:
     Args:
         size: Number of processes; a run may use fewer.
         timeout: Seconds after which a run counts as hung.
+        preload: Modules that processes import before the time of their first run begins.
     """
 
-    def __init__(self, size: int, timeout: float = 300.0) -> None:
+    def __init__(self, size: int, timeout: float = 300.0, preload: Sequence[str] = ()) -> None:
         self.size = size
         self.timeout = timeout
+        self.preload = tuple(preload)
         self._processes: list[Any] = []
         self._connections: list[Connection] = []
 
@@ -149,7 +162,7 @@ class ProcessPool:
             for _ in range(self.size):
                 here, there = context.Pipe()
                 # Not daemonic, since daemonic processes may not start dataloader workers.
-                process = context.Process(target=_serve, args=(there,))
+                process = context.Process(target=_serve, args=(there, self.preload))
                 process.start()
                 there.close()
                 self._processes.append(process)
@@ -159,6 +172,10 @@ class ProcessPool:
                 del os.environ["OMP_NUM_THREADS"]
             else:
                 os.environ["OMP_NUM_THREADS"] = before
+        for connection in self._connections:
+            # A process that has died is reported by the run.
+            with contextlib.suppress(EOFError, ConnectionError):
+                connection.recv()
 
     def run(self, function: Callable[..., T], *args: Any, world_size: int) -> list[T]:
         """Calls ``function(rank, *args)`` on ``world_size`` processes.
@@ -172,15 +189,18 @@ class ProcessPool:
         """
         if world_size > self.size:
             raise ValueError(f"A world of {world_size} processes in a pool of {self.size}.")
-        if not self._processes:
-            self._start()
+        store = _store()
         environment = {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
+            "MASTER_ADDR": store.host,
+            "MASTER_PORT": str(store.port),
+            # Ranks meet in the store of this process: one kept by rank 0 is not there yet when others look for it.
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
             "WORLD_SIZE": str(world_size),
             "NODE_RANK": "0",
         }
         try:
+            if not self._processes:
+                self._start()
             for rank in range(world_size):
                 own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
                 self._connections[rank].send((function, args, own))
