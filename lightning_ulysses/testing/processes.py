@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -73,10 +74,13 @@ def _clean_up(runs: int) -> None:
     if "deepspeed" in sys.modules:
         upstream_deepspeed.forget_world()
     if runs == 1 or runs % _COLLECT_EVERY == 0:
-        gc.collect()
-    if runs == 1:
-        # Imported modules stay, so the collector need not look at them in every run.
-        gc.freeze()
+        _collect_garbage()
+
+
+def _collect_garbage() -> None:
+    gc.collect()
+    # What is left are imported modules and their tables, so the collector need not look at them again.
+    gc.freeze()
 
 
 def _end_with_parent() -> None:
@@ -95,6 +99,7 @@ def _serve(connection: Connection, preload: Sequence[str]) -> None:
     torch.set_num_threads(1)
     for name in preload:
         importlib.import_module(name)
+    _collect_garbage()
     connection.send(os.getpid())
     runs = 0
     while True:
@@ -102,31 +107,36 @@ def _serve(connection: Connection, preload: Sequence[str]) -> None:
             message = connection.recv_bytes()
         except EOFError:
             return
+        # By now nothing of the run is held here.
+        answer = _answer(message)
+        runs += 1
+        _clean_up(runs)
         try:
-            # Unpickling imports the modules of the function and its arguments. That may fail here although it worked in
-            # the parent.
-            function, args, environment = pickle.loads(message)
-            os.environ.update(environment)
-            if _SHOWS_STACKS:
-                # For each run: Lightning's Trainer resets handlers when it ends.
-                faulthandler.unregister(signal.SIGUSR1)
-                faulthandler.register(signal.SIGUSR1)
-            reply: Any = (True, function(int(environment["RANK"]), *args))
-        except BaseException as error:
-            cause: BaseException | None = error
-            try:
-                # Some exceptions can be pickled but not unpickled.
-                pickle.loads(pickle.dumps(error))
-            except Exception:
-                cause = None
-            reply = (False, (traceback.format_exc(), cause))
-        finally:
-            runs += 1
-            _clean_up(runs)
-        try:
-            connection.send(reply)
+            connection.send_bytes(answer)
         except BrokenPipeError:
             return
+
+
+def _answer(message: bytes) -> bytes:
+    """What a function returns, or the error that it raises."""
+    try:
+        # Unpickling imports the modules of the function and its arguments. That may fail here although it worked in
+        # the parent.
+        function, args, environment = pickle.loads(message)
+        os.environ.update(environment)
+        if _SHOWS_STACKS:
+            # For each run: Lightning's Trainer resets handlers when it ends.
+            faulthandler.unregister(signal.SIGUSR1)
+            faulthandler.register(signal.SIGUSR1)
+        return bytes(ForkingPickler.dumps((True, function(int(environment["RANK"]), *args))))
+    except BaseException as error:
+        cause: BaseException | None = error
+        try:
+            # Some exceptions can be pickled but not unpickled.
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            cause = None
+        return bytes(ForkingPickler.dumps((False, (traceback.format_exc(), cause))))
 
 
 class ProcessPool:
@@ -172,10 +182,12 @@ class ProcessPool:
                 del os.environ["OMP_NUM_THREADS"]
             else:
                 os.environ["OMP_NUM_THREADS"] = before
-        for connection in self._connections:
-            # A process that has died is reported by the run.
-            with contextlib.suppress(EOFError, ConnectionError):
+        for rank, connection in enumerate(self._connections):
+            try:
                 connection.recv()
+            except (EOFError, ConnectionError) as error:
+                self.close()
+                raise RemoteError(rank, "the process died while it started", None) from error
 
     def run(self, function: Callable[..., T], *args: Any, world_size: int) -> list[T]:
         """Calls ``function(rank, *args)`` on ``world_size`` processes.

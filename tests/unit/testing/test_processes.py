@@ -121,7 +121,11 @@ def test_ranks_wait_for_no_other_to_open_the_place_where_they_meet(pool: Process
 @pytest.mark.processes
 def test_importing_is_no_part_of_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "takes_long.py").write_text("import time\ntime.sleep(2.5)\n")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    monkeypatch.syspath_prepend(tmp_path)
     with ProcessPool(1, timeout=2, preload=["takes_long"]) as pool:
         # Nothing that is imported for it.
         assert pool.run(abs, world_size=1) == [0]
+        pool.close()
+        pool.preload = ("no_such_module",)
+        with pytest.raises(RemoteError, match="the process died while it started"):
+            pool.run(abs, world_size=1)
