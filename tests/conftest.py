@@ -22,8 +22,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.processes)
 
 
+# What most runs need; importing it takes longer than they do.
+PRELOAD = ("deepspeed", "lightning_ulysses.testing", "transformers.models.llama.modeling_llama")
+
+
 @pytest.fixture(scope="session")
 def pool() -> Iterator[ProcessPool]:
     """Four processes, started once."""
-    with ProcessPool(4, timeout=120) as processes:
+    with ProcessPool(4, timeout=120, preload=PRELOAD) as processes:
         yield processes

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_ulysses.attention.attend import Softmax
 from lightning_ulysses.attention.call import AttentionCall
@@ -29,7 +29,7 @@ from lightning_ulysses.context import LocalBatch, SequenceContext
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.geometry.layout import Runs, SequenceLayout
 from lightning_ulysses.geometry.mask_spec import MaskSpec
-from lightning_ulysses.patching.early_bound import rebind
+from lightning_ulysses.patching.early_bound import Function
 from lightning_ulysses.patching.handle import Handle
 
 _MODULES = (
@@ -195,16 +195,16 @@ def _wrap(
 
 def replace_imported(
     context: SequenceContext,
-    root: nn.Module,
+    early: dict[Function, Function],
     modules: tuple[str, ...],
     is_wanted: Callable[[str], bool],
     wrap: Callable[[SequenceContext, Callable[..., Any]], Callable[..., Any]],
 ) -> Handle:
-    """Replaces functions of imported modules wherever they are held. Does nothing if P = 1.
+    """Replaces functions of imported modules. Does nothing if P = 1.
 
     Args:
         context: Tells what is split at this moment.
-        root: The user's LightningModule. References to the functions are replaced in it as well.
+        early: Takes the replacement of each function that may have been bound early.
         modules: Names of modules that may hold the functions.
         is_wanted: Decides by its name whether a function is replaced.
         wrap: Makes the replacement of a function.
@@ -215,7 +215,7 @@ def replace_imported(
     handle = Handle()
     if context.mesh.sp_size == 1:
         return handle
-    found: dict[Callable[..., Any], Callable[..., Any]] = {}
+    found: dict[Function, Function] = {}
     for module in (sys.modules[name] for name in modules if name in sys.modules):
         for name, function in list(vars(module).items()):
             if is_wanted(name) and inspect.isfunction(function):
@@ -225,7 +225,7 @@ def replace_imported(
         # `rebind` leaves torch's own modules alone.
         if original.__module__ == "torch.nn.attention.varlen":
             handle.patch(sys.modules[original.__module__], original.__name__, replacement)
-        rebind(handle, root, original, replacement)
+    early |= found
     return handle
 
 
@@ -247,12 +247,12 @@ def _kernels() -> dict[Callable[..., Any], tuple[Callable[..., Any], str]]:
     return found
 
 
-def install(context: SequenceContext, root: nn.Module) -> Handle:
+def install(context: SequenceContext, early: dict[Function, Function]) -> Handle:
     """Replaces the functions that have been imported. Does nothing if P = 1.
 
     Args:
         context: Tells what is split at this moment.
-        root: The user's LightningModule. References to the functions are replaced in it as well.
+        early: Takes the replacement of each function that may have been bound early.
 
     Returns:
         A handle whose ``remove()`` restores everything.
@@ -260,4 +260,4 @@ def install(context: SequenceContext, root: nn.Module) -> Handle:
     import torch.nn.attention.varlen  # noqa: F401  (part of torch: a step may import it later)
 
     kernels = _kernels()
-    return replace_imported(context, root, _MODULES, _is_attention, functools.partial(_wrap, kernels=kernels))
+    return replace_imported(context, early, _MODULES, _is_attention, functools.partial(_wrap, kernels=kernels))

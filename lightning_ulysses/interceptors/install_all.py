@@ -21,6 +21,7 @@ from lightning_ulysses.interceptors import (
     xformers,
 )
 from lightning_ulysses.interceptors.peft import check_adapters
+from lightning_ulysses.patching.early_bound import Function, rebind
 from lightning_ulysses.patching.handle import Handle
 from lightning_ulysses.upstream.deepspeed import keep_checkpoint_inputs, touch_through
 
@@ -60,13 +61,17 @@ def _install(handle: Handle, context: SequenceContext, module: nn.Module, zero_s
         handle.add(touch_through(touched).remove)
         handle.patch(torch.nn.functional, "linear", aware("linear", torch.nn.functional.linear))
     handle.add(highest_position.install(context, module).remove)
-    handle.add(torch_draws.install(context, module).remove)
-    handle.add(torch_sdpa.install(context, module).remove)
+    early: dict[Function, Function] = {}
+    handle.add(torch_draws.install(context, early).remove)
+    handle.add(torch_sdpa.install(context, early).remove)
     handle.add(torch_multihead.install(context).remove)
-    handle.add(flash_attn.install(context, module).remove)
-    handle.add(xformers.install(context, module).remove)
-    handle.add(torch_flex.install(context, module).remove)
-    handle.add(mixers.install(context, module).remove)
+    handle.add(flash_attn.install(context, early).remove)
+    handle.add(xformers.install(context, early).remove)
+    handle.add(torch_flex.install(context, module, early).remove)
+    mixers.install(context, early)
+    if context.mesh.sp_size > 1:
+        # One search for all of them: it reads the globals of every imported module.
+        rebind(handle, module, early)
     if context.chosen is not None:
         handle.add(regions.install(context, module, context.chosen).remove)
     # If the module contains a transformers model, the package has been imported. Otherwise it is not needed.

@@ -13,28 +13,27 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import nn
-
 from lightning_ulysses.context import SequenceContext
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.mixing.call import MixerCall
 from lightning_ulysses.mixing.route import route
 from lightning_ulysses.mixing.table import FUSED, TABLE, Fused, Mixer
-from lightning_ulysses.patching.early_bound import rebind_all
-from lightning_ulysses.patching.handle import Handle
+from lightning_ulysses.patching.early_bound import Function
 
 _MASK = "create_recurrent_attention_mask"
 
 
-def _functions(names: Any) -> Iterator[tuple[str, Callable[..., Any], str]]:
-    """Functions with these names in imported modules, each once, with the name of the module."""
+def _functions() -> Iterator[tuple[str, Function, str]]:
+    """Functions that may be taken over in imported modules, each once, with the name of the module."""
     met: set[int] = set()
+    names = (*TABLE, *FUSED, _MASK)
     # A copy: another thread may import meanwhile.
     for file, module in sys.modules.copy().items():
         held = getattr(module, "__dict__", None)
         if not isinstance(held, dict) or file.partition(".")[0] == "lightning_ulysses":
             continue
-        for name in names:
+        # Few modules hold any.
+        for name in names if not held.keys().isdisjoint(names) else ():
             found = held.get(name)
             if callable(found) and id(found) not in met:
                 met.add(id(found))
@@ -82,22 +81,17 @@ def _masked(context: SequenceContext, original: Callable[..., Any]) -> Callable[
     return mask
 
 
-def install(context: SequenceContext, root: nn.Module) -> Handle:
-    """Patches the functions of `mixing.table` while a strategy is set up.
+def install(context: SequenceContext, early: dict[Function, Function]) -> None:
+    """Adds replacements of the functions of `mixing.table`. Does nothing if P = 1.
 
     Args:
         context: Tells what is split at this moment.
-        root: The user's LightningModule, in which references are replaced as well.
-
-    Returns:
-        A handle whose ``remove()`` restores them.
+        early: Takes the replacement of each function.
     """
-    handle = Handle()
-    if context.mesh.sp_size == 1:
-        return handle
-    new = {found: _exchanged(context, name, TABLE[name], found) for name, found, _ in _functions(TABLE)}
-    new |= {found: _taken_apart(context, name, FUSED[name], found, file) for name, found, file in _functions(FUSED)}
-    new |= {found: _masked(context, found) for _, found, _ in _functions([_MASK])}
-    if new:
-        rebind_all(handle, root, new)
-    return handle
+    for name, found, file in _functions() if context.mesh.sp_size > 1 else ():
+        if name in TABLE:
+            early[found] = _exchanged(context, name, TABLE[name], found)
+        elif name in FUSED:
+            early[found] = _taken_apart(context, name, FUSED[name], found, file)
+        else:
+            early[found] = _masked(context, found)

@@ -11,18 +11,17 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_ulysses.context import SequenceContext
 from lightning_ulysses.interceptors.draw_table import Cut, DrawTable
-from lightning_ulysses.patching.early_bound import rebind_all
+from lightning_ulysses.patching.early_bound import Function
 from lightning_ulysses.patching.handle import Handle
 from lightning_ulysses.patching.outside_graphs import eager
 
 # Draws with the given arguments, or returns None where nothing is cut.
 Draw = Callable[..., Tensor | None]
 Find = Callable[..., Cut | None]
-Function = Callable[..., Any]
 
 _FILLS = (
     "bernoulli_",
@@ -204,14 +203,14 @@ def _wrapped(context: SequenceContext, original: Function, name: str, kind: Call
     return choose
 
 
-def install(context: SequenceContext, root: nn.Module) -> Handle:
-    """Patches the functions of torch that draw, also where they were bound early. Does nothing if P = 1.
+def install(context: SequenceContext, early: dict[Function, Function]) -> Handle:
+    """Patches the functions of torch that draw. Does nothing if P = 1.
 
     Inside compiled graphs a function breaks the graph; what a tensor's own method draws there is not changed.
 
     Args:
         context: Where the step stands.
-        root: The user's LightningModule.
+        early: Takes the replacement of each function that may have been bound early.
 
     Returns:
         A handle whose ``remove()`` restores everything.
@@ -222,12 +221,10 @@ def install(context: SequenceContext, root: nn.Module) -> Handle:
     # torch collects its own functions that make tensors when such a context is first used, and not these.
     with torch.device("cpu"):
         torch.empty(0)
-    functions: dict[Function, Function] = {}
     for owner, name, kind in _functions():
         original = getattr(owner, name)
         replacement = _wrapped(context, original, name, kind)
         handle.patch(owner, name, replacement)
         if owner is not Tensor:
-            functions[original] = replacement
-    rebind_all(handle, root, functions)
+            early[original] = replacement
     return handle

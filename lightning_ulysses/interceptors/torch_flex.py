@@ -24,7 +24,7 @@ from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.exchange.mesh import SequenceMesh
 from lightning_ulysses.geometry.layout import SequenceLayout
 from lightning_ulysses.geometry.mask_spec import MaskSpec
-from lightning_ulysses.patching.early_bound import compiled_copies, rebind
+from lightning_ulysses.patching.early_bound import Function, compiled_copies
 from lightning_ulysses.patching.handle import Handle
 
 if TYPE_CHECKING:
@@ -194,12 +194,13 @@ def _wrap(context: SequenceContext, original: Callable[..., Any]) -> Callable[..
     return flex_attention
 
 
-def install(context: SequenceContext, root: nn.Module) -> Handle:
+def install(context: SequenceContext, root: nn.Module, early: dict[Function, Function]) -> Handle:
     """Replaces the function and every compiled copy of it. Does nothing if P = 1.
 
     Args:
         context: Tells what is split at this moment.
-        root: The user's LightningModule. References to the function are replaced in it as well.
+        root: The user's LightningModule, in which compiled copies are looked for as well.
+        early: Takes the replacement of each function that may have been bound early.
 
     Returns:
         A handle whose ``remove()`` restores everything.
@@ -210,9 +211,7 @@ def install(context: SequenceContext, root: nn.Module) -> Handle:
 
         original = package.flex_attention
         # Each compiled copy keeps its own replacement, which calls that copy.
-        for function in compiled_copies(root, original):
-            rebind(handle, root, function, _wrap(context, function))
-        replacement = _wrap(context, original)
-        handle.patch(package, "flex_attention", replacement)
-        rebind(handle, root, original, replacement)
+        functions: list[Function] = [original, *compiled_copies(root, original)]
+        early |= {function: _wrap(context, function) for function in functions}
+        handle.patch(package, "flex_attention", early[original])
     return handle

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_ulysses.attention.attend import Softmax
 from lightning_ulysses.attention.call import AttentionCall
@@ -14,7 +14,7 @@ from lightning_ulysses.attention.route import intercept
 from lightning_ulysses.context import LocalBatch, SequenceContext
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.geometry.mask_spec import MaskSpec
-from lightning_ulysses.patching.early_bound import rebind
+from lightning_ulysses.patching.early_bound import Function
 from lightning_ulysses.patching.handle import Handle
 
 
@@ -71,12 +71,12 @@ def _read(
     return AttentionCall(q, k, v, meaning, mask, is_causal, write=write)
 
 
-def install(context: SequenceContext, root: nn.Module | None = None) -> Handle:
+def install(context: SequenceContext, early: dict[Function, Function]) -> Handle:
     """Patches the function while a strategy is set up.
 
     Args:
         context: Tells what is split at this moment.
-        root: The user's LightningModule. References to the function are replaced in it as well.
+        early: Takes the replacement of each function that may have been bound early.
 
     Returns:
         A handle whose ``remove()`` restores the original function.
@@ -86,6 +86,5 @@ def install(context: SequenceContext, root: nn.Module | None = None) -> Handle:
     replacement = intercept(context, original, _read)
     handle = Handle()
     handle.patch(functional, "scaled_dot_product_attention", replacement)
-    if root is not None and context.mesh.sp_size > 1:
-        rebind(handle, root, original, replacement)
+    early[original] = replacement
     return handle

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_ulysses.attention.attend import Softmax
 from lightning_ulysses.attention.call import AttentionCall
@@ -20,6 +20,7 @@ from lightning_ulysses.attention.route import intercept
 from lightning_ulysses.context import LocalBatch, SequenceContext
 from lightning_ulysses.geometry.mask_spec import MaskSpec
 from lightning_ulysses.interceptors.flash_attn import refuse, replace_imported
+from lightning_ulysses.patching.early_bound import Function
 from lightning_ulysses.patching.handle import Handle
 
 _MODULES = ("xformers.ops", "xformers.ops.fmha")
@@ -60,14 +61,14 @@ def _wrap(context: SequenceContext, original: Callable[..., Any]) -> Callable[..
     return intercept(context, original, _read)
 
 
-def install(context: SequenceContext, root: nn.Module) -> Handle:
+def install(context: SequenceContext, early: dict[Function, Function]) -> Handle:
     """Replaces the function if it has been imported. Does nothing if P = 1.
 
     Args:
         context: Tells what is split at this moment.
-        root: The user's LightningModule. References to the function are replaced in it as well.
+        early: Takes the replacement of each function that may have been bound early.
 
     Returns:
         A handle whose ``remove()`` restores everything.
     """
-    return replace_imported(context, root, _MODULES, lambda name: name == "memory_efficient_attention", _wrap)
+    return replace_imported(context, early, _MODULES, lambda name: name == "memory_efficient_attention", _wrap)

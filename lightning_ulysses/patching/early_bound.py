@@ -16,6 +16,8 @@ from torch import nn
 
 from lightning_ulysses.patching.handle import Handle
 
+Function = Callable[..., Any]
+
 # Our own modules call the originals and must keep them. torch's modules are patched by name.
 _LEAVE_ALONE = ("torch", "lightning_ulysses")
 
@@ -24,7 +26,7 @@ _LEAVE_ALONE = ("torch", "lightning_ulysses")
 _WRAPPERS = {staticmethod, functools.partial}
 
 
-def _replaced(value: Any, functions: Mapping[int, Callable[..., Any]]) -> Any:
+def _replaced(value: Any, functions: Mapping[int, Function]) -> Any:
     """``value`` with a replacement in place of the function that it holds; ``value`` itself if that has none.
 
     Args:
@@ -52,22 +54,20 @@ def _owners(root: nn.Module) -> list[Any]:
     return owners
 
 
-def compiled_copies(root: nn.Module, original: Callable[..., Any]) -> list[Callable[..., Any]]:
+def compiled_copies(root: nn.Module, original: Function) -> list[Function]:
     """Functions that ``torch.compile`` made of ``original``, among those that `rebind` can reach."""
-    values = (value for owner in _owners(root) for value in list(vars(owner).values()))
-    functions = [value for value in values if type(value) is FunctionType]
     # By id, since one function may be held in several places.
-    copies = {id(f): f for f in functions if getattr(f, "_torchdynamo_orig_callable", None) is original}
+    copies: dict[int, Function] = {}
+    for owner in _owners(root):
+        functions = [value for value in list(vars(owner).values()) if type(value) is FunctionType]
+        copies |= {id(f): f for f in functions if getattr(f, "_torchdynamo_orig_callable", None) is original}
     return list(copies.values())
 
 
-def rebind(handle: Handle, root: nn.Module, original: Callable[..., Any], replacement: Callable[..., Any]) -> None:
-    """`rebind_all` for one function."""
-    rebind_all(handle, root, {original: replacement})
-
-
-def rebind_all(handle: Handle, root: nn.Module, functions: Mapping[Callable[..., Any], Callable[..., Any]]) -> None:
+def rebind(handle: Handle, root: nn.Module, functions: Mapping[Function, Function]) -> None:
     """Puts replacements wherever their originals are held, and registers the undo with ``handle``.
+
+    One call for many functions takes as long as one for a single function.
 
     Searches the globals of every imported module except torch's. Also searches the attributes of every submodule of
     ``root`` and of its classes. A ``functools.partial`` or ``staticmethod`` of the function counts too. Closures and

@@ -15,7 +15,7 @@ import torch.utils.checkpoint
 from torch import nn
 
 from lightning_ulysses.context import SequenceContext
-from lightning_ulysses.patching.early_bound import rebind_all
+from lightning_ulysses.patching.early_bound import rebind
 from lightning_ulysses.patching.handle import Handle
 from lightning_ulysses.upstream.deepspeed import checkpointing
 
@@ -79,5 +79,4 @@ def replace_checkpoints(
     functions = {original: replacement(original) for original in originals}
     for (owner, name), original in zip(owners, originals, strict=True):
         handle.patch(owner, name, functions[original])
-    # One search for all of them: it reads the globals of every imported module.
-    rebind_all(handle, root, functions)
+    rebind(handle, root, functions)

@@ -6,6 +6,7 @@ import atexit
 import contextlib
 import faulthandler
 import gc
+import importlib
 import multiprocessing
 import os
 import pickle
@@ -16,8 +17,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import ForkingPickler
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -54,6 +56,13 @@ def free_port() -> int:
             return port
 
 
+def _store() -> Any:
+    """Where the ranks of one run meet; it ends with the object."""
+    import torch.distributed as dist
+
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+
+
 def _clean_up(runs: int) -> None:
     import torch.distributed as dist
 
@@ -65,10 +74,13 @@ def _clean_up(runs: int) -> None:
     if "deepspeed" in sys.modules:
         upstream_deepspeed.forget_world()
     if runs == 1 or runs % _COLLECT_EVERY == 0:
-        gc.collect()
-    if runs == 1:
-        # Imported modules stay, so the collector need not look at them in every run.
-        gc.freeze()
+        _collect_garbage()
+
+
+def _collect_garbage() -> None:
+    gc.collect()
+    # What is left are imported modules and their tables, so the collector need not look at them again.
+    gc.freeze()
 
 
 def _end_with_parent() -> None:
@@ -79,43 +91,52 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _serve(connection: Connection) -> None:
-    """Runs the functions that it is sent, until the other end closes the connection."""
+def _serve(connection: Connection, preload: Sequence[str]) -> None:
+    """Says that it is ready, then runs the functions that it is sent, until the other end closes the connection."""
     import torch
 
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+    for name in preload:
+        importlib.import_module(name)
+    _collect_garbage()
+    connection.send(os.getpid())
     runs = 0
     while True:
         try:
             message = connection.recv_bytes()
         except EOFError:
             return
+        # By now nothing of the run is held here.
+        answer = _answer(message)
+        runs += 1
+        _clean_up(runs)
         try:
-            # Unpickling imports the modules of the function and its arguments. That may fail here although it worked in
-            # the parent.
-            function, args, environment = pickle.loads(message)
-            os.environ.update(environment)
-            if _SHOWS_STACKS:
-                # For each run: Lightning's Trainer resets handlers when it ends.
-                faulthandler.unregister(signal.SIGUSR1)
-                faulthandler.register(signal.SIGUSR1)
-            reply: Any = (True, function(int(environment["RANK"]), *args))
-        except BaseException as error:
-            cause: BaseException | None = error
-            try:
-                # Some exceptions can be pickled but not unpickled.
-                pickle.loads(pickle.dumps(error))
-            except Exception:
-                cause = None
-            reply = (False, (traceback.format_exc(), cause))
-        finally:
-            runs += 1
-            _clean_up(runs)
-        try:
-            connection.send(reply)
+            connection.send_bytes(answer)
         except BrokenPipeError:
             return
+
+
+def _answer(message: bytes) -> bytes:
+    """What a function returns, or the error that it raises."""
+    try:
+        # Unpickling imports the modules of the function and its arguments. That may fail here although it worked in
+        # the parent.
+        function, args, environment = pickle.loads(message)
+        os.environ.update(environment)
+        if _SHOWS_STACKS:
+            # For each run: Lightning's Trainer resets handlers when it ends.
+            faulthandler.unregister(signal.SIGUSR1)
+            faulthandler.register(signal.SIGUSR1)
+        return bytes(ForkingPickler.dumps((True, function(int(environment["RANK"]), *args))))
+    except BaseException as error:
+        cause: BaseException | None = error
+        try:
+            # Some exceptions can be pickled but not unpickled.
+            pickle.loads(pickle.dumps(error))
+        except Exception:
+            cause = None
+        return bytes(ForkingPickler.dumps((False, (traceback.format_exc(), cause))))
 
 
 class ProcessPool:
@@ -124,11 +145,13 @@ class ProcessPool:
     Args:
         size: Number of processes; a run may use fewer.
         timeout: Seconds after which a run counts as hung.
+        preload: Modules that processes import before the time of their first run begins.
     """
 
-    def __init__(self, size: int, timeout: float = 300.0) -> None:
+    def __init__(self, size: int, timeout: float = 300.0, preload: Sequence[str] = ()) -> None:
         self.size = size
         self.timeout = timeout
+        self.preload = tuple(preload)
         self._processes: list[Any] = []
         self._connections: list[Connection] = []
 
@@ -149,7 +172,7 @@ class ProcessPool:
             for _ in range(self.size):
                 here, there = context.Pipe()
                 # Not daemonic, since daemonic processes may not start dataloader workers.
-                process = context.Process(target=_serve, args=(there,))
+                process = context.Process(target=_serve, args=(there, self.preload))
                 process.start()
                 there.close()
                 self._processes.append(process)
@@ -159,6 +182,12 @@ class ProcessPool:
                 del os.environ["OMP_NUM_THREADS"]
             else:
                 os.environ["OMP_NUM_THREADS"] = before
+        for rank, connection in enumerate(self._connections):
+            try:
+                connection.recv()
+            except (EOFError, ConnectionError) as error:
+                self.close()
+                raise RemoteError(rank, "the process died while it started", None) from error
 
     def run(self, function: Callable[..., T], *args: Any, world_size: int) -> list[T]:
         """Calls ``function(rank, *args)`` on ``world_size`` processes.
@@ -172,15 +201,18 @@ class ProcessPool:
         """
         if world_size > self.size:
             raise ValueError(f"A world of {world_size} processes in a pool of {self.size}.")
-        if not self._processes:
-            self._start()
+        store = _store()
         environment = {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
+            "MASTER_ADDR": store.host,
+            "MASTER_PORT": str(store.port),
+            # Ranks meet in the store of this process: one kept by rank 0 is not there yet when others look for it.
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
             "WORLD_SIZE": str(world_size),
             "NODE_RANK": "0",
         }
         try:
+            if not self._processes:
+                self._start()
             for rank in range(world_size):
                 own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
                 self._connections[rank].send((function, args, own))

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import Block, HandWritten, count_targets, pair_batch
+from nightly import mostly
 from torch import Tensor, nn
 
 from lightning_ulysses import UlyssesError, ulysses_attention
@@ -51,7 +52,7 @@ RUNS = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "run"), RUNS)
+@pytest.mark.parametrize(("kind", "run"), mostly(RUNS, [("all", TWO), ("all", FOUR)]))
 def test_one_step(pool: ProcessPool, kind: str, run: SplitRun) -> None:
     make = partial(Featured, kind)
     batches = [pair_batch(seed, S, 2, "uneven") for seed in range(run.world_size // run.sp_size)]

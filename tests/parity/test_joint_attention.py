@@ -9,7 +9,7 @@ import yaml
 from documents import BLOCKS
 from exact import BOUND, fit_broken
 from guests import count_rows
-from nightly import sampled
+from nightly import mostly, sampled
 from painters import PAINTERS, painter, painting
 from torch import Tensor
 
@@ -69,7 +69,10 @@ CASES: dict[str, tuple[str, list[dict[str, Any]], SplitRun]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+SELDOM = ("four ranks, five heads", "more ranks than heads", "as long as the image", "as long as half the image")
+
+
+@pytest.mark.parametrize("case", mostly(CASES, SELDOM))
 def test_lengths(pool: ProcessPool, case: str) -> None:
     name, texts, run = CASES[case]
     check(pool, name, [painting(name, seed, **text) for seed, text in enumerate(texts)], run)

@@ -80,7 +80,7 @@ def test_every_pair_of_settings_is_there() -> None:
     assert len(wanted) > 150 and wanted == pairs_of(MATRIX)
 
 
-@pytest.mark.parametrize("setting", sampled(MATRIX, 2), ids=str)
+@pytest.mark.parametrize("setting", sampled(MATRIX, 3), ids=str)
 def test_one_step(pool: ProcessPool, setting: Setting) -> None:
     world, sp = setting.world
     batches = [

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from exact import BOUND, fit_broken
 from models import count_targets, pair_batch, token_batch
+from nightly import mostly
 from planned import count_samples, denoiser, image_batch, lit, text_batches
 
 from lightning_ulysses.exchange import cut_and_join as cutting
@@ -69,7 +70,18 @@ def count_tokens(batch: Any) -> float:
     return float(batch[:, 1:].numel()) if isinstance(batch, torch.Tensor) else count_targets(batch)
 
 
-@pytest.mark.parametrize("case", TEXT)
+# Settings that others have, or one of them alone.
+SELDOM = (
+    "joined, three ranks",
+    "joined, tokens alone",
+    "unjoined, dp x sp, zero 3",
+    "checkpointed, reentrant",
+    "checkpointed, zero 3",
+    "checkpointed, unjoined",
+)
+
+
+@pytest.mark.parametrize("case", mostly(TEXT, SELDOM))
 def test_text(pool: ProcessPool, case: str) -> None:
     make, batches, run = TEXT[case]
     wanted = [shifted(batch) if isinstance(batch, dict) else batch for batch in batches]
@@ -95,7 +107,7 @@ IMAGES: dict[str, tuple[Any, list[Any], SplitRun]] = {
 }
 
 
-@pytest.mark.parametrize("case", IMAGES)
+@pytest.mark.parametrize("case", mostly(IMAGES, ["as much text as one slice", "as much text as slice, on four"]))
 def test_images(pool: ProcessPool, case: str) -> None:
     make, batches, run = IMAGES[case]
     reference = fit_single(make, [batches], count_samples)

@@ -274,7 +274,7 @@ def call_sdpa(query: Tensor, mask: Tensor | None = None) -> None:
 )
 def test_calls_inside_a_step(call: Any, parts: tuple[str, ...]) -> None:
     context = SequenceContext(replace(MESH, sp_group=object()))
-    handle = sdpa.install(context)
+    handle = sdpa.install(context, {})
     activate(context)
     try:
         with context.step(LocalBatch(SequenceLayout(9, 2))), pytest.raises(UlyssesError) as caught:

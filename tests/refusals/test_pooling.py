@@ -168,6 +168,7 @@ def test_every_rank_refuses_a_pooling(pool: ProcessPool, case: str) -> None:
         assert [part for part in parts if part not in str(error)] == [], error
 
 
+@pytest.mark.nightly
 def test_zero_3_and_two_groups(pool: ProcessPool) -> None:
     run = SplitRun(4, 2, {**MEAN_OF_RANKS.strategy, "stage": 3})
     for make, name in ((partial(Inside, mean), "'net.head.linear'"), (partial(Between, mean), "'head.linear'")):

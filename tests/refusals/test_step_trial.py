@@ -7,6 +7,7 @@ import copy
 import re
 import warnings
 from functools import partial
+from itertools import product
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 import torchmetrics
 from exact import BOUND
 from models import VOCAB, HandWritten, LlamaModule, Warmer, pair_batch, token_batch
+from nightly import mostly, sampled
 from torch import Tensor
 
 from lightning_ulysses import UlyssesError
@@ -174,7 +176,7 @@ def test_means_over_targets_train(pool: ProcessPool, loss: Any) -> None:
         assert text == "" and said == []
 
 
-@pytest.mark.parametrize("loss", NO_MEANS, ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize("loss", sampled(NO_MEANS, 2), ids=lambda loss: loss.__name__)
 def test_what_is_no_mean_is_refused(pool: ProcessPool, loss: Any) -> None:
     for settings in ({}, {"targets": "shift_labels"}, {"loss_weighting": "none"}):
         for text, _ in pool.run(outcome, partial(Steps, loss.__name__), BATCH, settings, world_size=2):
@@ -227,7 +229,9 @@ def train_as_advised(rank: int, make: Any, batch: Any) -> tuple[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "loss", [*PREFERENCES, *EARLIER[:2], row_means, last_token, mean_pooled], ids=lambda loss: loss.__name__
+    "loss",
+    sampled([*PREFERENCES, *EARLIER[:2], row_means, last_token, mean_pooled], 3),
+    ids=lambda loss: loss.__name__,
 )
 def test_the_plan_in_the_message_is_exact(pool: ProcessPool, loss: Any) -> None:
     make = partial(Steps, loss.__name__)
@@ -238,7 +242,7 @@ def test_the_plan_in_the_message_is_exact(pool: ProcessPool, loss: Any) -> None:
         assert compare(result, wanted).largest <= BOUND, compare(result, wanted)
 
 
-@pytest.mark.parametrize("loss", [*NO_MEANS, *EARLIER[:2]], ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize("loss", sampled([*NO_MEANS, *EARLIER[:2]], 3), ids=lambda loss: loss.__name__)
 def test_by_default_they_are_split_inside(pool: ProcessPool, loss: Any) -> None:
     make = partial(Steps, loss.__name__)
     batch = {**BATCH, "shift_labels": F.pad(BATCH["labels"][:, 1:], (0, 1), value=-100)}
@@ -325,9 +329,10 @@ class CompletionMask(HandWritten):
         return (each * mask).sum() / mask.sum()
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float32])
-@pytest.mark.parametrize("targets", [None, "completion_mask"])
-@pytest.mark.parametrize("is_empty", [False, True])
+MASKS = list(product([torch.int64, torch.bool, torch.float32], [None, "completion_mask"], [False, True]))
+
+
+@pytest.mark.parametrize(("dtype", "targets", "is_empty"), mostly(MASKS, MASKS[1:3] + MASKS[4:7] + MASKS[8:11]))
 def test_a_mask_of_the_users_own_is_found(
     pool: ProcessPool, dtype: torch.dtype, targets: str | None, is_empty: bool
 ) -> None:

@@ -21,3 +21,20 @@ def sampled(cases: Iterable[Any], every: int, keep: Iterable[Any] = ()) -> list[
         case if place % every == 0 or case in kept else pytest.param(case, marks=pytest.mark.nightly)
         for place, case in enumerate(cases)
     ]
+
+
+def mostly(cases: Iterable[Any], seldom: Iterable[Any]) -> list[Any]:
+    """Cases for ``parametrize``, of which some repeat what others prove and are marked ``nightly``.
+
+    Args:
+        cases: All of them; tuples are values of several arguments.
+        seldom: Those that are marked.
+    """
+    every, marked = list(cases), list(seldom)
+    unknown = [case for case in marked if case not in every]
+    assert not unknown, f"{unknown} are not among the cases"
+    return [_nightly(case) if case in marked else case for case in every]
+
+
+def _nightly(case: Any) -> Any:
+    return pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.nightly)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from exact import BOUND
 from models import LlamaModule, count_targets, token_batch
+from nightly import mostly
 
 from lightning_ulysses.testing import SplitRun, compare, fit_single, fit_split
 from lightning_ulysses.testing.processes import ProcessPool
@@ -21,7 +22,10 @@ class Stops(LlamaModule):
 
 @pytest.mark.parametrize(
     "strategy",
-    [{"stage": 1}, {"stage": 2}, {"stage": 3}, {"stage": 2, "offload_optimizer": True}, {"loss_weighting": "none"}],
+    mostly(
+        [{"stage": 1}, {"stage": 2}, {"stage": 3}, {"stage": 2, "offload_optimizer": True}, {"loss_weighting": "none"}],
+        [{"stage": 1}, {"stage": 2}],
+    ),
     ids=str,
 )
 def test_an_epoch_that_the_module_ends(pool: ProcessPool, strategy: dict[str, Any]) -> None:

@@ -148,7 +148,8 @@ class Stream(torch.utils.data.IterableDataset[Tensor]):
 def load(rank: int, workers: int) -> tuple[list[Any], list[Any], int, list[float]]:
     fabric = launched(4, {"sp_size": 2})
     fabric.seed_everything(1)
-    plain = DataLoader(Noisy(), batch_size=1, shuffle=True, num_workers=workers)
+    # A worker that stays, since starting one takes seconds.
+    plain = DataLoader(Noisy(), batch_size=1, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
     loader = fabric.setup_dataloaders(plain)
     epochs = [torch.cat(list(loader)).tolist() for _ in range(2)]
     # A quick group has more to give.

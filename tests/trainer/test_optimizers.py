@@ -9,6 +9,7 @@ import pytest
 import torch
 from exact import BOUND
 from models import HandWritten, count_targets, pair_batch
+from nightly import mostly
 from torch import Tensor
 
 from lightning_ulysses import UlyssesError
@@ -40,7 +41,7 @@ class ClipsInHook(HandWritten):
 
 
 @pytest.mark.parametrize("make", [ClipsByHand, ClipsInHook])
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", mostly([1, 2, 3], [1, 2]))
 def test_clipping_is_real(pool: ProcessPool, make: Any, stage: int) -> None:
     wanted = fit_single(HandWritten, [[batch] for batch in PAIRS], count_targets, clip=0.1)
     unclipped = fit_single(HandWritten, [[batch] for batch in PAIRS], count_targets)
@@ -57,7 +58,7 @@ class Grouped(HandWritten):
         )
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", mostly([1, 2, 3], [1]))
 def test_adagrad_keeps_its_groups(pool: ProcessPool, stage: int) -> None:
     wanted = fit_single(Grouped, [[batch] for batch in PAIRS], count_targets)
     for result in fit_split(pool, Grouped, PAIRS, SplitRun(strategy={"stage": stage})):

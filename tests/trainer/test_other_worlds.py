@@ -12,6 +12,7 @@ import pytest
 import torch
 from exact import Keep
 from models import LlamaModule, token_batch
+from nightly import mostly
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -94,13 +95,13 @@ def off(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     ("first", "second", "kind", "settings"),
     [
         ((2, 2), (3, 3), "AdamW", {}),
-        ((3, 3), (1, 1), "AdamW", {}),
+        pytest.param((3, 3), (1, 1), "AdamW", {}, marks=pytest.mark.nightly),
         ((2, 1), (4, 2), "SGD", {"momentum": 0.9}),
         ((1, 3), (2, 3), "NAdam", {}),
-        ((1, 2), (2, 3), "SGD", {}),
+        pytest.param((1, 2), (2, 3), "SGD", {}, marks=pytest.mark.nightly),
         ((2, 3), (1, 1), "Adagrad", {"lr_decay": 0.1}),
         ((2, 2), (3, 1), "RMSprop", {"centered": True, "momentum": 0.5}),
-        ((1, 1), (2, 3), "AdamW", {"amsgrad": True}),
+        pytest.param((1, 1), (2, 3), "AdamW", {"amsgrad": True}, marks=pytest.mark.nightly),
         ((2, 3), (2, 3), "AdamW", {}),
     ],
 )
@@ -187,7 +188,10 @@ def evaluate(rank: int, path: str, run: SplitRun) -> dict[str, Tensor]:
     return snapshot(module)
 
 
-@pytest.mark.parametrize(("first", "second"), [((2, 3), (1, 2)), ((1, 2), (2, 3)), ((2, 3), (3, 3))])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    mostly([((2, 3), (1, 2)), ((1, 2), (2, 3)), ((2, 3), (3, 3))], [((1, 2), (2, 3)), ((2, 3), (3, 3))]),
+)
 def test_evaluation_in_another_world(pool: ProcessPool, tmp_path: Path, first: Any, second: Any) -> None:
     runs = [SplitRun(world, world, {"stage": stage}) for world, stage in (first, second)]
     saved(pool, runs[0], tmp_path)

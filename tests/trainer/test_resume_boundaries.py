@@ -123,7 +123,7 @@ ENDS: list[Moment] = [("batch_end", 6), ("epoch_end", 6), ("validation_end", 6)]
     [
         (Sized(), [*WITHIN, ("batch_end", 5), ENDS[0]], EPOCHS),
         (Endless(), [WITHIN[2], *ENDS], EPOCHS),
-        (Endless(), [WITHIN[1], ENDS[0]], STEPS),
+        pytest.param(Endless(), [WITHIN[1], ENDS[0]], STEPS, marks=pytest.mark.nightly),
         (Sized(), [("validation_end", 3)], {**EPOCHS, "val_check_interval": 4}),
     ],
 )
@@ -154,10 +154,10 @@ def again(rank: int, folder: str, data: Any, hook: str, settings: dict[str, Any]
 @pytest.mark.parametrize(
     ("data", "hook", "settings"),
     [
-        (Sized(), "batch_end", EPOCHS),
-        (Sized(), "batch_end", STEPS),
+        pytest.param(Sized(), "batch_end", EPOCHS, marks=pytest.mark.nightly),
+        pytest.param(Sized(), "batch_end", STEPS, marks=pytest.mark.nightly),
         (Sized(), "validation_end", STEPS),
-        (Sized(), "epoch_end", STEPS),
+        pytest.param(Sized(), "epoch_end", STEPS, marks=pytest.mark.nightly),
         (Sized(), "epoch_end", EPOCHS),
         (Endless(), "batch_end", STEPS),
     ],

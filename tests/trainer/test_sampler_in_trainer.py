@@ -10,6 +10,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from nightly import mostly
 from torch import Tensor
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -111,7 +112,10 @@ def interrupt(
 
 @pytest.mark.parametrize(
     ("first", "second", "stateful"),
-    [(2, 2, False), (2, 4, False), (4, 2, False), (4, 1, False), (2, 2, True), (2, 4, True)],
+    mostly(
+        [(2, 2, False), (2, 4, False), (4, 2, False), (4, 1, False), (2, 2, True), (2, 4, True)],
+        [(2, 2, False), (4, 2, False), (4, 1, False), (2, 2, True)],
+    ),
 )
 def test_a_resumed_epoch_goes_on_behind_what_was_used(
     pool: ProcessPool, tmp_path: Path, first: int, second: int, stateful: bool

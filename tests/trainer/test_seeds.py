@@ -8,6 +8,7 @@ import lightning as L
 import pytest
 import torch
 from models import VOCAB, HandWritten
+from nightly import mostly
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -66,7 +67,7 @@ def join(first: list[Tensor], second: list[Tensor]) -> list[Tensor]:
     return rows
 
 
-@pytest.mark.parametrize("seed", [3, None])
+@pytest.mark.parametrize("seed", mostly([3, None], [3]))
 def test_one_sample_per_group(pool: ProcessPool, seed: int | None) -> None:
     seen = pool.run(record, 4, 0, seed, world_size=4)
     rows, others = join(*seen[:2]), join(*seen[2:])

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from exact import BOUND
 from models import VOCAB, HandWritten, LlamaModule, count_targets, pair_batch, token_batch
+from nightly import mostly
 from torch import Tensor
 
 from lightning_ulysses import UlyssesDeepSpeedStrategy, UlyssesError
@@ -95,7 +96,10 @@ def test_predictions_are_those_of_one_process(pool: ProcessPool, make: Any) -> N
         assert torch.allclose(found, wanted, atol=1e-5)
 
 
-@pytest.mark.parametrize("settings", [{"split": "blocks"}, {"plan": "auto"}, {"split": "blocks", "check_model": False}])
+CHOSEN = [{"split": "blocks"}, {"plan": "auto"}, {"split": "blocks", "check_model": False}]
+
+
+@pytest.mark.parametrize("settings", mostly(CHOSEN, CHOSEN[1:2]))
 def test_blocks_by_choice(pool: ProcessPool, settings: dict[str, Any]) -> None:
     batches = [token_batch(seed, 33, 2, "uneven") for seed in range(2)]
     wanted = fit_single(LlamaModule, [batches], count_targets)
@@ -234,7 +238,7 @@ KINDS = ("padding", "float padding", "causal", "causal and padding", "banded", "
 SPLITS = [*((kind, "auto") for kind in KINDS), ("causal and padding", "blocks"), ("for each head", "blocks")]
 
 
-@pytest.mark.parametrize(("kind", "split"), SPLITS)
+@pytest.mark.parametrize(("kind", "split"), mostly(SPLITS, SPLITS[1::2]))
 def test_masks_of_multihead_attention(pool: ProcessPool, kind: str, split: str) -> None:
     """Of the whole sequence, made in the model, or a slice of the padding of the batch."""
     x, y = pair_batch(2, 33, 2, "uneven")

@@ -20,6 +20,8 @@ from lightning_ulysses.exchange.mesh import ALONE
 from lightning_ulysses.geometry.layout import SequenceLayout
 from lightning_ulysses.interceptors import mixers
 from lightning_ulysses.mixing.table import FUSED, TABLE
+from lightning_ulysses.patching.early_bound import rebind
+from lightning_ulysses.patching.handle import Handle
 
 SPLIT = replace(ALONE, sp_size=2)
 
@@ -35,6 +37,13 @@ def modules(**functions: Any) -> Iterator[tuple[ModuleType, ModuleType]]:
         yield library, model
 
 
+def install(context: SequenceContext) -> Handle:
+    handle, early = Handle(), {}
+    mixers.install(context, early)
+    rebind(handle, nn.Identity(), early)
+    return handle
+
+
 def whole(*args: Any, **kwargs: Any) -> str:
     return "as it is"
 
@@ -44,7 +53,7 @@ def test_functions_are_replaced_wherever_they_are_held_and_put_back() -> None:
     with modules(chunk_kda=whole) as (library, model):
         # Its name in this module holds the replacement, too.
         original = whole
-        handle = mixers.install(context, nn.Identity())
+        handle = install(context)
         assert library.chunk_kda is model.chunk_kda is not original
         # Nothing is split here.
         assert library.chunk_kda() == "as it is"
@@ -54,14 +63,14 @@ def test_functions_are_replaced_wherever_they_are_held_and_put_back() -> None:
 
 def test_one_process_replaces_nothing() -> None:
     with modules(chunk_kda=whole) as (library, _):
-        mixers.install(SequenceContext(ALONE), nn.Identity())
+        install(SequenceContext(ALONE))
         assert library.chunk_kda is whole
 
 
 def test_fused_kernels_of_a_library_are_refused_where_something_is_split() -> None:
     context = SequenceContext(SPLIT)
     with modules(mamba_split_conv1d_scan_combined=whole) as (library, _):
-        handle = mixers.install(context, nn.Identity())
+        handle = install(context)
         assert library.mamba_split_conv1d_scan_combined() == "as it is"
         batch = LocalBatch(SequenceLayout(8, 2))
         with context.step(batch), pytest.raises(UlyssesError, match="use_mem_eff_path=False"):
@@ -77,7 +86,7 @@ def test_fused_kernels_of_transformers_are_taken_apart() -> None:
 
     context = SequenceContext(SPLIT)
     with mock.patch.object(modeling_bamba, "mamba2_split_conv1d_scan_combined", kernel):
-        handle = mixers.install(context, nn.Identity())
+        handle = install(context)
         with context.step(LocalBatch(SequenceLayout(8, 2))):
             assert modeling_bamba.mamba2_split_conv1d_scan_combined() is None
         handle.remove()
@@ -91,7 +100,7 @@ def test_padding_of_a_slice_of_one_token_is_padding(share: int) -> None:
 
     context, padding = SequenceContext(SPLIT), torch.zeros(2, share, dtype=torch.long)
     given = {"config": BambaConfig(), "inputs_embeds": torch.zeros(2, share, 4), "attention_mask": padding}
-    handle = mixers.install(context, nn.Identity())
+    handle = install(context)
     with context.step(LocalBatch(SequenceLayout(2 * share, 2))):
         found = modeling_bamba.create_recurrent_attention_mask(**given)
     handle.remove()

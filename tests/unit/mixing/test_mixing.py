@@ -10,6 +10,7 @@ import pytest
 import scans
 import torch
 import torch.distributed as dist
+from nightly import mostly
 from torch import Tensor
 
 from lightning_ulysses import UlyssesError
@@ -185,8 +186,11 @@ def _apart(one: Tensor, other: Tensor, whole: Tensor) -> float:
     return float((one - other).abs().max() / whole.abs().max())
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize(("size", "length"), [(2, 17), (4, 18)])
+# Each on two or on four processes.
+SIZES = [(name, *size) for name in CASES for size in ((2, 17), (4, 18))]
+
+
+@pytest.mark.parametrize(("name", "size", "length"), mostly(SIZES, SIZES[::4] + SIZES[3::4]))
 def test_slices_are_those_of_the_whole(pool: ProcessPool, name: str, size: int, length: int) -> None:
     for found in pool.run(compared, CASES[name], length, size, world_size=size):
         assert largest(found.values()) <= 1e-10, found

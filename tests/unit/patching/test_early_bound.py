@@ -88,7 +88,7 @@ def test_one_step(pool: ProcessPool, kind: str) -> None:
 
 def test_looking_for_them_is_undone() -> None:
     root, handle = nn.ModuleList([OnInstance() for _ in range(5)]), Handle()
-    rebind(handle, root, by_name, max)
+    rebind(handle, root, {by_name: max})
     assert all(module.attend is max for module in root) and by_name is max
     handle.remove()
     assert all(module.attend is F.scaled_dot_product_attention for module in root)
@@ -109,7 +109,7 @@ def test_proxies_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     lazy.proxy, lazy.attend = Proxy(), partial(by_name, scale=0.5)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "lazy", lazy)
     handle = Handle()
-    rebind(handle, nn.Module(), by_name, max)
+    rebind(handle, nn.Module(), {by_name: max})
     assert lazy.attend.func is max
     handle.remove()
     assert lazy.attend.func is F.scaled_dot_product_attention

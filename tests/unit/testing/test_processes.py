@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -102,3 +104,28 @@ def test_no_answer_is_taken_for_that_of_another_run(
             with pytest.raises(KeyboardInterrupt):
                 pool.run(answer, 4, world_size=1)
         assert pool.run(answer, 5, world_size=1) == [5]
+
+
+def connect(rank: int) -> bool:
+    """Whether the address at which ranks meet is open; rank 0 does nothing for it."""
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    with contextlib.suppress(ConnectionRefusedError), socket.create_connection(place, timeout=10):
+        return True
+    return False
+
+
+def test_ranks_wait_for_no_other_to_open_the_place_where_they_meet(pool: ProcessPool) -> None:
+    assert pool.run(connect, world_size=2) == [True, True]
+
+
+@pytest.mark.processes
+def test_importing_is_no_part_of_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "takes_long.py").write_text("import time\ntime.sleep(2.5)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with ProcessPool(1, timeout=2, preload=["takes_long"]) as pool:
+        # Nothing that is imported for it.
+        assert pool.run(abs, world_size=1) == [0]
+        pool.close()
+        pool.preload = ("no_such_module",)
+        with pytest.raises(RemoteError, match="the process died while it started"):
+            pool.run(abs, world_size=1)
