@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from lightning_ulysses.upstream.torch_fake import is_plain_view, view_of
+
 _DEVICE = torch.ops.prim.device.default
 
 Workspace = Callable[[Any, tuple[Any, ...]], int]
@@ -97,6 +99,9 @@ class Meter(TorchDispatchMode):
         if func is _DEVICE:
             # Asked for more often than anything else is computed; only fake tensors have it asked by this way.
             return args[0].fake_device
+        if is_plain_view(func, args, kwargs):
+            # Most operators are views, which take no memory.
+            return view_of(func, args)
         extra = self._workspace(func, args) if self._workspace is not None else 0
         answer = func(*args, **(kwargs or {}))
         for leaf in tree_iter(answer):
