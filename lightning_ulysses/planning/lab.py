@@ -54,7 +54,9 @@ class Scene:
     @property
     def rank(self) -> int:
         """The rank that takes the most memory: one whose own tokens travel as well; see `all_to_all.on_wire`."""
-        return int((self.ulysses or self.sp_size) > 2)
+        # Of ranks that gather keys, the last one attends with queries of others.
+        exchanging = self.ulysses or self.sp_size
+        return self.sp_size - exchanging + int(exchanging > 2)
 
     @property
     def layout(self) -> SequenceLayout:
