@@ -54,9 +54,10 @@ class Scene:
     @property
     def rank(self) -> int:
         """The rank that takes the most memory: one whose own tokens travel as well; see `all_to_all.on_wire`."""
-        # Of ranks that gather keys, the last one attends with queries of others.
         exchanging = self.ulysses or self.sp_size
-        return self.sp_size - exchanging + int(exchanging > 2)
+        # Of ranks that gather keys, the last one attends with queries of others; chunks of heads hold few of them.
+        last = 0 if self.memory.cuts_heads else self.sp_size - exchanging
+        return last + int(exchanging > 2)
 
     @property
     def layout(self) -> SequenceLayout:
