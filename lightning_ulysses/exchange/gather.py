@@ -19,10 +19,13 @@ def join_sequence(x: Tensor, shares: tuple[int, ...], dim: int, group: dist.Proc
     return torch.cat([part[:share] for part, share in zip(parts, shares, strict=True)]).movedim(0, dim).contiguous()
 
 
+def name_of_gather() -> str:
+    """The function of `torch.distributed` that gathers into one tensor: torch 2.13 has renamed it."""
+    return "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+
+
 def gather_single(mine: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """(elements,) of each rank -> (ranks * elements,), by one collective into one tensor."""
-    # torch 2.13 has renamed it, and warns about the former name.
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     everyone = mine.new_empty(dist.get_world_size(group) * mine.numel())
-    gather(everyone, mine, group=group)
+    getattr(dist, name_of_gather())(everyone, mine, group=group)
     return everyone

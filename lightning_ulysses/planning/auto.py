@@ -241,7 +241,8 @@ class AutoMemory:
                 local = LocalBatch(
                     batch.layout, shards, batch.counts, batch.seen, batch.rows, batch.whole, batch.others, notes=Notes()
                 )
-                measure(self._root, lambda: _loss(run(given)), local, rank, config, meter, plan=plan)
+                ulysses = self._context.mesh.ulysses
+                measure(self._root, lambda: _loss(run(given)), local, rank, config, meter, plan=plan, ulysses=ulysses)
                 if config.checkpoint != "none" and any(buffer._version != version for buffer, version in before):
                     return Found(config, reason="its blocks write to buffers")
         except Exception as failure:

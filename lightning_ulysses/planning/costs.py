@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lightning_ulysses.config import MemoryConfig
+from lightning_ulysses.geometry.query_runs import QueryRuns
 from lightning_ulysses.planning.models import Facts
 from lightning_ulysses.planning.zero import Sharding
 
@@ -41,6 +42,24 @@ class Machine:
         return min(self.gpus, self.gpus_per_node)
 
 
+@dataclass(frozen=True)
+class Groups:
+    """How a sequence-parallel group is divided.
+
+    Attributes:
+        ulysses: U, the ranks that exchange heads.
+        gather: R, the ranks that hold the same heads and gather their keys and values.
+    """
+
+    ulysses: int
+    gather: int = 1
+
+    @property
+    def size(self) -> int:
+        """P."""
+        return self.ulysses * self.gather
+
+
 def passes(memory: MemoryConfig) -> tuple[float, float]:
     """Forwards' worth of work in a step: of what is per token, and of attention.
 
@@ -64,11 +83,30 @@ def ulysses_volume(facts: Facts, seq_len: int, sp_size: int, memory: MemoryConfi
     # Key/value heads that several ranks need are sent to each of them.
     kv_heads = max(facts.kv_heads, sp_size)
     once = (2 * facts.heads + 2 * kv_heads) * facts.head_dim * share * size * (sp_size - 1) / sp_size
-    is_chunked = memory.cuts_heads
+    return facts.blocks * once * _exchanges(memory)
+
+
+def _exchanges(memory: MemoryConfig) -> int:
+    """How often a step exchanges what attention takes and gives."""
     times = {"none": 2, "block": 3, "block+attention": 3}[memory.checkpoint]
     # The backward of chunks exchanges what it needs again; with kept outputs every backward does so.
-    times += is_chunked and memory.checkpoint != "block+attention"
-    return facts.blocks * once * times
+    return times + (memory.cuts_heads and memory.checkpoint != "block+attention")
+
+
+def sent(facts: Facts, seq_len: int, groups: Groups, memory: MemoryConfig, size: int = 2) -> tuple[float, float]:
+    """Bytes that one rank sends in a step with causal attention, in the mean over ranks.
+
+    Returns:
+        To the ranks with which it exchanges heads, and to those that hold the same ones.
+    """
+    held = seq_len / groups.gather
+    heads = ulysses_volume(facts, int(held), groups.ulysses, memory, size) if groups.ulysses > 1 else 0.0
+    runs = QueryRuns((2,) * groups.gather, is_balanced=True)
+    moved = sum(runs.taker(part) != part // 2 for part in range(len(runs.parts))) / len(runs.parts)
+    # Keys and values go to all others; queries and outputs to the rank that attends with them.
+    keys = 2 * max(facts.kv_heads / groups.ulysses, 1) * (groups.gather - 1)
+    queries = 2 * facts.heads / groups.ulysses * moved
+    return heads, facts.blocks * _exchanges(memory) * (keys + queries) * facts.head_dim * held * size
 
 
 def gathered_volume(facts: Facts, seq_len: int, sp_size: int, memory: MemoryConfig, size: int = 2) -> float:
@@ -98,26 +136,30 @@ class StepTime:
 
 
 def step_time(
-    facts: Facts, seq_len: int, sp_size: int, memory: MemoryConfig, sharding: Sharding, machine: Machine, host: int
+    facts: Facts, seq_len: int, groups: Groups, memory: MemoryConfig, sharding: Sharding, machine: Machine, host: int
 ) -> StepTime:
     """The time of a step with one sequence on each group.
 
     Args:
         facts: Of the model.
         seq_len: S.
-        sp_size: P.
+        groups: U and R.
         memory: Parts.
         sharding: Of the states.
         machine: Speeds.
         host: Bytes of activations that wait on the host.
     """
-    compute = operations(facts, seq_len, memory) / sp_size / machine.flops
-    link = machine.node_link if sp_size <= machine.gpus_per_node else machine.network
-    exchange = ulysses_volume(facts, seq_len, sp_size, memory) / link if sp_size > 1 else 0.0
+    compute = operations(facts, seq_len, memory) / groups.size / machine.flops
+    near, far = (
+        machine.node_link if size <= machine.gpus_per_node else machine.network
+        for size in (groups.ulysses, groups.size)
+    )
+    heads, keys = sent(facts, seq_len, groups, memory)
+    exchange = heads / near + keys / far
     # Gradients are scattered and parameters gathered; at stage 3 parameters are gathered for each pass.
     rounds = 2 if sharding.stage < 3 else 3 + (memory.checkpoint != "none")
     across = machine.network if sharding.world > machine.gpus_per_node else machine.node_link
-    sent = rounds * 2.0 * facts.numel / across if sharding.world > 1 else 0.0
+    states = rounds * 2.0 * facts.numel / across if sharding.world > 1 else 0.0
     # There and back.
     copied = 2.0 * host / machine.host_link
     own = facts.numel / sharding.world
@@ -125,4 +167,4 @@ def step_time(
         copied += 4.0 * own / machine.host_link
     if sharding.offload_parameters:
         copied += rounds * 2.0 * own / machine.host_link
-    return StepTime(compute, exchange, max(sent - compute, 0.0) + max(copied - compute, 0.0))
+    return StepTime(compute, exchange, max(states - compute, 0.0) + max(copied - compute, 0.0))

@@ -42,17 +42,22 @@ class Scene:
         sp_size: P.
         memory: Parts that are on.
         rows: B.
+        ulysses: U, the ranks that exchange heads; the others hold the same ones and gather keys. None for P.
     """
 
     seq_len: int
     sp_size: int = 1
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     rows: int = 1
+    ulysses: int | None = None
 
     @property
     def rank(self) -> int:
         """The rank that takes the most memory: one whose own tokens travel as well; see `all_to_all.on_wire`."""
-        return int(self.sp_size > 2)
+        exchanging = self.ulysses or self.sp_size
+        # Of ranks that gather keys, the last one attends with queries of others; chunks of heads hold few of them.
+        last = 0 if self.memory.cuts_heads else self.sp_size - exchanging
+        return last + int(exchanging > 2)
 
     @property
     def layout(self) -> SequenceLayout:
@@ -185,9 +190,9 @@ def measure_step(model: nn.Module, step: Step, scene: Scene, meter: Meter) -> No
     layout = scene.layout
     tokens = torch.zeros(scene.rows, layout.shares[scene.rank], dtype=torch.long)
     batch = LocalBatch(layout, {"input_ids": tokens, "labels": tokens, "shift_labels": tokens}, rows=scene.rows)
-    measure(
-        model, lambda: step(model, batch.shards), batch, scene.rank, scene.memory, meter, blocks_of(model, scene.memory)
-    )
+    blocks = blocks_of(model, scene.memory)
+    run = (lambda: step(model, batch.shards), batch, scene.rank, scene.memory, meter, blocks)
+    measure(model, *run, ulysses=scene.ulysses)
 
 
 def measure(
@@ -199,6 +204,7 @@ def measure(
     meter: Meter,
     blocks: Sequence[nn.Module] = (),
     plan: SequencePlan | None = None,
+    ulysses: int | None = None,
 ) -> None:
     """`measure_step` for a step and a batch of any kind.
 
@@ -211,10 +217,11 @@ def measure(
         meter: Counts.
         blocks: Where marks are set.
         plan: Where the model is split, if the batch is not.
+        ulysses: See `Scene`.
     """
     sp_size = batch.layout.sp_size
     group: Any = AbsentGroup(sp_size) if sp_size > 1 else None
-    context = SequenceContext(SequenceMesh(rank, sp_size, sp_size, rank, 1, 0, sp_group=group))
+    context = SequenceContext(SequenceMesh(rank, sp_size, sp_size, rank, 1, 0, sp_group=group, ulysses=ulysses))
     before = current_context()
     with ExitStack() as stack:
         activate(context)

@@ -7,8 +7,8 @@ from html import escape
 from pathlib import Path
 
 from lightning_ulysses.config import read_memory
-from lightning_ulysses.planning.lab import Scene
-from lightning_ulysses.planning.plan import Plan
+from lightning_ulysses.planning.costs import Groups
+from lightning_ulysses.planning.plan import Plan, scene_of
 from lightning_ulysses.planning.render import amount, text_of, tokens
 from lightning_ulysses.planning.store import Measurements
 
@@ -25,7 +25,9 @@ def causes_at(measurements: Measurements, plan: Plan) -> At:
     best, seq_len, blocks = plan.best, plan.seq_len, plan.facts.blocks
     memory = read_memory(best.parts)
     here, there = (
-        measurements.rehearsal(Scene(length, best.sp_size, memory)).by_cause(blocks)
+        measurements.rehearsal(scene_of(length, Groups(best.sp_size // best.gather, best.gather), memory)).by_cause(
+            blocks
+        )
         for length in (seq_len, 2 * seq_len)
     )
     rest = {cause: number for cause, number in best.gpu.items() if not cause.startswith("activations")}

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lightning_ulysses.config import MemoryConfig, read_memory
-from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.planning.costs import (
+    Groups,
     Machine,
     StepTime,
     gathered_volume,
     operations,
+    sent,
     step_time,
-    ulysses_volume,
 )
+from lightning_ulysses.planning.groups import Fixed, gathering, sizes
 from lightning_ulysses.planning.lab import Rehearsal, Scene
 from lightning_ulysses.planning.models import Facts
 from lightning_ulysses.planning.store import Measurements
@@ -38,17 +38,6 @@ _FAR = 1.25
 _NEAR = 4
 _ENDLESS = 2**40
 _STAGES = ((1, False, False), (2, False, False), (3, False, False), (3, True, False), (3, True, True))
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """What the user has decided already; None for what the plan may choose."""
-
-    sp_size: int | None = None
-    stage: int | None = None
-    offload_optimizer: bool | None = None
-    offload_parameters: bool | None = None
-    memory: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +74,7 @@ class Choice:
         gathered_bytes: What it would receive if keys and values were gathered instead.
         flops: Operations of a step on one GPU.
         is_estimate: Whether activations were not rehearsed for this P but follow from those of another one.
+        gather: R, the ranks that hold the same heads and gather keys and values.
     """
 
     sp_size: int
@@ -101,6 +91,7 @@ class Choice:
     gathered_bytes: float
     flops: float
     is_estimate: bool = False
+    gather: int = 1
 
     @property
     def peak_gpu_bytes(self) -> int:
@@ -152,39 +143,17 @@ def make_plan(measurements: Measurements, machine: Machine, seq_len: int, fixed:
     inside, outside = sizes(machine, facts, seq_len, fixed)
     found: list[Choice] = []
     # Larger groups leave their machine only if they must.
-    for group in (inside, outside):
+    for group, ways in ((inside, []), (outside, gathering(machine, facts, seq_len, fixed))):
         larger = None
         for sp_size in reversed(group):
-            search = _Search(measurements, machine, seq_len, fixed, sp_size, larger)
+            search = _Search(measurements, machine, seq_len, fixed, Groups(sp_size), larger)
             found.append(search.run())
             larger = search if search.seen else larger
+        # Gathered keys do not shrink with P, so that no group tells of another one.
+        found += [_Search(measurements, machine, seq_len, fixed, groups).run() for groups in ways]
         if any(choice.limit is None for choice in found):
             break
     return Plan(facts, machine, seq_len, tuple(sorted(found, key=_order)))
-
-
-def sizes(machine: Machine, facts: Facts, seq_len: int, fixed: Fixed) -> tuple[list[int], list[int]]:
-    """P within one machine, and beyond it.
-
-    Raises:
-        UlyssesError: If there is none.
-    """
-    most = min(machine.gpus, facts.heads or machine.gpus, seq_len)
-    possible = [size for size in range(1, most + 1) if machine.gpus % size == 0]
-    if fixed.sp_size is not None:
-        if fixed.sp_size not in possible:
-            raise UlyssesError(
-                f"sp_size={fixed.sp_size} for {machine.gpus} GPUs and {facts.heads} query heads",
-                "a divisor of the GPUs, at most as large as the heads",
-                f"set sp_size to one of {possible}",
-            )
-        possible = [fixed.sp_size]
-    node = machine.gpus_per_node
-    inside = [size for size in possible if size <= node and node % size == 0]
-    outside = [size for size in possible if size > node and size % node == 0]
-    if fixed.sp_size is not None or not inside:
-        return possible, []
-    return inside, outside
 
 
 def _order(choice: Choice) -> tuple[float, ...]:
@@ -219,7 +188,7 @@ class _Search:
         machine: What there is.
         seq_len: S.
         fixed: What is decided.
-        sp_size: P.
+        groups: U and R.
         larger: The search for a larger P.
 
     Attributes:
@@ -233,11 +202,12 @@ class _Search:
         machine: Machine,
         seq_len: int,
         fixed: Fixed,
-        sp_size: int,
+        groups: Groups,
         larger: _Search | None = None,
     ) -> None:
         self._measurements, self._facts, self._larger = measurements, measurements.facts, larger
-        self._machine, self._seq_len, self._fixed, self._sp_size = machine, seq_len, fixed, sp_size
+        self._machine, self._seq_len, self._fixed, self._sp_size = machine, seq_len, fixed, groups.size
+        self._groups = groups
         self._ladder = [read_memory(parts) for parts in ([fixed.memory] if fixed.memory is not None else LADDER)]
         self.seen: dict[int, Rehearsal] = {}
         self.place = len(self._ladder) - 1
@@ -311,7 +281,7 @@ class _Search:
         return found or [other]
 
     def _rehearsal(self, memory: MemoryConfig, times: int = 1) -> Rehearsal:
-        return self._measurements.rehearsal(Scene(times * self._seq_len, self._sp_size, memory))
+        return self._measurements.rehearsal(scene_of(times * self._seq_len, self._groups, memory))
 
     def _line(self, memory: MemoryConfig, times: int = 1) -> _Line:
         at, blocks = self._rehearsal(memory, times), self._facts.blocks
@@ -332,11 +302,11 @@ class _Search:
         host = {cause: number * neighbours for cause, number in states.host.items()}
         if waiting:
             host["activations"] = waiting * neighbours
-        time = step_time(facts, seq_len, self._sp_size, memory, sharding, machine, waiting)
-        groups = machine.gpus // self._sp_size
+        time = step_time(facts, seq_len, self._groups, memory, sharding, machine, waiting)
+        count = machine.gpus // self._sp_size
         return Choice(
             sp_size=self._sp_size,
-            dp_size=groups,
+            dp_size=count,
             sharding=sharding,
             parts=shown(memory),
             gpu=gpu,
@@ -344,10 +314,11 @@ class _Search:
             limit=_limit(sum(gpu.values()), sum(host.values()), machine),
             longest_seq_len=0,
             time=time,
-            tokens_per_second=groups * seq_len / time.total,
-            exchange_bytes=ulysses_volume(facts, seq_len, self._sp_size, memory) if self._sp_size > 1 else 0.0,
+            tokens_per_second=count * seq_len / time.total,
+            exchange_bytes=sum(sent(facts, seq_len, self._groups, memory)),
             gathered_bytes=gathered_volume(facts, seq_len, self._sp_size, memory),
             flops=operations(facts, seq_len, memory) / self._sp_size,
+            gather=self._groups.gather,
         )
 
     def _with_longest(self, choice: Choice) -> Choice:
@@ -376,6 +347,11 @@ class _Search:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if fits(middle) else (low, middle - 1)
         return low
+
+
+def scene_of(seq_len: int, groups: Groups, memory: MemoryConfig) -> Scene:
+    """The step of one rank."""
+    return Scene(seq_len, groups.size, memory, ulysses=groups.ulysses if groups.gather > 1 else None)
 
 
 def _limit(gpu: int, host: int, machine: Machine) -> Limit | None:

@@ -47,6 +47,7 @@ def numbers(plan: Plan) -> dict[str, Any]:
 def _choice(plan: Plan, choice: Choice) -> dict[str, Any]:
     return {
         "sp_size": choice.sp_size,
+        "gather": choice.gather,
         "dp_size": choice.dp_size,
         "stage": choice.sharding.stage,
         "offload_optimizer": choice.sharding.offload_optimizer,
@@ -78,7 +79,7 @@ def yaml_of(plan: Plan, choice: Choice) -> str:
         "  strategy:",
         "    class_path: lightning_ulysses.UlyssesDeepSpeedStrategy",
         "    init_args:",
-        f"      sp_size: {choice.sp_size}",
+        f"      sp_size: {_sizes(choice)}",
         f"      stage: {sharding.stage}",
     ]
     lines += ["      offload_optimizer: true"] if sharding.offload_optimizer else []
@@ -87,6 +88,11 @@ def yaml_of(plan: Plan, choice: Choice) -> str:
         lines.append("      memory:")
         lines += [f"        {key}: {_scalar(value)}" for key, value in choice.parts.items()]
     return "\n".join(lines) + "\n"
+
+
+def _sizes(choice: Choice) -> str:
+    ulysses = choice.sp_size // choice.gather
+    return str(choice.sp_size) if choice.gather == 1 else f"{{ulysses: {ulysses}, gather: {choice.gather}}}"
 
 
 def _scalar(value: Any) -> str:
@@ -123,7 +129,7 @@ def text_of(plan: Plan) -> str:
 
 
 def _verdict(best: Choice) -> str:
-    ways = f"sp_size={best.sp_size}, {_stage(best)}, {_parts(best)}"
+    ways = f"sp_size={_sizes(best)}, {_stage(best)}, {_parts(best)}"
     if best.limit is None:
         return f"Fits: {ways}. The longest sequence is {tokens(best.longest_seq_len)}."
     limit = best.limit
@@ -138,6 +144,8 @@ def _volume(best: Choice) -> str:
     if best.sp_size == 1:
         return "Nothing is exchanged."
     line = f"Exchanges: each GPU sends {amount(best.exchange_bytes)}"
+    if best.gather > 1:
+        return f"{line}, keys and values to gather among them"
     if best.gathered_bytes < best.exchange_bytes:
         return (
             f"{line}. Gathered keys and values, or a ring, would send less: {amount(best.gathered_bytes)}. "
@@ -166,6 +174,7 @@ def _line(choice: Choice) -> str:
     parts = "+".join(
         key if value is True else f"{value}" if key == "checkpoint" else key for key, value in choice.parts.items()
     )
+    parts = "+".join([f"gather {choice.gather}"] * (choice.gather > 1) + [parts] * bool(parts))
     return (
         f"{choice.sp_size:>3} x {choice.dp_size:<4} {choice.sharding.stage}{marks:<3}  {parts or 'none':<66} "
         f"{'yes' if choice.limit is None else 'no':<4} {tokens(choice.longest_seq_len):>9}  "

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_ulysses.attention import device, kernel, repeated
 from lightning_ulysses.attention.chunked_call import ChunkedCall
+from lightning_ulysses.exchange.gather import name_of_gather
 from lightning_ulysses.interceptors import highest_position
 from lightning_ulysses.memory import checkpoint, checkpointed, head, offload, tiled, tiled_loss
 from lightning_ulysses.memory.host import footprint
@@ -29,6 +30,7 @@ _ATTEND = importlib.import_module("lightning_ulysses.attention.attend")
 _FIRST, _GRADIENTS = ChunkedCall.first, ChunkedCall.gradients
 # Chunks that run of an attention call. Later ones take no more, beside what is kept of each.
 _CHUNKS = 8
+_COLLECTIVES = ("all_to_all_single", "all_gather", "all_reduce", name_of_gather())
 #: The device that is stood for.
 CUDA = torch.device("cuda")
 
@@ -45,6 +47,11 @@ class AbsentGroup:
 
     def wait(self) -> None:
         """Ends a collective."""
+
+    @classmethod
+    def of(cls, ranks: list[int], **kwargs: Any) -> AbsentGroup:
+        """Stands for a new group."""
+        return cls(len(ranks))
 
     @classmethod
     def collective(cls, *args: Any, **kwargs: Any) -> AbsentGroup:
@@ -135,8 +142,9 @@ def on_fake_tensors(host: HostBytes, *, all_tiles: bool = False) -> Iterator[Non
     """
     handle = Handle()
     try:
-        for collective in ("all_to_all_single", "all_gather", "all_reduce"):
+        for collective in _COLLECTIVES:
             handle.patch(dist, collective, AbsentGroup.collective)
+        handle.patch(dist, "new_group", AbsentGroup.of)
         handle.patch(hooks, "check_same_inputs", lambda mesh, name, leaves: None)
         handle.patch(highest_position, "_tried", lambda module, name: None)
         handle.patch(device, "is_gpu", _is_gpu)

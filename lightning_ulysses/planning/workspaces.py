@@ -17,11 +17,14 @@ def flash_attention(func: Any, args: tuple[Any, ...]) -> int:
 
     Args:
         func: The operator.
-        args: Its arguments: the gradient, q (B, H, S_q, D), k and v (B, heads, S_k, D).
+        args: Its arguments: the gradient, q (B, H, S_q, D), k and v (B, heads, S_k, D); of a variable-length kernel
+            (tokens, heads, D) each.
     """
-    if "flash_attention_for_cpu_backward" not in str(func):
+    name = str(func)
+    if "flash_attention_for_cpu_backward" not in name and "varlen_attn_backward" not in name:
         return 0
-    _, q, k, v = args[:4]
+    # (tokens, heads, D) -> (1, heads, tokens, D)
+    q, k, v = (each if each.dim() == 4 else each.transpose(0, 1)[None] for each in args[1:4])
     batch, heads, queries, size = q.shape
     rows = batch * heads * -(-queries // 128) * 128
     expanded = 0 if heads == k.shape[1] else batch * heads * k.shape[2] * (k.shape[3] + v.shape[3]) * k.element_size()

@@ -67,6 +67,28 @@ def scene(parts: dict[str, Any], seq_len: int = S, sp_size: int = 2) -> Scene:
     return Scene(seq_len, sp_size, MemoryConfig(**parts))
 
 
+@pytest.mark.parametrize("ulysses", [1, 2])
+def test_gathered_keys_are_counted(ulysses):
+    wanted = Scene(S, 4, ulysses=ulysses)
+    found = lab("Llama", workspace=cpu_kernel).rehearse(wanted).peak
+    peak = allocated(drop_gradients(make("Llama")().train()), wanted)
+    assert peak == pytest.approx(found, rel=1e-3)
+    # The control: a rank that exchanges heads alone does not hold all keys.
+    assert lab("Llama", workspace=cpu_kernel).rehearse(Scene(S, 4)).peak < 0.9 * found
+
+
+@pytest.mark.parametrize("parts", ["plain", "chunks"])
+@pytest.mark.parametrize("ulysses", [1, 2])
+def test_the_rank_that_is_rehearsed_takes_the_most(ulysses, parts, monkeypatch):
+    wanted = Scene(S, 4, MemoryConfig(**PARTS[parts]), ulysses=ulysses)
+    peaks = []
+    for rank in range(4):
+        monkeypatch.setattr(Scene, "rank", rank)
+        peaks.append(lab("Llama").rehearse(wanted).peak)
+    monkeypatch.undo()
+    assert lab("Llama").rehearse(wanted).peak >= max(peaks) * 0.999
+
+
 def drop_gradients(model: nn.Module) -> nn.Module:
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))

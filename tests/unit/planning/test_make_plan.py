@@ -19,7 +19,8 @@ from lightning_ulysses.cli.main import main
 from lightning_ulysses.cli.plan import length, size
 from lightning_ulysses.config import MemoryConfig
 from lightning_ulysses.planning import plan as planning
-from lightning_ulysses.planning.costs import Machine, gathered_volume, passes, ulysses_volume
+from lightning_ulysses.planning.costs import Groups, Machine, gathered_volume, passes, ulysses_volume
+from lightning_ulysses.planning.groups import gathering
 from lightning_ulysses.planning.lab import Scene
 from lightning_ulysses.planning.models import find_model
 from lightning_ulysses.planning.plan import Fixed, make_plan, sizes
@@ -235,3 +236,24 @@ def test_a_module_of_the_users_own_is_planned(tmp_path, monkeypatch):
     assert plan.facts.blocks == 2
     assert plan.facts.numel > 0 and plan.best.limit is None
     sys.modules.pop("mine_to_plan", None)
+
+
+def test_more_ranks_than_heads_gather_keys_and_machines_may(measurements):
+    facts = measurements.facts
+    assert gathering(Machine(8, 8), facts, 4096, Fixed()) == []
+    # Beyond a machine, heads are exchanged inside of it.
+    assert gathering(Machine(64, 4), facts, 4096, Fixed()) == [Groups(4, count) for count in (2, 4, 8, 16)]
+    assert gathering(Machine(16, 16), facts, 4096, Fixed()) == [Groups(8, 2)]
+    assert gathering(Machine(64, 4), facts, 4096, Fixed(sp_size={"ulysses": 2, "gather": 16})) == [Groups(2, 16)]
+    with pytest.raises(UlyssesError, match="a divisor of the GPUs"):
+        gathering(Machine(8, 8), facts, 4096, Fixed(sp_size={"ulysses": 3, "gather": 2}))
+    assert sizes(Machine(64, 4), facts, 4096, Fixed(sp_size=16)) == ([], [])
+
+
+def test_a_plan_for_more_ranks_than_heads_says_so_in_its_yaml(measurements):
+    parts = {"checkpoint": "block", "tiled_loss": True}
+    plan = make_plan(measurements, Machine(16, 16), 2**16, Fixed(sp_size=16, stage=2, memory=parts))
+    assert [(choice.sp_size, choice.gather) for choice in plan.choices] == [(16, 2)]
+    strategy = yaml.safe_load(numbers(plan)["yaml"])["trainer"]["strategy"]
+    assert strategy["init_args"]["sp_size"] == {"ulysses": 8, "gather": 2}
+    assert "gather 2" in text_of(plan)
