@@ -59,7 +59,9 @@ def both_ends(seq_len: int, count: int) -> tuple[tuple[int, int], tuple[int, int
     return (0, count - count // 2), (seq_len - count // 2, count // 2)
 
 
-def excerpts(batch: WholeBatch, rules: BatchRules, sp_size: int, sizes: Collection[int]) -> Iterator[Any]:
+def excerpts(
+    batch: WholeBatch, rules: BatchRules, sp_size: int, sizes: Collection[int], *, short_first: bool = False
+) -> Iterator[Any]:
     """Excerpts of several lengths from several places; the batch itself where it is short.
 
     Args:
@@ -67,10 +69,12 @@ def excerpts(batch: WholeBatch, rules: BatchRules, sp_size: int, sizes: Collecti
         rules: How to read it.
         sp_size: P.
         sizes: Lengths to avoid.
+        short_first: Whether those of half the length come before the longest.
     """
     seq_len, targets = batch.layout.real_len, _some_target(batch, rules.ignore_index)
     longest = min(seq_len, max(_TOKENS, _TOKENS_PER_RANK * sp_size))
-    for count in (longest, longest // 2, longest // 3, 4 * sp_size):
+    lengths = (longest // 2, longest) if short_first else (longest, longest // 2)
+    for count in (*lengths, longest // 3, 4 * sp_size):
         count = _length(count, seq_len, sp_size, sizes)
         if 2 * sp_size <= count < seq_len:
             if "position_ids" in batch.dims:

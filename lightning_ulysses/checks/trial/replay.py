@@ -39,6 +39,7 @@ class Recording:
         around: For each call of attention the modules that ran around it.
         edges: What submodules returned that run on more than a slice, leaves of the graph.
         edge_gradients: The same for ``edges``.
+        compares_modules: Whether ``modules`` are taken note of.
     """
 
     inputs: list[dict[str, Tensor]] = field(default_factory=list)
@@ -52,6 +53,7 @@ class Recording:
     around: list[tuple[Call, ...]] = field(default_factory=list)
     edges: list[Tensor] = field(default_factory=list)
     edge_gradients: list[Tensor] = field(default_factory=list)
+    compares_modules: bool = True
 
     def note(self, call: TokenCall, answer: Any, value: Tensor | None = None) -> Any:
         """Keeps the first tensor in ``answer``, or ``value`` in its place, as a leaf."""

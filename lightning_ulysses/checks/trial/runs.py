@@ -147,7 +147,8 @@ class TrialRuns:
         return tuple(blocks.plans())
 
     def _alone(self, step: Step, inputs: Any, local: LocalBatch, blocks: BlockFinder | None = None) -> Recorder:
-        recorder = Recorder(self._context, blocks)
+        # Without blocks, it is the loss alone that is compared.
+        recorder = Recorder(self._context, blocks, Recording(compares_modules=blocks is not None))
         # One process takes over hardly any attention, whose gradients could be compared.
         is_split = self._context.mesh.sp_size > 1
         hooks = nullcontext() if is_split else early_outputs(self._module, recorder.recording.outputs)
@@ -169,7 +170,7 @@ class TrialRuns:
 
     def _differentiate(self, step: Step, inputs: Any, recording: Recording) -> None:
         try:
-            with recording.modules.watched(self._module):
+            with recording.modules.watched(self._module) if recording.compares_modules else nullcontext():
                 output = step(inputs)
         except StepEnds as end:
             output = end.loss

@@ -87,8 +87,8 @@ class Samples:
         self._uneven: list[Any] | None = None
         self._needs_all = False
 
-    def _excerpts(self) -> Any:
-        return excerpts(self._batch, self._rules, self._mesh.sp_size, self._sizes)
+    def _excerpts(self, *, short_first: bool = False) -> Any:
+        return excerpts(self._batch, self._rules, self._mesh.sp_size, self._sizes, short_first=short_first)
 
     @property
     def _is_small(self) -> bool:
@@ -141,8 +141,8 @@ class Samples:
     def _by_rows(self, name: str | None) -> list[Inputs]:
         rules = self._row_rules
         if self._uneven is None:
-            # A step that needs the whole batch fails on an excerpt.
-            short = [] if self._needs_all else self._excerpts()
+            # A step that needs the whole batch fails on an excerpt. Short rows tell as much unless they lack targets.
+            short = [] if self._needs_all else self._excerpts(short_first=True)
             self._uneven = most_uneven([*short, *([self._batch.template] if self._is_small else [])], rules)
         parts = self._uneven
         if parts and name is not None:

@@ -204,7 +204,7 @@ class StepTrial(TrialRuns):
         self._cuts = False
         if self._recorder is not None and self._recorder.recording.edges:
             # Behind a join, gradients pass through what runs on more than a slice.
-            self._record_again(step, self._sample)
+            self._recorded(step, self._sample)
         before = self.joints
         self.joints = {name: joint for name, joint in before.items() if not self._finder.is_around(name, plan)}
         for _ in range(_TRIES):
@@ -218,14 +218,18 @@ class StepTrial(TrialRuns):
         self.joints = before
         return None
 
-    def _record_again(self, step: Step, sample: Sample) -> None:
+    def _recorded(self, step: Step, sample: Sample) -> list[str]:
+        """Runs the step on all of a sample; a collective. What went wrong, on any rank."""
+        error: str | None = None
         failed: Exception | None = None
         try:
             with self._tried(), self._context.cutting():
                 self._record(step, sample)
+                if not self._is_finite:
+                    raise ValueError(_NOT_FINITE)
         except Exception as failure:
-            failed = failure
-        self._from_all(None, failed)
+            failed, error = failure, repr(failure)
+        return [each for each in self._from_all(error, failed) if each is not None]
 
     def rehearse(self, step: Step, plan: SequencePlan) -> Verdict:
         """Tries a plan of the user's on the excerpt; a collective.
@@ -247,16 +251,7 @@ class StepTrial(TrialRuns):
         return replace(verdict, names=narrow(verdict.names, partial(self._with_fewer, run)))
 
     def _rehearse_on(self, step: Step, plan: SequencePlan, sample: Sample) -> Verdict:
-        error: str | None = None
-        failed: Exception | None = None
-        try:
-            with self._tried(), self._context.cutting():
-                self._record(step, sample)
-                if not self._is_finite:
-                    raise ValueError(_NOT_FINITE)
-        except Exception as failure:
-            failed, error = failure, repr(failure)
-        errors = [each for each in self._from_all(error, failed) if each is not None]
+        errors = self._recorded(step, sample)
         if errors:
             return Verdict(reason=errors[0], is_recorded=False)
         part = sample.part
