@@ -8,9 +8,9 @@ from __future__ import annotations
 from lightning.fabric.strategies import STRATEGY_REGISTRY
 from lightning.pytorch.strategies import StrategyRegistry
 
-from lightning_ulysses import registered as registered
 from lightning_ulysses.attention import ulysses_attention
 from lightning_ulysses.callbacks import TokenCountMonitor
+from lightning_ulysses.cli import registered as registered
 from lightning_ulysses.data import CostModel, PackedStream, PackingCollator, SequenceDataModule, SequenceShardSampler
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.fabric import UlyssesFabricStrategy

@@ -74,7 +74,9 @@ def worst(found: nn.Module, wanted: nn.Module) -> float:
     assert [name for name in mine if mine[name] is None] == [name for name in theirs if theirs[name] is None]
     both = [(a.double(), b.double()) for a, b in zip(mine.values(), theirs.values(), strict=True) if a is not None]
     longest = max((float(b.norm()) for _, b in both), default=0.0)
-    return largest(float((a - b).norm()) / max(float(b.norm()), 1e-3 * longest, 1e-30) for a, b in both)
+    errors = [float((a - b).norm()) / max(float(b.norm()), 1e-3 * longest, 1e-30) for a, b in both]
+    # Where all is frozen there is no gradient to compare.
+    return largest(errors) if errors else 0.0
 
 
 def targets(shape: tuple[int, ...], classes: int, masked: float = 0.3, seed: int = 0) -> Tensor:
