@@ -42,7 +42,8 @@ class Grouped(LlamaModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.seen += 1
-        return super().training_step(batch, batch_idx) + 0 * self.unstepped(torch.ones(3)).sum()
+        ones = torch.ones(3, dtype=self.unstepped.weight.dtype)
+        return super().training_step(batch, batch_idx) + 0 * self.unstepped(ones).sum()
 
     def configure_optimizers(self) -> Any:
         named = [(name, p) for name, p in self.model.named_parameters()]
