@@ -71,6 +71,7 @@ def test_counts_in_the_readme_are_those_of_the_pages() -> None:
     results = dict(re.findall(r"^\| (\w+)[^|]* \| (exact|refused) ", table, re.MULTILINE))
     exact = list(results.values()).count("exact")
     assert f"{exact} of {len(results)} tested transformers" in TEXTS["README.md"]
-    assert f"{exact} of the {len(results)} [tested models]" in TEXTS["docs/support.md"]
+    # Wherever its lines end.
+    assert f"{exact} of the {len(results)} [tested models]" in " ".join(TEXTS["docs/support.md"].split())
     for page in ("docs/splitting.md", "docs/exact.md"):
         assert f"{len(recipes.RECIPES)} ways to train" in TEXTS[page]
