@@ -69,7 +69,7 @@ class _Fetched(torch.autograd.Function):
     # Tokens travel to who wants them; the backward is the adjoint, gradients travel back and are added up.
     @staticmethod
     def forward(ctx: Any, part: Tensor, dim: int, fetch: Fetch) -> Tensor:
-        ctx.dim, ctx.fetch, ctx.share = dim, fetch, part.shape[dim]
+        ctx.dim, ctx.fetch = dim, fetch
         begin = fetch.edges[fetch.rank]
         # (..., S_r, ...) -> (S_r, ...)
         tokens = part.movedim(dim, 0)
@@ -86,11 +86,10 @@ class _Fetched(torch.autograd.Function):
         parts = list(grads[0].movedim(ctx.dim, 0).split([last - first for first, last in fetch.received()]))
         spans = fetch.sent()
         pieces = fetch.exchange(parts, [last - first for first, last in spans])
-        whole = spans[fetch.rank][1] - spans[fetch.rank][0] == ctx.share
-        # A rank that sees all of its own tokens begins with their gradients.
-        total = pieces[fetch.rank].clone() if whole else grads[0].new_zeros(ctx.share, *parts[0].shape[1:])
+        # A rank sees all of its own tokens.
+        total = pieces[fetch.rank].clone()
         for rank, (piece, (first, last)) in enumerate(zip(pieces, spans, strict=True)):
-            if rank != fetch.rank or not whole:
+            if rank != fetch.rank:
                 total[first - begin : last - begin] += piece
         # (S_r, ...) -> (..., S_r, ...)
         return total.movedim(0, ctx.dim), None, None

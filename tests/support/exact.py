@@ -7,9 +7,11 @@ from typing import Any
 from unittest import mock
 
 import lightning as L
+import pytest
 from models import count_targets
 from torch import Tensor
 
+from lightning_ulysses import UlyssesError
 from lightning_ulysses.testing import SplitRun, compare, fit_rank, fit_single, fit_split, snapshot
 from lightning_ulysses.testing.processes import ProcessPool
 
@@ -23,6 +25,13 @@ def check(pool: ProcessPool, make: Any, batches: list[Any], run: SplitRun, steps
     assert wanted.step().norm() > 1e-3
     for result in results:
         assert compare(result, wanted).largest <= BOUND, compare(result, wanted)
+
+
+def refused(rank: int, make: Any, batches: list[Any], run: SplitRun) -> str:
+    """What a run is refused with."""
+    with pytest.raises(UlyssesError) as caught:
+        fit_rank(rank, make, batches, run)
+    return str(caught.value)
 
 
 def fit_broken(rank: int, make: Any, batches: list[Any], run: SplitRun, target: str, replacement: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from exact import BOUND
+from exact import BOUND, refused
 from models import HandWritten, LlamaModule, count_targets, pair_batch, token_batch
 from nightly import mostly
 from torch import Tensor
@@ -20,7 +20,7 @@ from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.geometry.batch_keys import BatchRules
 from lightning_ulysses.geometry.layout import SequenceLayout
 from lightning_ulysses.loss.targets import AmbiguousTargets, KnownTargets, TargetResolver
-from lightning_ulysses.testing import SplitRun, compare, fit_rank, fit_single, fit_split
+from lightning_ulysses.testing import SplitRun, compare, fit_single, fit_split
 from lightning_ulysses.testing.processes import ProcessPool
 
 UNTRIED = {"check_model": False}
@@ -229,19 +229,13 @@ class RowMeans(HandWritten):
         return (each.sum(1) / (y != -100).sum(1)).mean()
 
 
-def error_of(rank: int, make: Any, batches: list[Any], run: SplitRun) -> str:
-    with pytest.raises(UlyssesError) as caught:
-        fit_rank(rank, make, batches, run)
-    return str(caught.value)
-
-
 def test_a_tie_that_nothing_breaks_ends_where_it_matters(pool: ProcessPool) -> None:
     even = pair_batch(1, 33, 2)
     run = SplitRun(strategy={"split": "batch"})
     wanted = fit_single(RowMeans, [[even]], count_targets)
     for result in fit_split(pool, RowMeans, [even], run):
         assert compare(result, wanted).largest <= BOUND
-    for text in pool.run(error_of, RowMeans, [even, PAIRS[0]], run, world_size=2):
+    for text in pool.run(refused, RowMeans, [even, PAIRS[0]], run, world_size=2):
         assert "['1', 'tokens'] weight differently" in text and "set targets to one of" in text
 
 
@@ -250,7 +244,7 @@ def test_an_untried_step_asks_for_its_targets(pool: ProcessPool) -> None:
     batch["other"] = batch["labels"].clamp_min(1)
     batch["shift_labels"] = F.pad(batch["labels"][:, 1:], (0, 1), value=-100)
     strategy = {**UNTRIED, "sequence_dims": {"other": 1}}
-    for text in pool.run(error_of, ByLabels, [batch], SplitRun(strategy=strategy), world_size=2):
+    for text in pool.run(refused, ByLabels, [batch], SplitRun(strategy=strategy), world_size=2):
         assert "the step was not tried" in text and "set targets='shift_labels'" in text
     wanted = fit_single(ByLabels, [[batch]], count_targets)
     run = SplitRun(strategy={**strategy, "targets": "shift_labels"})
