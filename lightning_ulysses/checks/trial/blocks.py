@@ -298,21 +298,23 @@ def _only_dims(values: Mapping[str, Any], lengths: Collection[int], widths: Coll
     """For each value whose tensors have exactly one dimension as long as some sequence, the same for all, that one.
 
     Features may be as many as tokens: the last dimension does not count if a parameter of the module has its size.
+    Masks (..., ..., S, S) have none.
     """
     found = {}
     for key, value in values.items():
         tensors = [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)]
         dims = {
-            tuple(
-                dim
-                for dim, size in enumerate(t.shape)
-                if size in lengths and not (0 < dim == t.dim() - 1 and size in widths and t.is_floating_point())
-            )
+            tuple(d for d, size in enumerate(t.shape) if size in lengths and not (d and _is_width(t, d, widths)))
             for t in tensors
         }
         if len(dims) == 1 and len(only := dims.pop()) == 1:
             found[key] = only[0]
     return found
+
+
+def _is_width(tensor: Tensor, dim: int, widths: Collection[int]) -> bool:
+    size, is_mask = tensor.shape[dim], tensor.dim() == 4 and tensor.shape[-1] == tensor.shape[-2]
+    return dim == tensor.dim() - 1 and size in widths and tensor.is_floating_point() and not is_mask
 
 
 def _memories(given: Mapping[str, Tensor], q: Tensor, k: Tensor) -> set[str] | None:

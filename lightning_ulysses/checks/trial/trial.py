@@ -18,6 +18,7 @@ from lightning_ulysses.checks.trial.joints import Found, added, widest
 from lightning_ulysses.checks.trial.narrowing import Attempt, agreed, narrow
 from lightning_ulysses.checks.trial.outputs import Change, Slice
 from lightning_ulysses.checks.trial.replay import Rehearsal, Replay
+from lightning_ulysses.checks.trial.row_weights import names_of_rows, names_of_targets
 from lightning_ulysses.checks.trial.runs import Step, TrialRuns
 from lightning_ulysses.checks.trial.samples import Inputs, Sample, Samples
 from lightning_ulysses.checks.trial.sandbox import computes_precisely, repeatable, state_kept
@@ -29,8 +30,6 @@ from lightning_ulysses.checks.trial.verdict import (
     compare,
     disagreement,
     judge,
-    names_of_rows,
-    names_of_targets,
     part_of_loss,
 )
 from lightning_ulysses.context import LocalBatch, SequenceContext

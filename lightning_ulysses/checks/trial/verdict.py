@@ -108,7 +108,7 @@ def compare(recorder: Recorder, replay: Replay, local: LocalBatch, half: bool) -
     if not pairs:
         return SliceReport(counts, reason="a loss that does not depend on what attention returns")
     wanted, own = zip(*pairs, strict=True)
-    report = _fit(wanted, own, _flat(size).norm(), counts, half)
+    report = fit(wanted, own, flat(size).norm(), counts, half)
     losses = _number(whole.loss), _number(part.loss)
     pooled = first_changed(whole.modules, part.modules, cut, bound, pooled=True)
     return replace(report, pooled=pooled, losses=losses)
@@ -118,16 +118,17 @@ def _number(loss: Tensor | None) -> float:
     return 0.0 if loss is None else float(loss)
 
 
-def _flat(tensors: Iterable[Tensor]) -> Tensor:
+def flat(tensors: Iterable[Tensor]) -> Tensor:
+    """All elements of the tensors, (elements,) float64."""
     # Each (...) -> (elements,)
     return torch.cat([tensor.double().flatten() for tensor in tensors])
 
 
-def _fit(
+def fit(
     wanted: Sequence[Tensor], own: Sequence[Tensor], size: Tensor, counts: Mapping[str, float], half: bool
 ) -> SliceReport:
     """The number w for which w times the part's own gradients are nearest to the wanted ones."""
-    a, b = _flat(wanted), _flat(own)
+    a, b = flat(wanted), flat(own)
     if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()) or not float(size):
         return SliceReport(counts, reason="a gradient that is zero or not finite")
     square = float(b @ b)
@@ -186,56 +187,7 @@ def part_of_loss(whole: Recording, part: Rehearsal, counts: Mapping[str, float],
     if not cut:
         return SliceReport(counts, reason="a loss that does not depend on what attention returns")
     wanted = [part.slice_of(number, a, b) for a, b, number in cut]
-    return _fit(wanted, [b for _, b, _ in cut], _flat(a for a, _, _ in cut).norm(), counts, half)
-
-
-def names_of_rows(whole: Recording, parts: Sequence[tuple[Recording, LocalBatch]], half: bool) -> frozenset[str] | None:
-    """Tensors whose counts of targets are the weights with which losses of some rows add up to that of all.
-
-    Args:
-        whole: The run on all rows, or on all documents of one row.
-        parts: Runs on some of them each, in order, with their counts.
-        half: Whether the model computes in half precision.
-
-    Returns:
-        Their names; None if the loss of some rows has no gradient, as the mean over no target.
-    """
-    size, reports = _flat(whole.gradients).norm(), []
-    begins = [0] * len(whole.gradients)
-    for part, local in parts:
-        wanted, own = [], []
-        for number, (a, b) in enumerate(zip(whole.gradients, part.gradients, strict=True)):
-            # (B, ...) -> (B_r, ...), or (..., S, ...) -> (..., S_r, ...) of documents of one row.
-            dim = cut_dim(a, b)
-            if dim is not None:
-                wanted.append(narrowed(a, dim, slice(begins[number], begins[number] + b.shape[dim])))
-                own.append(b)
-                begins[number] += b.shape[dim]
-        reports.append(_fit(wanted, own, size, local.counts, half))
-    verdict = judge([(report, ()) for report in reports], len(reports))
-    return verdict.names if verdict.reason is None else None
-
-
-def names_of_targets(
-    whole: Recording, parts: Sequence[tuple[Recording, LocalBatch]], half: bool
-) -> frozenset[str] | None:
-    """`names_of_rows` of runs on all tokens, each with some of the targets."""
-    wanted, own = _flat(whole.gradients), torch.stack([_flat(part.gradients) for part, _ in parts])
-    size = wanted.norm()
-    if not bool(own.isfinite().all()) or not float(size) or not bool(own.any(dim=1).all()):
-        return None
-    if float((own - own[0]).norm() / size) <= INPUTS:
-        # The loss does not read them.
-        return None
-    # (parts, elements) and (elements,) -> (parts,)
-    weights = torch.linalg.lstsq(own.T, wanted[:, None]).solution.flatten()
-    misfit = float((wanted - weights @ own).norm() / size)
-    reports = [
-        SliceReport(local.counts, float(weight), misfit, is_half=half)
-        for (_, local), weight in zip(parts, weights, strict=True)
-    ]
-    verdict = judge([(report, ()) for report in reports], len(reports))
-    return verdict.names if verdict.reason is None else None
+    return fit(wanted, [b for _, b, _ in cut], flat(a for a, _, _ in cut).norm(), counts, half)
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
