@@ -47,7 +47,7 @@ def find_blocks(root: nn.Module, names: Sequence[str] | None) -> Found:
     if not found:
         raise UlyssesError(
             f"checkpoint='block', and no repeated blocks in {type(root).__name__}",
-            "a torch.nn.ModuleList or torch.nn.Sequential with at least two modules of one class that have submodules",
+            "a torch.nn.ModuleList or torch.nn.Sequential with at least two modules of one class, or of one base, that have submodules",
             "name the modules to checkpoint, as checkpoint_blocks=['encoder.layer.*']; * stands for one part between "
             "dots",
         )
@@ -81,7 +81,9 @@ def _inside(module: nn.Module) -> nn.Module:
 
 
 def _kind(module: nn.Module) -> type:
-    return type(_inside(module))
+    # Layers of a hybrid are of several classes that share a base.
+    lineage = type(_inside(module)).__mro__
+    return lineage[lineage.index(nn.Module) - 1]
 
 
 def _is_composed(module: nn.Module) -> bool:

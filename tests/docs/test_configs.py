@@ -114,7 +114,9 @@ def test_a_task_trains_as_in_one_process(pool: ProcessPool, task: str) -> None:
         assert begin == pytest.approx(first, rel=1e-5)
         # AdamW moves by the sign of gradients near 0.
         assert end == pytest.approx(last, rel=1e-2)
-        assert largest(float((found[name] - value).norm() / value.norm()) for name, value in weights.items()) < 2e-2
+        # Biases that begin with zeros and get no gradient are the same zeros.
+        distances = ((found[name] - value).norm() / value.norm().clamp_min(1e-9) for name, value in weights.items())
+        assert largest(map(float, distances)) < 2e-2
 
 
 def finetune(rank: int, model: str, train: str, cache: str, lora: dict[str, Any] | None = None) -> StepResult:
