@@ -47,7 +47,8 @@ def find_blocks(root: nn.Module, names: Sequence[str] | None) -> Found:
     if not found:
         raise UlyssesError(
             f"checkpoint='block', and no repeated blocks in {type(root).__name__}",
-            "a torch.nn.ModuleList or torch.nn.Sequential with at least two modules of one class, or of one base, that have submodules",
+            "a torch.nn.ModuleList or torch.nn.Sequential with at least two modules of one class, or of one base, "
+            "that have submodules",
             "name the modules to checkpoint, as checkpoint_blocks=['encoder.layer.*']; * stands for one part between "
             "dots",
         )
