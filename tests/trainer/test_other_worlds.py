@@ -38,11 +38,13 @@ class Grouped(LlamaModule):
         self.frozen = nn.Parameter(torch.zeros(5), requires_grad=False)
         self.unstepped = nn.Linear(3, 2, bias=False)
         nn.init.zeros_(self.unstepped.weight)
+        # At stage 3, a parameter of one module that another one asks for stays gathered.
+        self.held = [self.unstepped.weight]
         self.kind, self.settings = optimizer, settings
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.seen += 1
-        ones = torch.ones(3, dtype=self.unstepped.weight.dtype)
+        ones = torch.ones(3, dtype=self.held[0].dtype)
         return super().training_step(batch, batch_idx) + 0 * self.unstepped(ones).sum()
 
     def configure_optimizers(self) -> Any:
