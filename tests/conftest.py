@@ -29,5 +29,5 @@ PRELOAD = ("deepspeed", "lightning_ulysses.testing", "transformers.models.llama.
 @pytest.fixture(scope="session")
 def pool() -> Iterator[ProcessPool]:
     """Four processes, started once."""
-    with ProcessPool(4, timeout=120, preload=PRELOAD) as processes:
+    with ProcessPool(4, timeout=120, preload=PRELOAD, own_hashes=True) as processes:
         yield processes
