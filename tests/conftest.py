@@ -23,7 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 # What most runs need; importing it takes longer than they do.
-PRELOAD = ("deepspeed", "lightning_ulysses.testing", "transformers.models.llama.modeling_llama")
+PRELOAD = ("deepspeed", "lightning_ulysses.testing", "pytest", "transformers.models.llama.modeling_llama")
 
 
 @pytest.fixture(scope="session")

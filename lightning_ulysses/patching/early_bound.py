@@ -18,8 +18,9 @@ from lightning_ulysses.patching.handle import Handle
 
 Function = Callable[..., Any]
 
-# Our own modules call the originals and must keep them. torch's modules are patched by name.
-_LEAVE_ALONE = ("torch", "lightning_ulysses")
+# Our own modules call the originals and must keep them. torch's modules are patched by name. What torch itself needs
+# holds nothing of torch, and is a third of all that is imported.
+_LEAVE_ALONE = {"torch", "lightning_ulysses", "mpmath", "networkx", "numpy", "sympy"}
 
 
 # Types of objects that may hold the function inside.

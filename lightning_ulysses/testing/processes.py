@@ -222,7 +222,7 @@ class ProcessPool:
         context: Any = multiprocessing.get_context(method)
         if method == "forkserver":
             # Of no effect on one that runs already; what it lacks is then imported by each copy.
-            context.set_forkserver_preload([__name__, *self.preload])
+            context.set_forkserver_preload([__name__, *upstream_deepspeed.LATE_IMPORTS, *self.preload])
         here, there = context.Pipe()
         outputs = _outputs()
         # Not daemonic, since daemonic processes may not start dataloader workers.
