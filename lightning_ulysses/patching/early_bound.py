@@ -76,8 +76,8 @@ def rebind(handle: Handle, root: nn.Module, functions: Mapping[Function, Functio
     One call for many functions takes as long as one for a single function.
 
     Searches the globals of every imported module outside of `LEAVE_ALONE`. Also searches the attributes of every
-    submodule of ``root`` and of its classes. A ``functools.partial`` or ``staticmethod`` of the function counts too. Closures and
-    default arguments are out of reach.
+    submodule of ``root`` and of its classes. A ``functools.partial`` or ``staticmethod`` of the function counts too.
+    Closures and default arguments are out of reach.
 
     Args:
         handle: Takes the undo.
