@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
 from types import TracebackType
@@ -205,18 +205,25 @@ class ProcessPool:
         os.environ["OMP_NUM_THREADS"] = "1"
         try:
             for rank in range(self.size):
-                self._start_one("spawn" if not self.copies or (self.own_hashes and rank == 0) else _start_method())
+                is_copy = self.copies and not (self.own_hashes and rank == 0)
+                with self._starting(rank):
+                    self._start_one(_start_method() if is_copy else "spawn")
         finally:
             if before is None:
                 del os.environ["OMP_NUM_THREADS"]
             else:
                 os.environ["OMP_NUM_THREADS"] = before
         for rank, connection in enumerate(self._connections):
-            try:
+            with self._starting(rank):
                 connection.recv()
-            except (EOFError, ConnectionError) as error:
-                self.close()
-                raise RemoteError(rank, "the process died while it started", None) from error
+
+    @contextlib.contextmanager
+    def _starting(self, rank: int) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, ConnectionError) as error:
+            self.close()
+            raise RemoteError(rank, "the process died while it started", None) from error
 
     def _start_one(self, method: str) -> None:
         context: Any = multiprocessing.get_context(method)
@@ -224,7 +231,7 @@ class ProcessPool:
             # Of no effect on one that runs already; what it lacks is then imported by each copy.
             context.set_forkserver_preload([__name__, *upstream_deepspeed.LATE_IMPORTS, *self.preload])
         here, there = context.Pipe()
-        outputs = _outputs()
+        outputs = _outputs() if method == "forkserver" else []
         # Not daemonic, since daemonic processes may not start dataloader workers.
         process = context.Process(target=_serve, args=(there, self.preload, dict(os.environ), outputs))
         process.start()
