@@ -29,6 +29,7 @@ from lightning_ulysses.checkpoints import manifest, newest_complete
 from lightning_ulysses.export import load_weights
 from lightning_ulysses.testing import QUIET
 from lightning_ulysses.testing.processes import free_port
+from lightning_ulysses.upstream.deepspeed import LATE_IMPORTS
 
 PROCESSES = 2
 
@@ -131,7 +132,7 @@ def run(folder: Path, size: Size, kill_after: float | None) -> Ended:
     """Runs the processes, and kills all of them some seconds after training began; None leaves them to their end."""
     # Forked from a process that has imported everything.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lightning_ulysses.testing", "deepspeed", "lightning"])
+    context.set_forkserver_preload(["lightning_ulysses.testing", *LATE_IMPORTS])
     here, there = context.Pipe(duplex=False)
     port = free_port()
     arguments = [(rank, port, folder, size, there) for rank in range(PROCESSES)]

@@ -23,11 +23,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 # What most runs need; importing it takes longer than they do.
-PRELOAD = ("deepspeed", "lightning_ulysses.testing", "transformers.models.llama.modeling_llama")
+PRELOAD = ("deepspeed", "lightning_ulysses.testing", "pytest", "transformers.models.llama.modeling_llama")
 
 
 @pytest.fixture(scope="session")
 def pool() -> Iterator[ProcessPool]:
     """Four processes, started once."""
-    with ProcessPool(4, timeout=120, preload=PRELOAD) as processes:
+    with ProcessPool(4, timeout=120, preload=PRELOAD, own_hashes=True) as processes:
         yield processes

@@ -9,7 +9,6 @@ Source: transformers ``integrations/hub_kernels.py``, ``use_kernel_func_from_hub
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +17,7 @@ from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.mixing.call import MixerCall
 from lightning_ulysses.mixing.route import route
 from lightning_ulysses.mixing.table import FUSED, TABLE, Fused, Mixer
-from lightning_ulysses.patching.early_bound import Function
+from lightning_ulysses.patching.early_bound import Function, imported
 
 _MASK = "create_recurrent_attention_mask"
 
@@ -27,11 +26,8 @@ def _functions() -> Iterator[tuple[str, Function, str]]:
     """Functions that may be taken over in imported modules, each once, with the name of the module."""
     met: set[int] = set()
     names = (*TABLE, *FUSED, _MASK)
-    # A copy: another thread may import meanwhile.
-    for file, module in sys.modules.copy().items():
-        held = getattr(module, "__dict__", None)
-        if not isinstance(held, dict) or file.partition(".")[0] == "lightning_ulysses":
-            continue
+    for file, module in imported():
+        held = vars(module)
         # Few modules hold any.
         for name in names if not held.keys().isdisjoint(names) else ():
             found = held.get(name)

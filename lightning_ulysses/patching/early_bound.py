@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -18,8 +18,11 @@ from lightning_ulysses.patching.handle import Handle
 
 Function = Callable[..., Any]
 
-# Our own modules call the originals and must keep them. torch's modules are patched by name.
-_LEAVE_ALONE = ("torch", "lightning_ulysses")
+# Our own modules call the originals and must keep them. torch's modules are patched by name. The others are half of all
+# that is imported, and hold no function that is replaced; a test pins it.
+LEAVE_ALONE = frozenset(
+    ("torch", "lightning_ulysses", "deepspeed", "lightning", "mpmath", "networkx", "numpy", "sympy", "torchmetrics")
+)
 
 
 # Types of objects that may hold the function inside.
@@ -40,14 +43,17 @@ def _replaced(value: Any, functions: Mapping[int, Function]) -> Any:
     return functions.get(id(value), value)
 
 
-def _owners(root: nn.Module) -> list[Any]:
-    """Every imported module except torch's and ours, every submodule of ``root``, and the classes of these."""
+def imported() -> Iterator[tuple[str, Any]]:
+    """Imported modules that may hold a function, by name."""
     # A copy: another thread may import meanwhile.
-    owners: list[Any] = [
-        module
-        for name, module in sys.modules.copy().items()
-        if name.partition(".")[0] not in _LEAVE_ALONE and isinstance(getattr(module, "__dict__", None), dict)
-    ]
+    for name, module in sys.modules.copy().items():
+        if name.partition(".")[0] not in LEAVE_ALONE and isinstance(getattr(module, "__dict__", None), dict):
+            yield name, module
+
+
+def _owners(root: nn.Module) -> list[Any]:
+    """Imported modules that may hold a function, every submodule of ``root``, and the classes of these."""
+    owners: list[Any] = [module for _, module in imported()]
     submodules = list(root.modules())
     owners += submodules
     owners += {kind for module in submodules for kind in type(module).__mro__ if kind.__module__ != "builtins"}
@@ -69,9 +75,9 @@ def rebind(handle: Handle, root: nn.Module, functions: Mapping[Function, Functio
 
     One call for many functions takes as long as one for a single function.
 
-    Searches the globals of every imported module except torch's. Also searches the attributes of every submodule of
-    ``root`` and of its classes. A ``functools.partial`` or ``staticmethod`` of the function counts too. Closures and
-    default arguments are out of reach.
+    Searches the globals of every imported module outside of `LEAVE_ALONE`. Also searches the attributes of every
+    submodule of ``root`` and of its classes. A ``functools.partial`` or ``staticmethod`` of the function counts too.
+    Closures and default arguments are out of reach.
 
     Args:
         handle: Takes the undo.

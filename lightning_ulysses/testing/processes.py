@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from multiprocessing.reduction import ForkingPickler
 from types import TracebackType
@@ -91,15 +91,40 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _serve(connection: Connection, preload: Sequence[str]) -> None:
+def _start_method() -> str:
+    """How processes begin: one imports everything and the others are copies of it, unless a device cannot be copied."""
+    import torch
+
+    has_copies = "forkserver" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"
+    return "forkserver" if has_copies and not torch.accelerator.is_available() else "spawn"
+
+
+def _inherit(environment: dict[str, str], outputs: Sequence[Connection]) -> None:
+    """What a copy has not from the process that asked for it, but from the one that was copied."""
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, output in enumerate(outputs, start=1):
+        os.dup2(output.fileno(), number)
+
+
+def _outputs() -> list[Connection]:
+    """Standard output and error of this process, in a form that can be sent."""
+    return [Connection(os.dup(number), readable=False) for number in (1, 2)]
+
+
+def _serve(
+    connection: Connection, preload: Sequence[str], environment: dict[str, str], outputs: Sequence[Connection]
+) -> None:
     """Says that it is ready, then runs the functions that it is sent, until the other end closes the connection."""
     import torch
 
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    _inherit(environment, outputs)
     torch.set_num_threads(1)
     for name in preload:
         importlib.import_module(name)
-    _collect_garbage()
+    # Imported modules and their tables stay, so the collector need not look at them.
+    gc.freeze()
     connection.send(os.getpid())
     runs = 0
     while True:
@@ -146,12 +171,23 @@ class ProcessPool:
         size: Number of processes; a run may use fewer.
         timeout: Seconds after which a run counts as hung.
         preload: Modules that processes import before the time of their first run begins.
+        copies: Processes are copies of one that has imported everything, where the system and its devices allow it.
+        own_hashes: Rank 0 is no copy, so that its hashes of strings, and with them the order of sets, are others than
+            those of other ranks, as in a training.
     """
 
-    def __init__(self, size: int, timeout: float = 300.0, preload: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        size: int,
+        timeout: float = 300.0,
+        preload: Sequence[str] = (),
+        copies: bool = True,
+        own_hashes: bool = False,
+    ) -> None:
         self.size = size
         self.timeout = timeout
         self.preload = tuple(preload)
+        self.copies, self.own_hashes = copies, own_hashes
         self._processes: list[Any] = []
         self._connections: list[Connection] = []
 
@@ -162,32 +198,47 @@ class ProcessPool:
         self.close()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
         # Runs before multiprocessing's own exit handler, which would wait forever for the processes.
         atexit.register(self.close)
         # torch reads this variable when it is loaded, so it must be set before the process starts.
         before = os.environ.get("OMP_NUM_THREADS")
         os.environ["OMP_NUM_THREADS"] = "1"
         try:
-            for _ in range(self.size):
-                here, there = context.Pipe()
-                # Not daemonic, since daemonic processes may not start dataloader workers.
-                process = context.Process(target=_serve, args=(there, self.preload))
-                process.start()
-                there.close()
-                self._processes.append(process)
-                self._connections.append(here)
+            for rank in range(self.size):
+                is_copy = self.copies and not (self.own_hashes and rank == 0)
+                with self._starting(rank):
+                    self._start_one(_start_method() if is_copy else "spawn")
         finally:
             if before is None:
                 del os.environ["OMP_NUM_THREADS"]
             else:
                 os.environ["OMP_NUM_THREADS"] = before
         for rank, connection in enumerate(self._connections):
-            try:
+            with self._starting(rank):
                 connection.recv()
-            except (EOFError, ConnectionError) as error:
-                self.close()
-                raise RemoteError(rank, "the process died while it started", None) from error
+
+    @contextlib.contextmanager
+    def _starting(self, rank: int) -> Iterator[None]:
+        try:
+            yield
+        except (EOFError, ConnectionError) as error:
+            self.close()
+            raise RemoteError(rank, "the process died while it started", None) from error
+
+    def _start_one(self, method: str) -> None:
+        context: Any = multiprocessing.get_context(method)
+        if method == "forkserver":
+            # Of no effect on one that runs already; what it lacks is then imported by each copy.
+            context.set_forkserver_preload([__name__, *upstream_deepspeed.LATE_IMPORTS, *self.preload])
+        here, there = context.Pipe()
+        outputs = _outputs() if method == "forkserver" else []
+        # Not daemonic, since daemonic processes may not start dataloader workers.
+        process = context.Process(target=_serve, args=(there, self.preload, dict(os.environ), outputs))
+        process.start()
+        for connection in (there, *outputs):
+            connection.close()
+        self._processes.append(process)
+        self._connections.append(here)
 
     def run(self, function: Callable[..., T], *args: Any, world_size: int) -> list[T]:
         """Calls ``function(rank, *args)`` on ``world_size`` processes.

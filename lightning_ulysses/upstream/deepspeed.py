@@ -15,6 +15,9 @@ import torch
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.patching.handle import Handle
 
+# What the first engine of a process imports: Muon is compiled when it is imported, which loads torch's compiler.
+LATE_IMPORTS = ("deepspeed.runtime.zero.muon.muon_optimizer",)
+
 # Functions of DeepSpeed's activation checkpointing that empty the tensors they are given.
 _EMPTYING = (
     "get_cpu_activations_for_backward",

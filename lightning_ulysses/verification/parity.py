@@ -99,7 +99,9 @@ def verify_parity(
         max_tokens=max_tokens,
         accelerator=accelerator,
     )
-    with nullcontext(pool) if pool is not None else ProcessPool(ranks, timeout=600.0) as processes:
+    # Which takes seconds, and is then done once for all processes.
+    imported = [name for name in ("transformers.modeling_utils",) if name in sys.modules]
+    with nullcontext(pool) if pool is not None else ProcessPool(ranks, 600.0, imported) as processes:
         if settings.get("plan") is not None or settings.get("split", "auto") != "auto":
             return compare(settings, processes)
         cut: ParityReport | UlyssesError

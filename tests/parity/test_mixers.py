@@ -93,7 +93,7 @@ def test_on_four_processes(pool: ProcessPool, name: str) -> None:
     check(pool, partial(Specimen, name), name, [plain_batch(0), plain_batch(1)], run)
 
 
-@pytest.mark.parametrize("name", sampled(EXACT, 10, ["InklingForCausalLM"]))
+@pytest.mark.parametrize("name", sampled(EXACT, 20, ["InklingForCausalLM"]))
 def test_two_groups_of_two(pool: ProcessPool, name: str) -> None:
     run = SplitRun(world_size=4, sp_size=2, strategy={"stage": 3})
     check(pool, partial(Specimen, name), name, [plain_batch(0), plain_batch(1)], run)

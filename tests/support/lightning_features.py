@@ -186,7 +186,12 @@ FLAGS = {
     "overfit": Feature("`overfit_batches=2`", trainer=flags(overfit_batches=2)),
     "fast": Feature("`fast_dev_run=2`", trainer=flags(fast_dev_run=2)),
     "anomaly": Feature("`detect_anomaly=True`", trainer=flags(detect_anomaly=True, max_epochs=1)),
-    "deterministic": Feature("`deterministic=True`", trainer=flags(deterministic=True, max_epochs=1)),
+    "deterministic": Feature(
+        "`deterministic=True`",
+        trainer=flags(deterministic=True, max_epochs=1),
+        # torch fills every buffer that it makes, and by default DeepSpeed's take 800 MB.
+        strategy={"reduce_bucket_size": 100_000},
+    ),
     "max_steps": Feature("`max_steps=3`", trainer=flags(max_steps=3, max_epochs=-1)),
     "min_steps": Feature(
         "`min_steps=6`, `min_epochs`",

@@ -97,7 +97,8 @@ def fit(saves: Saves, data: Any, settings: dict[str, Any], resumed: str | None) 
     run = SplitRun(2, 2, trainer={"accumulate_grad_batches": 3, **settings})
     evaluated: Any = DataLoader([token_batch(9, 33)] * 2, batch_size=None)  # type: ignore[arg-type]
     loader = DataLoader(data, batch_size=None)
-    split_trainer(run, [saves]).fit(LlamaModule(lr=0.01, optimizer="adamw"), loader, evaluated, ckpt_path=resumed)
+    module = LlamaModule(layers=1, lr=0.01, optimizer="adamw")
+    split_trainer(run, [saves]).fit(module, loader, evaluated, ckpt_path=resumed)
     return saves.steps
 
 
@@ -230,12 +231,12 @@ def changed(rank: int, folder: str) -> list[str]:
     texts = []
     run = SplitRun(2, 2, trainer={"max_steps": 3, "max_epochs": -1})
     for make in (rows, stream):
-        split_trainer(run).fit(module := LlamaModule(), make())
+        split_trainer(run).fit(module := LlamaModule(layers=1), make())
         module.trainer.save_checkpoint(f"{folder}/{make.__name__}.ckpt")
     run = SplitRun(2, 2, trainer={"max_steps": 4, "max_epochs": -1})
     for make, _, change, _ in [(rows, 0, {}, 0), (stream, 0, {}, 0), *CHANGES]:  # type: ignore[list-item]
         try:
-            split_trainer(run).fit(LlamaModule(), make(**change), ckpt_path=f"{folder}/{make.__name__}.ckpt")
+            split_trainer(run).fit(LlamaModule(layers=1), make(**change), ckpt_path=f"{folder}/{make.__name__}.ckpt")
             texts.append("")
         except UlyssesError as error:
             texts.append(str(error))

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import lightning as L
 import pytest
+import torch.nn.functional as F
 from models import HandWritten
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
+from torch.utils.checkpoint import checkpoint
 
+from lightning_ulysses.interceptors import torch_draws
+from lightning_ulysses.patching.early_bound import LEAVE_ALONE
 from lightning_ulysses.testing import QUIET
 from lightning_ulysses.upstream import deepspeed as upstream_deepspeed
 from lightning_ulysses.upstream import lightning as upstream_lightning
+
+LIBRARIES = LEAVE_ALONE - {"torch", "lightning_ulysses"}
 
 
 def parameters(function: Any) -> list[str]:
@@ -235,3 +243,16 @@ def test_deepspeed_has_the_norm_of_gradients_before_a_step() -> None:
         # Decorators of DeepSpeed's hide the source of the method.
         _, _, step = inspect.getsource(owner).partition("def step(")
         assert f"self.{name}(" in step
+
+
+def test_libraries_hold_no_function_that_is_replaced() -> None:
+    import deepspeed  # noqa: F401
+
+    functions = [getattr(owner, name) for owner, name, _ in torch_draws._functions() if owner is not Tensor]
+    functions += [F.scaled_dot_product_attention, checkpoint, flex_attention]
+    wanted = {id(function): function for function in functions}
+    modules = [(name, module) for name, module in sys.modules.items() if name.partition(".")[0] in LIBRARIES]
+    assert len(modules) > 1000
+    held = {f"{name}.{key}" for name, module in modules for key, value in vars(module).items() if id(value) in wanted}
+    # With this one DeepSpeed puts torch's own back.
+    assert held <= {"deepspeed.runtime.zero.partition_parameters._orig_torch_randn"}

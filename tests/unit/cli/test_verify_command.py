@@ -84,6 +84,8 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "my.yaml").write_text(CONFIG)
     (tmp_path / "wrong.yaml").write_text(CONFIG.replace("arange: false", "arange: true"))
     monkeypatch.setattr(sys, "path", list(sys.path))
+    # Another test's.
+    sys.modules.pop("users_program", None)
     return tmp_path
 
 
@@ -104,10 +106,11 @@ def test_command_on_a_right_module(program: Path) -> None:
 
 
 @pytest.mark.processes
-def test_command_on_a_wrong_module(program: Path) -> None:
-    found = call(program, *VERIFY, "wrong.yaml", "--json")
-    assert found.returncode == 1, found.stderr
-    values = json.loads(found.stdout)
+def test_command_on_a_wrong_module(program: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["verify", "--config", str(program / "wrong.yaml"), "--json"])
+    assert ended.value.code == 1
+    values = json.loads(capfd.readouterr().out)
     assert values["exact"] is False and values["loss"]["relative_error"] > 1e-3
     assert values["finding"]["kind"] == "positions" and values["finding"]["module"] == "place"
     assert "users_program.py:20: h = self.embed(x) + self.place(torch.arange(" in values["finding"]["line"]

@@ -106,6 +106,31 @@ def test_no_answer_is_taken_for_that_of_another_run(
         assert pool.run(answer, 5, world_size=1) == [5]
 
 
+def seen(rank: int) -> tuple[int, str | None]:
+    print("seen", file=sys.stderr, flush=True)
+    return hash("a string"), os.environ.get("ONLY_NOW")
+
+
+@pytest.mark.processes
+def test_a_copy_has_the_environment_and_the_outputs_of_the_process_that_asks(
+    pool: ProcessPool, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # By now the process that is copied runs.
+    pool.run(seen, world_size=2)
+    monkeypatch.setenv("ONLY_NOW", "set")
+    capfd.readouterr()
+    with ProcessPool(1, timeout=120) as fresh:
+        assert fresh.run(seen, world_size=1)[0][1] == "set"
+    assert "seen" in capfd.readouterr().err
+
+
+@pytest.mark.skipif("PYTHONHASHSEED" in os.environ, reason="all hashes are alike")
+def test_orders_of_sets_differ_between_ranks(pool: ProcessPool) -> None:
+    """Otherwise no test would see a collective that depends on one."""
+    hashes = [found for found, _ in pool.run(seen, world_size=2)]
+    assert hashes[0] != hashes[1]
+
+
 def connect(rank: int) -> bool:
     """Whether the address at which ranks meet is open; rank 0 does nothing for it."""
     place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
