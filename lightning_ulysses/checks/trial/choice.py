@@ -178,7 +178,8 @@ class SplitChoice:
         self._pipeline.use(clock.kind, self._settings.rules)
         self.logged.of_kinds[clock.kind] = trial.log_rules
         if not cuts:
-            raise unsplittable(type(self._module).__name__, trial.fault, self._pipeline.unread.get(clock.kind))
+            unread = self._pipeline.unread.get(clock.kind)
+            raise unsplittable(type(self._module).__name__, trial.fault, unread, trial.attends)
         if trial.log_rules.unknown and self._context.mesh.rank == 0:
             warn_logged(trial.log_rules.unknown, type(self._module).__name__, clock.kind)
         self._judge(clock, trial, verdict, is_exact)
