@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +18,8 @@ from zoo import ZOO
 VOCAB, WIDTH, HEADS, LAYERS, LENGTH = 99, 32, 4, 2, 33
 # The first pattern that a name fits decides how large its number may be.
 SIZES: tuple[tuple[str, int], ...] = (
+    # Numbers of layers that are picked.
+    (r"feature_layer|layer_ind|_indexes$|_indices$", LAYERS - 1),
     (
         r"type_vocab|num_buckets|num_labels|channels|dilation|stride|(^|_)pretraining|num_nextn|num_mem_blocks|conv_kernel|_bits",
         0,
@@ -61,12 +63,14 @@ TRIES: tuple[dict[str, Any], ...] = (
     {"none": True, "kv": HEADS},
     # Networks of stages, whose sizes belong together: one block in each stage.
     {"stages": 1, "image": 32},
-    {"stages": 1, "image": 64},
-    {"stages": 1},
+    {"stages": 1, "image": 32, "all": True},
+    {"stages": 1, "image": 64, "all": True},
+    {"stages": 1, "all": True},
+    {"stages": 3, "image": 64, "all": True},
     # Settings of one kind stay as they are.
     *({"kept": kind, **more} for more in ({}, {"kv": HEADS}, {"none": True, "kv": HEADS}) for kind in range(len(SIZES))),
 )
-MOST_PARAMETERS = 16_000_000
+MOST_PARAMETERS = 25_000_000
 # What may be missing though it has no default that works.
 _NONES = r"head_dim|per_tok|top_?k|expert|group|window|heads|patch_size|intermediate|hidden_size"
 
@@ -78,8 +82,8 @@ class Unbuilt(Exception):
 def _limit(name: str, changed: Mapping[str, Any]) -> int:
     """The largest number for a setting; 0 leaves it."""
     if "stages" in changed:
-        small = {"image_size": changed.get("image", 0), "depths": 1, "num_layers": 1, "num_hidden_layers": 1}
-        return int(small.get(name, changed["stages"] if re.search(r"depths?$|num_.*blocks", name) else 0))
+        is_depth = re.search(r"depths?$|^num_(hidden_)?layers$", name)
+        return int(changed.get("image", 0) if name == "image_size" else changed["stages"] if is_depth else 0)
     for kind, (pattern, size) in enumerate(SIZES):
         if re.search(pattern, name):
             if changed.get("kept") == kind:
@@ -138,7 +142,7 @@ def settings_of(kind: Any, changed: Mapping[str, Any], depth: int = 0) -> dict[s
         if name == "rope_parameters" and isinstance(value, dict) and "mrope" in changed:
             found[name] = {**value, "mrope_section": [*changed["mrope"]]}
             continue
-        if isinstance(value, (list, tuple)) and layers and len(value) == layers:
+        if isinstance(value, (list, tuple)) and layers and len(value) == layers and "all" not in changed:
             # One for each layer.
             value = type(value)(value[: _limit("num_hidden_layers", changed)])
             found[name] = value
@@ -212,29 +216,33 @@ KINDS: dict[str, Kind] = {
 def _size(config: Any) -> tuple[int, int, int]:
     """Channels, height and width of an image."""
     parts = [config, *(getattr(config, name, None) for name in ("vision_config", "encoder"))]
-    size = next((found for part in parts if (found := getattr(part, "image_size", None))), 16)
+    size = next((found for part in parts if (found := getattr(part, "image_size", None))), 64)
     height, width = (size, size) if isinstance(size, int) else tuple(size)[:2]
     return next((found for part in parts if (found := getattr(part, "num_channels", None))), 3), height, width
 
 
 def _sound(config: Any) -> tuple[int, int]:
     part = getattr(config, "audio_config", None) or getattr(config, "encoder_config", None) or config
-    return int(getattr(part, "num_mel_bins", 0) or 80), 64
+    return int(getattr(part, "num_mel_bins", 0) or 80), 8 * LENGTH
 
 
-# Inputs beside the text and its labels: their shape behind that of rows, and whether they are numbers of something.
+# Inputs beside the text and its labels: their shape behind that of rows, and below which number they count; 0 for reals,
+# and -1 for ones.
 EXTRAS: dict[str, tuple[Callable[[Any], tuple[int, ...]], int]] = {
     "pixel_values": (_size, 0),
     "input_features": (_sound, 0),
     "qformer_input_ids": (lambda config: (5,), 20),
     "qformer_attention_mask": (lambda config: (5,), -1),
-    "image_embeds_position_mask": (lambda config: (LENGTH,), 0),
+    "image_attention_mask": (lambda config: (LENGTH, 1), -1),
     "flattened_patches": (lambda config: (12, 2 + 3 * config.vision_config.patch_size**2), 0),
+    "mm_token_type_ids": (lambda config: (LENGTH,), 1),
+    "token_type_ids": (lambda config: (LENGTH,), 1),
+    "bbox": (lambda config: (LENGTH, 4), 0),
     "lang_ids": (lambda config: (), 1),
     "state": (lambda config: (config.max_state_dim,), 0),
     "actions": (lambda config: (config.chunk_size, config.max_action_dim), 0),
 }
-GIVEN = ("input_ids", "labels", *EXTRAS)
+GIVEN = ("input_ids", "labels", "spatial_shapes", "pixel_attention_mask", *EXTRAS)
 
 
 def extra(name: str, config: Any, rows: int) -> Tensor:
@@ -244,7 +252,7 @@ def extra(name: str, config: Any, rows: int) -> Tensor:
     size = (rows, *shape(config))
     if kinds < 0:
         return torch.ones(size, dtype=torch.int64)
-    return torch.randint(0, kinds, size, generator=generator) if kinds else torch.randn(size, generator=generator)
+    return torch.randint(0, kinds, size, generator=generator) if kinds else torch.rand(size, generator=generator)
 
 
 def batches(kind: str, config: Any, cls: str) -> Iterator[dict[str, Tensor]]:
@@ -256,11 +264,31 @@ def batches(kind: str, config: Any, cls: str) -> Iterator[dict[str, Tensor]]:
     takes = inspect.signature(getattr(transformers, cls).forward).parameters
     known = [name for name in EXTRAS if name in takes]
     needed = {name for name in known if takes[name].default is inspect.Parameter.empty}
-    for name in known:
-        more = {other: extra(other, config, len(given["labels"])) for other in known if other in needed | {name}}
-        for count in _placeholders(config) if kind != "image" and "input_ids" in takes else (0,):
+    if kind == "image":
+        yield from _other_images(given, config, takes)
+        return
+    # One at a time, and all of them.
+    for names in (*({name} for name in known), {*known}):
+        more = {name: extra(name, config, len(given["labels"])) for name in known if name in needed | names}
+        for count in _placeholders(config) if "input_ids" in takes else ():
             yield {**_with_placeholders(given, config, count), **more}
+            if "pixel_values" in more:
+                # Several images in a row.
+                several = {"pixel_values": more["pixel_values"].unsqueeze(1)}
+                yield {**_with_placeholders(given, config, count), **more, **several}
         yield {"labels": given["labels"], **more}
+
+
+def _other_images(given: dict[str, Tensor], config: Any, takes: Collection[str]) -> Iterator[dict[str, Tensor]]:
+    """Images that are patches already, or tokens."""
+    rows, labels = len(given["labels"]), given["labels"]
+    if "spatial_shapes" in takes:
+        vision = getattr(config, "vision_config", config)
+        patches = torch.rand(rows, 16, vision.num_channels * vision.patch_size**2)
+        shapes, mask = torch.tensor([[4, 4]] * rows), torch.ones(rows, 16, dtype=torch.int64)
+        yield {"pixel_values": patches, "spatial_shapes": shapes, "pixel_attention_mask": mask, "labels": labels}
+    if "input_ids" in takes:
+        yield {"input_ids": torch.randint(3, 60, (rows, LENGTH)), "labels": labels}
 
 
 def _placeholders(config: Any) -> Iterator[int]:
@@ -366,6 +394,8 @@ def _running(make: Callable[[], Any], kind: str, cls: str) -> tuple[Any, dict[st
     for key in ("pad_token_id", "decoder_start_token_id"):
         if getattr(config, key, None) is None and (kind == "pair" or getattr(config, "is_encoder_decoder", False)):
             setattr(config, key, 0)
+    if getattr(config, "image_token_id", 0) is None:
+        config.image_token_id = 90
     with torch.device("meta"):
         count = sum(p.numel() for p in getattr(transformers, cls)(config).parameters())
     if count > MOST_PARAMETERS:
@@ -378,7 +408,7 @@ def _running(make: Callable[[], Any], kind: str, cls: str) -> tuple[Any, dict[st
             if not torch.isfinite(loss):
                 raise ValueError(f"a loss of {float(loss)}")
         except Exception as error:
-            failed = failed or error
+            failed = error
         else:
             return config, batch
     assert failed is not None
