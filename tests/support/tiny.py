@@ -68,7 +68,11 @@ TRIES: tuple[dict[str, Any], ...] = (
     {"stages": 1, "all": True},
     {"stages": 3, "image": 64, "all": True},
     # Settings of one kind stay as they are.
-    *({"kept": kind, **more} for more in ({}, {"kv": HEADS}, {"none": True, "kv": HEADS}) for kind in range(len(SIZES))),
+    *(
+        {"kept": kind, **more}
+        for more in ({}, {"kv": HEADS}, {"none": True, "kv": HEADS})
+        for kind in range(len(SIZES))
+    ),
 )
 MOST_PARAMETERS = 25_000_000
 # What may be missing though it has no default that works.
@@ -226,8 +230,8 @@ def _sound(config: Any) -> tuple[int, int]:
     return int(getattr(part, "num_mel_bins", 0) or 80), 8 * LENGTH
 
 
-# Inputs beside the text and its labels: their shape behind that of rows, and below which number they count; 0 for reals,
-# and -1 for ones.
+# Inputs beside the text and its labels: their shape behind that of rows, and below which number they count; 0 for
+# reals, and -1 for ones.
 EXTRAS: dict[str, tuple[Callable[[Any], tuple[int, ...]], int]] = {
     "pixel_values": (_size, 0),
     "input_features": (_sound, 0),
@@ -357,7 +361,9 @@ def _configs(name: str, cls: str) -> Iterator[Any]:
         entry = ZOO[cls]
         yield partial(kind, vocab_size=VOCAB, pad_token_id=0, **entry.sizes)
     seen: list[Any] = []
-    for changed in TRIES:
+    # Where each stage has a size of its own, one size for all of them is no model.
+    has_stages = any(isinstance(getattr(kind(), each, None), (list, tuple)) for each in ("depths", "hidden_sizes"))
+    for changed in sorted(TRIES, key=lambda each: "stages" not in each) if has_stages else TRIES:
         settings = settings_of(kind, changed)
         if settings not in seen:
             seen.append(settings)
