@@ -159,7 +159,8 @@ def _wrap(
             extras = None if softcap is None and sinks is None else Extras(softcap, sinks)
             running = context.place.batch
             has_padding = running is not None and "attention_mask" in running.shards
-            if known is not None and known.causal != causal and attention_mask in context.notes.of(LeftOut):
+            is_left_out = attention_mask is not None and attention_mask in context.notes.of(LeftOut)
+            if known is not None and is_left_out and known.causal != causal:
                 known = replace(known, causal=causal, window=None, ahead=None)
             spec, bias = _call_spec(batch, known, attention_mask, causal, window, has_padding)
             bias = with_position_bias(batch, kwargs.get("position_bias"), bias, is_split=context.split is not None)
