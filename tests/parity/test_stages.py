@@ -89,8 +89,8 @@ def test_one_step(pool: ProcessPool) -> None:
         assert compare(result, reference).largest <= BOUND
 
 
-def broken(rank: int, owner: Any, name: str, replacement: Callable[..., Any]) -> str:
-    with mock.patch.object(owner, name, replacement):
+def broken(rank: int, target: str, replacement: Callable[..., Any]) -> str:
+    with mock.patch(f"lightning_ulysses.checks.trial.{target}", replacement):
         return refused(rank, Pyramid, [BATCH], RUN)
 
 
@@ -103,12 +103,12 @@ def by_size(*args: Any, dims: Callable[..., Any] = joints._output_dims) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("owner", "name", "replacement"),
-    [(BlockFinder, "plans", all_blocks), (joints, "_output_dims", by_size)],
+    ("target", "replacement"),
+    [("blocks.BlockFinder.plans", all_blocks), ("joints._output_dims", by_size)],
     ids=["one token in a block", "features and tokens alike"],
 )
-def test_neither_can_be_split(pool: ProcessPool, owner: Any, name: str, replacement: Any) -> None:
-    for message in pool.run(broken, owner, name, replacement, world_size=2):
+def test_neither_can_be_split(pool: ProcessPool, target: str, replacement: Any) -> None:
+    for message in pool.run(broken, target, replacement, world_size=2):
         assert "is another step where its blocks are split" in message
 
 
