@@ -12,21 +12,13 @@ from exact import BOUND, check, fit_broken
 from models import VOCAB, count_targets, token_batch
 from torch import Tensor
 from transformers import GemmaConfig, GemmaForCausalLM
+from zoo import HEADS
 
 from lightning_ulysses.interceptors.transformers import model_inputs
 from lightning_ulysses.testing import SplitRun, compare, fit_single
 from lightning_ulysses.testing.processes import ProcessPool, RemoteError
 
-SIZES = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "pad_token_id": 0,
-}
+SIZES = {**HEADS, "vocab_size": VOCAB, "pad_token_id": 0}
 BATCHES = [token_batch(seed, 33, 2, "uneven") for seed in (1, 2)]
 TWICE = SplitRun(trainer={"accumulate_grad_batches": 2})
 MASKS = "lightning_ulysses.interceptors.transformers.masks"
