@@ -29,6 +29,7 @@ from lightning_ulysses.checkpoints.save import saved_whole
 from lightning_ulysses.checks import own_loop
 from lightning_ulysses.checks.notices import Notices
 from lightning_ulysses.checks.optimizer import check_elementwise
+from lightning_ulysses.checks.parameters import check_trained
 from lightning_ulysses.checks.trainer import check_accelerator, check_arguments, check_precision
 from lightning_ulysses.config import (
     REGISTERED,
@@ -193,6 +194,7 @@ class UlyssesFabricStrategy(upstream_lightning.IndexedDevice, DeepSpeedStrategy)
         self, module: nn.Module, optimizers: list[Any], scheduler: Any = None
     ) -> tuple[Any, list[Any], Any]:
         own_loop.check_setup(self._module, optimizers)
+        check_trained(module)
         if self.ulysses.check_model:
             stays = upstream_deepspeed.steps_on_device(self.config)
             check_elementwise(optimizers[0], self.root_device if stays else torch.device("cpu"))

@@ -25,6 +25,7 @@ from lightning_ulysses.checks.hooks import HookWatch
 from lightning_ulysses.checks.monitors import check_monitored
 from lightning_ulysses.checks.notices import Notices
 from lightning_ulysses.checks.optimizer import check_elementwise, clipping_error, only_one
+from lightning_ulysses.checks.parameters import check_trained
 from lightning_ulysses.checks.trainer import check_accelerator, check_arguments, check_loss, check_trainer
 from lightning_ulysses.config import (
     REGISTERED,
@@ -255,6 +256,7 @@ class UlyssesDeepSpeedStrategy(
 
     @override
     def _init_optimizers(self) -> tuple[Any, Any]:
+        check_trained(self._module_and_trainer[0])
         optimizer, scheduler = only_one(*upstream_lightning.optimizers_of(self._module_and_trainer[0]))
         if self.ulysses.check_model:
             stays = upstream_deepspeed.steps_on_device(self.config)

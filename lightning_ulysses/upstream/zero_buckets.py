@@ -158,9 +158,12 @@ class GradientAgreement:
     def _complete(self, buckets: Sequence[Any], pending: list[_Key], is_last: bool) -> None:
         """Adds the pending gradients, and zeros for parameters that have a gradient on other ranks only."""
         optimizer, mine = self._optimizer, set(_keys(buckets))
-        everyone: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, mine | set(pending), group=self._mesh.host_group)
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, (mine | set(pending), self._frozen()), group=self._mesh.host_group)
+        everyone, frozen = ([*each] for each in zip(*found, strict=True))
         union = set.union(*everyone)
+        if apart := sorted(union & set.union(*frozen)):
+            raise self._frozen_on_some(apart)
         numbers = sum(optimizer.bit16_groups[group][place].numel() for group, place in union)
         if not is_last or numbers > optimizer.reduce_bucket_size:
             raise self._too_many(sorted(union - set.intersection(*everyone)))
@@ -171,6 +174,10 @@ class GradientAgreement:
             optimizer.reduce_ready_partitions_and_remove_grads(parameter, group)
         self.queue.drain()
 
+    def _frozen(self) -> set[_Key]:
+        groups = enumerate(self._optimizer.bit16_groups)
+        return {(group, place) for group, held in groups for place, each in enumerate(held) if not each.requires_grad}
+
     def _put_zeros(self, parameter: nn.Parameter) -> None:
         if self._optimizer.use_grad_accum_attribute:
             held: Any = parameter
@@ -178,12 +185,23 @@ class GradientAgreement:
         else:
             parameter.grad = torch.zeros_like(parameter)
 
+    def _named(self, keys: list[_Key]) -> str:
+        groups = self._optimizer.bit16_groups
+        names = [self._names.get(id(groups[group][place]), "?") for group, place in keys]
+        return f"{', '.join(names[:4])}{', ...' * (len(names) > 4)}"
+
+    def _frozen_on_some(self, keys: list[_Key]) -> UlyssesError:
+        return UlyssesError(
+            f"gradients of {self._named(keys)} on some ranks, where another one has set requires_grad to False",
+            "the same requires_grad on every rank, since the gradients of all slices are added up",
+            "freeze parameters by what is the same on every rank, and not by the rank or what its slice holds",
+        )
+
     def _too_many(self, differing: list[_Key]) -> UlyssesError:
         groups = self._optimizer.bit16_groups
-        names = [self._names.get(id(groups[group][place]), "?") for group, place in differing]
         whole = sum(parameter.numel() for group in groups for parameter in group)
         return UlyssesError(
-            f"gradients on some ranks only, of {', '.join(names[:4])}{', ...' * (len(names) > 4)}, in a step whose "
+            f"gradients on some ranks only, of {self._named(differing)}, in a step whose "
             f"gradients are added up in parts of {self._optimizer.reduce_bucket_size} numbers",
             "gradients of the same parameters in each part on every rank, or all of them in one part",
             f"set reduce_bucket_size={whole} in the strategy, or use every parameter in each forward",

@@ -27,6 +27,7 @@ AREAS = {
         "exchange",
         "checks/trainer.py",
         "checks/optimizer.py",
+        "checks/parameters.py",
         "checks/monitors.py",
     ),
     "Hooks of your module": ("checks/hooks.py", "checks/notices.py", "checks/__init__.py"),

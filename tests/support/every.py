@@ -12,6 +12,7 @@ import re
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from unittest import mock
 
 import torch
 from tiny import KINDS, Tiny, Unbuilt, architectures, tiny
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_ulysses.geometry.distance import largest
 from lightning_ulysses.testing import SplitRun, StepResult, compare, fit_rank, fit_single
@@ -56,10 +58,31 @@ def tried(pool: ProcessPool, name: str, kind: str, cls: str) -> dict[str, Any]:
     try:
         found = pool.run(fit_and_listen, cls, config, [batch], world_size=2)
     except RemoteError as error:
-        return {**row, "result": "refused", "why": first_line(error)}
+        why = first_line(error)
+        is_without = "calls no attention" in why and not attends(partial(Tiny, cls, config), batch)
+        return {**row, "result": "no sequence" if is_without else "refused", "why": why}
     error = largest(compare(result, reference).largest for result, _ in found)
     said = " ".join(line for _, lines in found for line in lines)
     return {**row, "result": "exact" if error <= BOUND else "wrong", "error": error, **how(said)}
+
+
+class _Softmaxes(TorchDispatchMode):
+    """Counts calls of softmax, by themselves or in fused attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += bool(re.search(r"_softmax|attention", str(func))) and "log_softmax" not in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+def attends(make: Callable[[], Tiny], batch: dict[str, Any]) -> bool:
+    """Whether tokens of a model meet in attention of any kind."""
+    with _Softmaxes() as seen:
+        make().training_step(batch, 0)
+    return seen.count > 0
 
 
 def first_line(error: RemoteError) -> str:
@@ -115,7 +138,8 @@ def page(file: Path) -> str:
         f"{len(rows)} of {len(architectures())} model types of transformers that have a class for text or for classes\n"
         "of images, built tiny by shrinking their default configuration: one optimizer step on two processes with\n"
         "default settings against one, in float32. The error is the largest relative difference of the step, the loss\n"
-        "and the gradient norm. `python tests/support/every.py` runs them, and writes this page with `--page`.\n\n"
+        "and the gradient norm. Networks without attention have no sequence to split, and are refused as such.\n"
+        "`python tests/support/every.py` runs them, and writes this page with `--page`.\n\n"
         f"{', '.join(f'{count} {result}' for result, count in counts.most_common())}.\n\n"
         "| Type | Class | Result | Error | Split | Not divided | Halo | Why |\n| --- " + "| --- " * 7 + "|\n"
     )

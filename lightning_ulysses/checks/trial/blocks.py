@@ -38,6 +38,7 @@ class Block:
         partner: The parameter that carried another sequence, which attention joins with that of ``inputs``.
         both: Parameters that belong to both, with the dimension.
         is_silent: Whether no attention call inside tells where the sequence is, so that it was guessed.
+        length: Of the sequence in ``inputs``.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Block:
     partner: dict[str, int] = field(default_factory=dict)
     both: dict[str, int] = field(default_factory=dict)
     is_silent: bool = False
+    length: int = 0
 
     @property
     def parent(self) -> str:
@@ -100,6 +102,7 @@ class BlockFinder:
             block, inputs = self._open.pop(), given.pop()
             if len(block.lengths) == 1:
                 length, lengths = min(block.lengths), block.lengths | block.others
+                block.length = length
                 block.inputs = _dims(inputs, length, lengths, widths)
                 block.outputs = _dims(outputs_of(output), length, lengths, widths)
                 block.crossing = {
@@ -150,9 +153,14 @@ class BlockFinder:
         """Takes all hooks off."""
         self._handle.remove()
 
-    def plans(self) -> list[SequencePlan]:
-        """Plans that may be exact, the one that divides most of the model first."""
+    def plans(self, sp_size: int) -> list[SequencePlan]:
+        """Plans that may be exact, the one that divides most of the model first.
+
+        Args:
+            sp_size: P. A block with fewer tokens, such as the last stage of an image network, is left alone.
+        """
         told = [block for block in self._found.values() if block.inputs and block.outputs]
+        told = [block for block in told if block.partner or block.length >= sp_size]
         usable = [block for block in told if not block.is_silent]
         # Of lists in lists, the elements of the inner one attend, and those of the outer one may divide more.
         blocks = [block for block in usable if block.in_list and not self._has_inner(block)]
@@ -167,9 +175,11 @@ class BlockFinder:
             found.append(self._plan(blocks, blocks))
         if any(block.is_silent for block in told):
             # Attention that is not taken over runs on the joined sequence, and what is around it is divided.
-            listed = [block for block in told if block.in_list and not self._is_inner(block, told)]
-            at_last = self._plan(listed, list({block.parent: block for block in listed}.values()))
-            found += [replace(at_last, is_divided=True), at_last]
+            lists = [block for block in told if block.in_list]
+            inner = [block for block in lists if not any(self._is_inner(other, [block]) for other in lists)]
+            for listed in ([block for block in lists if not self._is_inner(block, told)], inner):
+                at_last = self._plan(listed, list({block.parent: block for block in listed}.values()))
+                found += [replace(at_last, is_divided=True), at_last, self._plan(listed, listed)]
         if attending:
             found.append(self._plan(attending, attending))
         return [plan for index, plan in enumerate(found) if plan not in found[:index]]
@@ -288,7 +298,7 @@ def _guess(block: Block, inputs: Mapping[str, Any], outputs: Mapping[str, Any], 
     shapes = {value.shape for value in outputs.values()}
     for value in inputs.values():
         if isinstance(value, Tensor) and value.dim() == 3 and value.is_floating_point() and value.shape in shapes:
-            length = value.shape[1]
+            length = block.length = value.shape[1]
             block.inputs, block.outputs = (_dims(each, length, {length}, widths) for each in (inputs, outputs))
             block.is_silent = True
             return

@@ -14,6 +14,7 @@ from lightning_ulysses.attention.route import AttentionTally
 from lightning_ulysses.batch.clock import Clock
 from lightning_ulysses.batch.pipeline import BatchPipeline
 from lightning_ulysses.batch.whole import WholeBatch
+from lightning_ulysses.checks.parameters import check_trained
 from lightning_ulysses.checks.trial.messages import (
     advice,
     chosen,
@@ -137,6 +138,8 @@ class SplitChoice:
         trial = self._trials.pop(clock.kind, None)
         if trial is None:
             return False
+        if clock.is_training:
+            check_trained(self._module)
         with progress(f"Trying a step of {clock.kind!r} on a few tokens", unit="runs") as trial.advance:
             return self._choose(clock, trial, step)
 
@@ -178,7 +181,8 @@ class SplitChoice:
         self._pipeline.use(clock.kind, self._settings.rules)
         self.logged.of_kinds[clock.kind] = trial.log_rules
         if not cuts:
-            raise unsplittable(type(self._module).__name__, trial.fault, self._pipeline.unread.get(clock.kind))
+            unread = self._pipeline.unread.get(clock.kind)
+            raise unsplittable(type(self._module).__name__, trial.fault, unread, trial.attends)
         if trial.log_rules.unknown and self._context.mesh.rank == 0:
             warn_logged(trial.log_rules.unknown, type(self._module).__name__, clock.kind)
         self._judge(clock, trial, verdict, is_exact)

@@ -165,9 +165,10 @@ def _joined(one: Called, other: Called, cut: Slice, bound: float) -> Joined | No
     if not inputs or not one.inputs.keys() <= other.inputs.keys():
         return None
     outputs: dict[str, int] = {}
+    alike = {value.shape: dim for key, value in one.inputs.items() if (dim := inputs.get(key)) and _is_tensor(value)}
     given = outputs_of(other.output) if other.output is not None else None
     for key, value in outputs_of(one.output).items():
-        found = set(_output_dims(value, None if given is None else given.get(key), cut))
+        found = set(_output_dims(value, None if given is None else given.get(key), cut, alike))
         if len(found) > 1 or _UNLIKE in found:
             return None
         if found:
@@ -206,7 +207,15 @@ def _dims(one: Any, other: Any, cut: Slice, bound: float) -> Iterator[int]:
             yield _UNLIKE
 
 
-def _output_dims(one: Any, other: Any, cut: Slice) -> Iterator[int]:
+def _output_dims(one: Any, other: Any, cut: Slice, alike: Mapping[torch.Size, int]) -> Iterator[int]:
+    """The dimension of each tensor in an output that is a slice in the other run.
+
+    Args:
+        one: The output on the whole.
+        other: The same in the other run; None where that has failed.
+        cut: The slice.
+        alike: For shapes of inputs the dimension that carries the sequence.
+    """
     others = tree_leaves(other) if other is not None else []
     for place, a in enumerate(tree_leaves(one)):
         b = others[place] if place < len(others) else None
@@ -215,12 +224,16 @@ def _output_dims(one: Any, other: Any, cut: Slice) -> Iterator[int]:
         if not isinstance(b, Tensor):
             # The run on the slice has failed: excerpts have lengths that nothing else has.
             dims = [dim for dim, size in enumerate(a.shape) if size == cut.seq_len]
-            # One of pairs of tokens stays whole.
-            yield from dims if len(dims) < 2 else []
+            # One of pairs of tokens stays whole; features may be as many as tokens.
+            yield from dims if len(dims) < 2 else [alike[a.shape]] if a.shape in alike else []
         elif a.shape != b.shape and not _is_of_pairs(a, b, cut):
             dim = _cut_along(a, b)
             is_slice = dim is not None and (a.shape[dim], b.shape[dim]) == (cut.seq_len, cut.share)
             yield dim if is_slice and dim is not None else _UNLIKE
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, Tensor)
 
 
 def _is_of_pairs(one: Tensor, other: Tensor, cut: Slice) -> bool:

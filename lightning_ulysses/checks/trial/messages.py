@@ -135,17 +135,25 @@ def joints_of(plan: SequencePlan, kinds: Mapping[str, str]) -> str:
     return " ".join(said)
 
 
-def unsplittable(module: str, fault: str, unread: UlyssesError | None) -> UlyssesError:
+def unsplittable(module: str, fault: str, unread: UlyssesError | None, attends: bool) -> UlyssesError:
     """For a model that is to be split at its blocks, where none are found.
 
     Args:
         module: The user's class.
         fault: What differed when blocks were split, if any were found.
         unread: Why the batch cannot be cut instead; None if that was not to be.
+        attends: Whether the step called attention, or another function that can be divided.
     """
     if unread is not None:
         blocks = f"; {module} is another step where its blocks are split ({fault})" if fault else ""
-        return UlyssesError(f"{unread.got}{blocks}", unread.expected, unread.fix)
+        if attends:
+            return UlyssesError(f"{unread.got}{blocks}", unread.expected, unread.fix)
+        return UlyssesError(
+            f"{unread.got}; {module} calls no attention, nor another function that is divided over ranks{blocks}",
+            f"{unread.expected}, or a model that makes a sequence, whose tokens meet in attention, of its batch",
+            f"{unread.fix}; a model without a sequence, such as a network of convolutions, has nothing to split: train "
+            "it without sequence parallelism (sp_size=1)",
+        )
     return UlyssesError(
         f"{module} to split at its blocks, "
         + (

@@ -144,7 +144,7 @@ class TrialRuns:
         finally:
             blocks.close()
         self._recorder = recorder
-        return tuple(blocks.plans())
+        return tuple(blocks.plans(self._context.mesh.sp_size))
 
     def _alone(self, step: Step, inputs: Any, local: LocalBatch, blocks: BlockFinder | None = None) -> Recorder:
         # Without blocks, it is the loss alone that is compared.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.geometry.mask_spec import MaskSpec
 from lightning_ulysses.interceptors.transformers.eager import check_formula
 from lightning_ulysses.interceptors.transformers.generation import install_generate
-from lightning_ulysses.interceptors.transformers.masks import install_masks
+from lightning_ulysses.interceptors.transformers.masks import LeftOut, install_masks
 from lightning_ulysses.interceptors.transformers.model_inputs import supply_inputs
 from lightning_ulysses.interceptors.transformers.position_bias import install as install_position_bias
 from lightning_ulysses.interceptors.transformers.position_bias import with_position_bias
@@ -158,6 +159,9 @@ def _wrap(
             extras = None if softcap is None and sinks is None else Extras(softcap, sinks)
             running = context.place.batch
             has_padding = running is not None and "attention_mask" in running.shards
+            is_left_out = attention_mask is not None and attention_mask in context.notes.of(LeftOut)
+            if known is not None and is_left_out and known.causal != causal:
+                known = replace(known, causal=causal, window=None, ahead=None)
             spec, bias = _call_spec(batch, known, attention_mask, causal, window, has_padding)
             bias = with_position_bias(batch, kwargs.get("position_bias"), bias, is_split=context.split is not None)
             # Only the first call of each class: the check runs the model's own function.

@@ -10,7 +10,7 @@ Source: transformers ``masking_utils.py``.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from lightning_ulysses.context import LocalBatch, SequenceContext
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.geometry.documents import valid_runs
 from lightning_ulysses.geometry.mask_spec import MaskSpec
+from lightning_ulysses.notes import StorageTable
 from lightning_ulysses.patching.handle import Handle
 
 # Functions that combine other mask functions, which they close over.
@@ -50,6 +51,17 @@ class PackedCall:
 
     is_found: bool = False
     is_supplied: bool = False
+
+
+class LeftOut(StorageTable[None]):
+    """A note on a run: known masks that one process leaves out, where the calling module says if it is causal."""
+
+
+def _is_left_out(values: Mapping[str, Any], spec: MaskSpec, length: int) -> bool:
+    """Whether transformers' ``sdpa_mask`` returns None in one process."""
+    near = values.get("local_size")
+    skips = values.get("allow_is_causal_skip") if spec.causal else values.get("allow_is_bidirectional_skip")
+    return bool(skips) and spec.valid is None and (near is None or length < near)
 
 
 def _mask_parts(mask_function: Callable[..., Any]) -> dict[str, Any]:
@@ -145,6 +157,8 @@ def install_masks(context: SequenceContext, handle: Handle, names: tuple[str, ..
                 spec = replace(spec, documents=None, num_padding=0)
             seed = torch.ones(1, dtype=torch.bool, device=values.get("device", "cpu"))
             batch.notes.of(MaskTable)[seed] = spec
+            if name == "sdpa" and _is_left_out(values, spec, batch.layout.real_len):
+                context.notes.of(LeftOut)[seed] = None
             if has_values:
                 batch.notes.of(MaskDtypes)[seed] = torch.bool if name == "sdpa" else values.get("dtype", torch.float32)
             # (1,) -> (1, 1, 1, 1) -> (B, 1, S_r, S_r) in the memory of one element: models may look at the shape.

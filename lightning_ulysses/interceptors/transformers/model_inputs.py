@@ -91,12 +91,12 @@ def supply_inputs(context: SequenceContext, model: PreTrainedModel, numbering: N
 
 
 def _positions(batch: LocalBatch, tokens: Tensor, rank: int) -> Tensor:
-    """The positions of this rank's tokens: (B, S_r) if the batch's positions mark documents, else (1, S_r)."""
+    """The positions of this rank's tokens, (B, S_r): of the shape that models document, since some check it."""
     if batch.layout.documents is not None and batch.document_positions is not None:
         return batch.document_positions
     begin = batch.layout.starts[rank]
-    # (S_r,) -> (1, S_r)
-    return torch.arange(begin, begin + tokens.shape[1], device=tokens.device).unsqueeze(0)
+    # (S_r,) -> (B, S_r)
+    return torch.arange(begin, begin + tokens.shape[1], device=tokens.device).expand(tokens.shape[0], -1)
 
 
 def _is_cached(model: PreTrainedModel, given: dict[str, Any]) -> bool:
