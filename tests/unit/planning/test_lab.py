@@ -144,8 +144,8 @@ def test_fake_tensors_count_as_real_ones(parts):
 
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "chunks"),
-    [(8, 4, 4), (32, 4, 16), (24, 24, "auto"), (32, 8, 5)],
-    ids=["two of a key", "eight of a key", "a key each", "uneven"],
+    [(8, 4, 4), (32, 2, 16), (32, 4, 16), (24, 24, "auto"), (32, 8, 5)],
+    ids=["two of a key", "sixteen of a key", "eight of a key", "a key each", "uneven"],
 )
 def test_some_tiles_and_chunks_take_what_all_of_them_take(heads, kv_heads, chunks):
     sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "hidden_size": 16 * heads, "head_dim": 16}
