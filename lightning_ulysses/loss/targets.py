@@ -86,6 +86,9 @@ class TargetResolver:
         Raises:
             AmbiguousTargets: On every rank, if the candidates give other weights.
         """
+        if self.settled is not None:
+            self.check(live.counts)
+            return self.settled
         names = sorted(totals)
         known = live.notes.of(KnownTargets).name
         candidates = likely(names)
