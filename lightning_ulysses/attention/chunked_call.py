@@ -102,7 +102,12 @@ class ChunkedCall:
 
     def _own_tokens(self, done: list[Tensor]) -> list[Tensor]:
         """The adjoint of `_all_tokens`."""
-        return [*(self.keys.own_tokens(*done) if self.keys is not None and done[0].shape[1] else done)]
+        if self.keys is None:
+            return done
+        if not done[0].shape[1]:
+            # This rank has none, and takes part with as many tokens as those that have some.
+            return [each[:, :, : sum(self.wire.shares)] for each in done]
+        return [*self.keys.own_tokens(*done)]
 
     def _swapped(self, part: Tensor) -> Tensor:
         return part if self.keys is None else self.keys.swapped(part)

@@ -82,6 +82,7 @@ def add_command(commands: Any) -> None:
 
 def plan(args: argparse.Namespace) -> None:
     """Prints the plan, and ends the process with its exit status."""
+    import gc
     import json
 
     from lightning_ulysses.planning.costs import Machine
@@ -91,6 +92,8 @@ def plan(args: argparse.Namespace) -> None:
     from lightning_ulysses.planning.store import Measurements, folder
     from lightning_ulysses.progress import progress
 
+    # What was imported stays: collections need not look at it.
+    gc.freeze()
     machine = Machine(
         args.gpus,
         args.gpus_per_node,

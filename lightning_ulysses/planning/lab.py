@@ -25,6 +25,7 @@ from lightning_ulysses.memory.host import footprint
 from lightning_ulysses.planning.meter import Held, Meter, Workspace, labelled
 from lightning_ulysses.planning.stand_ins import CUDA, AbsentGroup, HostBytes, on_fake_tensors
 from lightning_ulysses.planning.workspaces import flash_attention
+from lightning_ulysses.upstream.torch_fake import Answers
 
 Step = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 
@@ -127,7 +128,7 @@ class Lab:
         workspace: Workspace | None = flash_attention,
     ) -> None:
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self._step, self._workspace = step, workspace
+        self._step, self._workspace, self._answers = step, workspace, Answers()
         with self._mode, _default_dtype(dtype):
             self.model = make().train()
         for parameter in self.model.parameters():
@@ -142,7 +143,7 @@ class Lab:
         """
         host = HostBytes()
         with self._mode, on_fake_tensors(host, all_tiles=all_tiles):
-            meter = Meter(rounding=512, workspace=self._workspace)
+            meter = Meter(rounding=512, workspace=self._workspace, answers=self._answers)
             measure_step(self.model, self._step, scene, meter)
         starts = meter.marks
         per_block = starts[-1] - starts[-2] if len(starts) > 1 else 0

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from lightning_ulysses.upstream.torch_fake import is_plain_view, view_of
+from lightning_ulysses.upstream.torch_fake import Answers, is_plain_view, view_of
 
 _DEVICE = torch.ops.prim.device.default
 
@@ -61,6 +61,7 @@ class Meter(TorchDispatchMode):
         device: Type of the device whose memory is counted.
         rounding: Each storage takes a multiple of so many bytes. CUDA's allocator rounds to 512.
         workspace: The bytes that a kernel takes while it runs besides what it returns.
+        answers: Those of earlier rehearsals.
 
     Attributes:
         live: Bytes at this moment.
@@ -69,12 +70,19 @@ class Meter(TorchDispatchMode):
         marks: What lived at moments that a caller took note of.
     """
 
-    def __init__(self, device: str = "cpu", rounding: int = 1, workspace: Workspace | None = None) -> None:
+    def __init__(
+        self,
+        device: str = "cpu",
+        rounding: int = 1,
+        workspace: Workspace | None = None,
+        answers: Answers | None = None,
+    ) -> None:
         super().__init__()
         self.live = self.peak = 0
         self.label = "other"
         self.marks: list[int] = []
         self._device, self._rounding, self._workspace = device, rounding, workspace
+        self._answers = Answers() if answers is None else answers
         self._made: list[Made] = []
         # Numbers of `_made`, with the bytes that came or went.
         self._events: list[tuple[int, int]] = []
@@ -103,7 +111,7 @@ class Meter(TorchDispatchMode):
             # Most operators are views, which take no memory.
             return view_of(func, args)
         extra = self._workspace(func, args) if self._workspace is not None else 0
-        answer = func(*args, **(kwargs or {}))
+        answer = self._answers(func, args, kwargs or {})
         for leaf in tree_iter(answer):
             if isinstance(leaf, Tensor):
                 self._note(leaf, func)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lightning_ulysses.attention import device, kernel, repeated
 from lightning_ulysses.attention.chunked_call import ChunkedCall
 from lightning_ulysses.exchange.gather import name_of_gather
+from lightning_ulysses.geometry.head_chunks import HeadChunk
 from lightning_ulysses.interceptors import highest_position
 from lightning_ulysses.memory import checkpoint, checkpointed, head, offload, tiled, tiled_loss
 from lightning_ulysses.memory.host import footprint
@@ -28,8 +29,9 @@ from lightning_ulysses.regions import hooks
 # The package has a function of this name.
 _ATTEND = importlib.import_module("lightning_ulysses.attention.attend")
 _FIRST, _GRADIENTS = ChunkedCall.first, ChunkedCall.gradients
-# Chunks that run of an attention call. Later ones take no more, beside what is kept of each.
-_CHUNKS = 8
+# Key/value heads of an attention call whose chunks run. From the second one on there are gradients of keys, and only
+# before the last one do more keys arrive.
+_HEADS = 3
 _COLLECTIVES = ("all_to_all_single", "all_gather", "all_reduce", name_of_gather())
 #: The device that is stood for.
 CUDA = torch.device("cuda")
@@ -114,14 +116,32 @@ def _some(spans: Callable[[int, int], list[tuple[int, int]]]) -> Callable[[int, 
     return lambda rows, size: spans(rows, size)[:2]
 
 
+def _telling(call: ChunkedCall) -> tuple[HeadChunk, ...]:
+    """The chunks that run of an attention call. The others take no more, beside what is kept of each."""
+    found: list[HeadChunk] = []
+    heads, before = 0, None
+    for chunk in call.chunks:
+        parts = chunk.query_ranges, chunk.kv_ranges, chunk.new_ranges, chunk.done_ranges
+        sizes = [[last - first for first, last in ranges] for ranges in parts]
+        # Between the first chunk of a key/value head and its last one, all are alike.
+        if sizes == before and not any(sizes[2] + sizes[3]):
+            continue
+        found.append(chunk)
+        heads, before = heads + call.num_done(chunk), sizes
+        if heads >= _HEADS and len(found) >= _HEADS:
+            break
+    return tuple(found)
+
+
 def _some_first(call: ChunkedCall, inputs: Any, *, keeps: bool) -> tuple[Tensor, list[Tensor]]:
-    out, kept = _FIRST(replace(call, chunks=call.chunks[:_CHUNKS]), inputs, keeps=keeps)
-    more = range(_CHUNKS, len(call.chunks)) if keeps else ()
+    chunks = _telling(call)
+    out, kept = _FIRST(replace(call, chunks=chunks), inputs, keeps=keeps)
+    more = range(len(chunks), len(call.chunks)) if keeps else ()
     return out, kept + [torch.empty_like(each) for _ in more for each in kept[-call.traces[-1].num_kept :]]
 
 
 def _some_gradients(call: ChunkedCall, *args: Any) -> list[Tensor | None]:
-    return _GRADIENTS(replace(call, chunks=call.chunks[: len(call.traces)]), *args)
+    return _GRADIENTS(replace(call, chunks=_telling(call)), *args)
 
 
 def _unchecked(block: checkpointed.CheckpointedBlock) -> AbstractContextManager[None]:

@@ -48,6 +48,12 @@ CASES: dict[str, tuple[Any, list[Any], SplitRun]] = {
         [token_batch(seed, 33, 1, "uneven") for seed in range(2)],
         SplitRun(4, 4, {**manual(2), "memory": {"head_chunks": 4}}, {"accumulate_grad_batches": 2}),
     ),
+    # Chunks with which one rank is done with a key/value head, and another one is not.
+    "6/3 on 2 x 2, chunks": (
+        llama(heads=6, kv_heads=3),
+        [token_batch(1, 33, 1, "uneven")],
+        SplitRun(4, 4, {**manual(3), "memory": {"head_chunks": 3}}),
+    ),
 }
 
 

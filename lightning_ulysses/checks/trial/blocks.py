@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from lightning_ulysses.checks.trial.outputs import called
+from lightning_ulysses.checks.trial.outputs import arguments_of, called
 from lightning_ulysses.geometry.joint import ONLY_OUTPUT, Halo, Joined, Joint
 from lightning_ulysses.geometry.split_plan import Dims, SequencePlan
 from lightning_ulysses.patching.handle import Handle
@@ -86,15 +85,12 @@ class BlockFinder:
                 self._watch(name, module, name.rpartition(".")[0] in lists)
 
     def _watch(self, name: str, module: nn.Module, in_list: bool) -> None:
-        parameters = inspect.signature(module.forward).parameters.values()
-        names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        by_name = arguments_of(module)
         given: list[Mapping[str, Any]] = []
         widths = {size for p in module.parameters() for size in getattr(p, "ds_shape", p.shape)}
 
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-            # Positions stand for names that a forward does not have.
-            positional = {names[i] if i < len(names) else str(i): value for i, value in enumerate(args)}
-            given.append({**positional, **kwargs})
+            given.append(by_name(args, kwargs))
             tensors = {key: value for key, value in given[-1].items() if isinstance(value, Tensor)}
             self._open.append(Block(name, type(module).__name__, in_list, given=tensors))
 

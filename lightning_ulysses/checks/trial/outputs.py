@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -143,15 +143,12 @@ class ModuleOutputs:
             handle.remove()
 
     def _watch(self, name: str, module: nn.Module, handle: Handle) -> None:
-        parameters = inspect.signature(module.forward).parameters.values()
-        names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+        by_name = arguments_of(module)
 
         def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
-            # Positions stand for names that a forward does not have.
-            given = {names[i] if i < len(names) else str(i): value for i, value in enumerate(args)}
             call = (name, self._calls[name])
             self._calls[name] += 1
-            self.open.append((call, Called(type(module).__name__, self.around, detached({**given, **kwargs}))))
+            self.open.append((call, Called(type(module).__name__, self.around, detached(by_name(args, kwargs)))))
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             # Those inside that failed, where what runs around them has gone on.
@@ -165,6 +162,17 @@ class ModuleOutputs:
         # Before hooks that join inputs, and behind those that cut outputs.
         handle.add(module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True).remove)
         handle.add(module.register_forward_hook(leave).remove)
+
+
+def arguments_of(module: nn.Module) -> Callable[[Any, Any], dict[str, Any]]:
+    """Gives the arguments of a call their names. Positions stand for names that a forward does not have."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+
+    def by_name(args: Any, kwargs: Any) -> dict[str, Any]:
+        return {**{names[i] if i < len(names) else str(i): value for i, value in enumerate(args)}, **kwargs}
+
+    return by_name
 
 
 def detached(values: Any) -> Any:

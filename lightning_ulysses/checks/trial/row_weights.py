@@ -34,7 +34,7 @@ def names_of_rows(whole: Recording, parts: Sequence[tuple[Recording, LocalBatch]
                 own.append(b)
                 begins[number] += b.shape[dim]
         reports.append(fit(wanted, own, size, local.counts, half))
-    verdict = judge([(report, ()) for report in reports], len(reports))
+    verdict = judge(reports, len(reports))
     return verdict.names if verdict.reason is None else None
 
 
@@ -58,7 +58,7 @@ def names_of_targets(
         SliceReport(local.counts, float(weight), misfit, is_half=half)
         for (_, local), weight in zip(parts, weights, strict=True)
     ]
-    verdict = judge([(report, ()) for report in reports], len(reports))
+    verdict = judge(reports, len(reports))
     return verdict.names if verdict.reason is None else None
 
 

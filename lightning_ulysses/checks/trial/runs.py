@@ -26,7 +26,6 @@ from lightning_ulysses.geometry.joint import Joint
 from lightning_ulysses.geometry.split_plan import SequencePlan
 from lightning_ulysses.interceptors.draw_table import DrawTable
 from lightning_ulysses.loss.logged import numbers_of
-from lightning_ulysses.patching.handle import Handle
 from lightning_ulysses.progress import unseen
 from lightning_ulysses.regions.notes import JointTally, RegionTally
 from lightning_ulysses.upstream.meeting import all_arrive, next_meeting
@@ -79,13 +78,8 @@ class TrialRuns:
     def _joining(self) -> Iterator[None]:
         """Runs submodules on more than a slice, as was found or given."""
         plan = self.cut_plan
-        is_there = plan is None or plan is self.given
-        handle = Handle() if is_there or plan is None else regions.install(self._context, self._module, plan)
-        try:
-            with self._context.cutting(plan):
-                yield
-        finally:
-            handle.remove()
+        with nullcontext() if plan is None else self._split_by(plan), self._context.cutting(plan):
+            yield
 
     def _edges(self) -> list[nn.Module]:
         """The submodules behind which a loss of one slice depends on tokens of all."""
@@ -127,8 +121,8 @@ class TrialRuns:
 
     @contextmanager
     def _split_by(self, plan: SequencePlan) -> Iterator[None]:
-        if self._context.plan is plan:
-            # The user's own, whose hooks are in place.
+        if plan is self.given:
+            # Its hooks are in place.
             yield
             return
         handle = regions.install(self._context, self._module, plan)

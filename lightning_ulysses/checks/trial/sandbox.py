@@ -218,13 +218,6 @@ def _without_tf32() -> Iterator[None]:
             setattr(place, name, value)
 
 
-def _quiet_functions(root: nn.Module) -> Handle:
-    """Switches off what would differ between two runs, or run a part of the step twice."""
-    handle = Handle()
-    replace_checkpoints(root, handle, lambda original: _directly)
-    return handle
-
-
 @contextmanager
 def state_kept(root: nn.Module) -> Iterator[None]:
     """Inside, ``root`` may run its hooks: attributes, buffers and metrics are as before afterwards."""
@@ -255,8 +248,10 @@ def sandbox(root: nn.Module, device: torch.device) -> Iterator[dict[str, Any]]:
         stack.enter_context(_methods_replaced(root, manual_backward=_ends, log=log, log_dict=log_dict))
         stack.enter_context(_without_backward_hooks(root))
         stack.enter_context(_zeros_filled(root, device))
-        quiet = _quiet_functions(root)
+        quiet = Handle()
         stack.callback(quiet.remove)
+        # They would run a part of the step twice.
+        replace_checkpoints(root, quiet, lambda original: _directly)
         _readonly_files(quiet)
         stack.callback(uncompile_steps(root).remove)
         stack.enter_context(torch.compiler.set_stance("force_eager"))

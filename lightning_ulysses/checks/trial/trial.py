@@ -174,7 +174,8 @@ class StepTrial(TrialRuns):
             report = SliceReport(counts, reason=reason, fails=fails, is_recorded=fails)
         report = replace(report, is_empty=not self._samples.has_targets, found=self._found)
         reports, everyones_plans, everyones_logs = zip(*self._from_all((report, plans, logged), failed), strict=True)
-        verdict = judge([*zip(reports, everyones_plans, strict=True)], self._context.mesh.sp_size)
+        are_same = all(each == plans for each in everyones_plans)
+        verdict = replace(judge(reports, self._context.mesh.sp_size), plans=plans if are_same else ())
         bound = HALF if any(report.is_half for report in reports) else LOGS
         self.log_rules = find_rules(everyones_logs, self._context.mesh.sp_size, bound, verdict.names)
         return verdict
@@ -261,7 +262,7 @@ class StepTrial(TrialRuns):
         if fault is not None:
             moved = fault if isinstance(fault, Change) else None
             return Verdict(moved=moved, reason=None if moved else str(fault), fails=True, found=found)
-        return judge([(report, ()) for report in reports], self._context.mesh.sp_size)
+        return judge(reports, self._context.mesh.sp_size)
 
     def _rehearse(
         self, step: Step, plan: SequencePlan, planned: Callable[[], Inputs]

@@ -278,14 +278,13 @@ class Verdict:
         return HALF if self.is_coarse else WEIGHTS
 
 
-def judge(found: Sequence[tuple[SliceReport, tuple[SequencePlan, ...]]], sp_size: int) -> Verdict:
+def judge(everyone: Sequence[SliceReport], sp_size: int) -> Verdict:
     """The verdict on all groups.
 
     Args:
-        found: Of every rank of the world its report, and plans that may divide the model.
+        everyone: The report of every rank of the world.
         sp_size: P; consecutive ranks form a group.
     """
-    everyone = [report for report, _ in found]
     groups = [everyone[first : first + sp_size] for first in range(0, len(everyone), sp_size)]
     # One without a target has no gradient, and shows nothing that others could not.
     telling = [group for group in groups if not any(report.is_empty and report.reason for report in group)]
@@ -295,7 +294,6 @@ def judge(found: Sequence[tuple[SliceReport, tuple[SequencePlan, ...]]], sp_size
     # The first change of any rank: later ones may follow from it.
     first = min((report for report in everyone if report.moved is not None), key=_place, default=None)
     moved = first.moved if first is not None else None
-    plans = found[0][1] if all(each == found[0][1] for _, each in found) else ()
     if moved is not None:
         # A loss that says nothing on one rank does not take back what another one saw.
         reason = None
@@ -304,7 +302,6 @@ def judge(found: Sequence[tuple[SliceReport, tuple[SequencePlan, ...]]], sp_size
             moved=moved,
             reason=reason,
             fails=any(report.fails for report in everyone),
-            plans=plans,
             is_recorded=all(report.is_recorded for report in reports),
             has_targets=bool(telling),
             found=widest(each.found for each in everyone if (each.fails if moved is None else _shows(each, moved))),
@@ -315,7 +312,7 @@ def judge(found: Sequence[tuple[SliceReport, tuple[SequencePlan, ...]]], sp_size
     names = frozenset.intersection(*(_fitting(group) for group in groups)) if additive else frozenset()
     weights = tuple(report.weight for report in groups[0])
     pooled = next((report.pooled for report in reports if report.pooled is not None), None)
-    return Verdict(additive, names, weights, max(misfit, gap), is_coarse=half, plans=plans, pooled=pooled)
+    return Verdict(additive, names, weights, max(misfit, gap), is_coarse=half, pooled=pooled)
 
 
 def _shows(report: SliceReport, moved: Change) -> bool:

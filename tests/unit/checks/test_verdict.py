@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from lightning_ulysses.checks.trial.joints import Found, widest
@@ -14,14 +12,14 @@ from lightning_ulysses.geometry.joint import Joined
 COUNTS = {"labels": 3.0, "tokens": 4.0}
 
 
-def group(*weights: float, half: bool = False) -> list[tuple[SliceReport, Any]]:
+def group(*weights: float, half: bool = False) -> list[SliceReport]:
     """Slices with 3 and 1 labels of 4 and 4 tokens."""
     counts = [COUNTS, {"labels": 1.0, "tokens": 4.0}]
-    return [(SliceReport(each, weight, is_half=half), ()) for each, weight in zip(counts, weights, strict=True)]
+    return [SliceReport(each, weight, is_half=half) for each, weight in zip(counts, weights, strict=True)]
 
 
-def silent(*, is_empty: bool) -> list[tuple[SliceReport, Any]]:
-    return [(SliceReport(COUNTS, reason="no gradient", is_recorded=False, is_empty=is_empty), ())] * 2
+def silent(*, is_empty: bool) -> list[SliceReport]:
+    return [SliceReport(COUNTS, reason="no gradient", is_recorded=False, is_empty=is_empty)] * 2
 
 
 def test_a_batch_without_targets_says_nothing() -> None:
@@ -61,10 +59,10 @@ def test_what_is_joined_is_joined_on_all_ranks(order: tuple[Found, Found]) -> No
     """Positions from 0 on are those of the first slice, and of no other one."""
     here, later = Change("attention", 0.1, place=3), Change("head", 0.1, place=7)
     reports = [SliceReport(COUNTS, moved=here, found=found) for found in order]
-    assert judge([(report, ()) for report in reports], 2).found is OUTER
+    assert judge(reports, 2).found is OUTER
     failed = [SliceReport(COUNTS, reason="", fails=True, found=found) for found in order]
-    assert judge([(report, ()) for report in failed], 2).found is OUTER
+    assert judge(failed, 2).found is OUTER
     # A rank whose first change lies further behind says nothing of this one.
     reports[order.index(OUTER)] = SliceReport(COUNTS, moved=later, found=OUTER)
-    assert judge([(report, ()) for report in reports], 2).found is INNER
+    assert judge(reports, 2).found is INNER
     assert widest([INNER, None]) is None and widest([]) is None

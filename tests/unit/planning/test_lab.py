@@ -16,7 +16,6 @@ from torch.profiler import ProfilerActivity, profile
 from lightning_ulysses.config import MemoryConfig
 from lightning_ulysses.memory import offload
 from lightning_ulysses.memory.host import footprint
-from lightning_ulysses.planning import stand_ins
 from lightning_ulysses.planning.lab import Lab, Scene, call_with_labels, measure_step
 from lightning_ulysses.planning.meter import Meter, Workspace
 from lightning_ulysses.planning.models import BLOCKS
@@ -143,11 +142,16 @@ def test_fake_tensors_count_as_real_ones(parts):
     assert lab("Llama").rehearse(wanted).peak == meter.peak
 
 
-def test_the_first_tiles_and_chunks_take_what_all_of_them_take(monkeypatch):
-    # Of four chunks on each rank.
-    monkeypatch.setattr(stand_ins, "_CHUNKS", 2)
-    wanted = scene({**PARTS["chunks"], "tile_bytes": 2**18}, seq_len=1024)
-    made = lab("Llama")
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "chunks"),
+    [(8, 4, 4), (32, 2, 16), (32, 4, 16), (24, 24, "auto"), (32, 8, 5)],
+    ids=["two of a key", "sixteen of a key", "eight of a key", "a key each", "uneven"],
+)
+def test_some_tiles_and_chunks_take_what_all_of_them_take(heads, kv_heads, chunks):
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "hidden_size": 16 * heads, "head_dim": 16}
+    config = transformers.LlamaConfig(**SIZES | sizes, num_hidden_layers=2)
+    made = Lab(lambda: transformers.LlamaForCausalLM(config))
+    wanted = scene({**PARTS["chunks"], "checkpoint": "block", "head_chunks": chunks, "tile_bytes": 2**18}, 2048)
     assert made.rehearse(wanted).peak == made.rehearse(wanted, all_tiles=True).peak
 
 
