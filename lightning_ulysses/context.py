@@ -150,6 +150,7 @@ class Place:
         watch: Sees attention calls while a way to split the model is tried.
         hidden: The region in which attention is plain here, since its keys are whole.
         is_joined: Whether a submodule runs here on the whole sequence that is split around it.
+        is_backward: Whether the backward of the step's own loss runs here.
     """
 
     batch: LocalBatch | None = None
@@ -161,6 +162,7 @@ class Place:
     watch: Watch | None = None
     hidden: LocalBatch | None = None
     is_joined: bool = False
+    is_backward: bool = False
 
     @property
     def takes_calls(self) -> bool:
@@ -300,12 +302,12 @@ class SequenceContext:
 
     def backward(self, batch: LocalBatch) -> AbstractContextManager[None]:
         """The backward of a step: activation checkpointing repeats parts of the forward in it."""
-        return self.at(Place(batch, None if self.plan else batch, is_known=self.plan is None))
+        return self.at(Place(batch, None if self.plan else batch, is_known=self.plan is None, is_backward=True))
 
     def rehearsed_backward(self) -> AbstractContextManager[None]:
         """The backward of a step that is tried: as `backward`, in so far as the trial splits the model itself."""
         place = self.place
-        return self.at(replace(place, is_known=self.plan is None or place.trial is not None))
+        return self.at(replace(place, is_known=self.plan is None or place.trial is not None, is_backward=True))
 
     def enter(self, region: LocalBatch) -> None:
         """Begins a region of a planned model; it ends with `leave`, or with the step."""

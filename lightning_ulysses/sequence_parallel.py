@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from lightning_ulysses.batch.loader import SeededLoader
 from lightning_ulysses.batch.pipeline import BatchPipeline, fill_mask
 from lightning_ulysses.batch.predictions import join_outputs
 from lightning_ulysses.batch.whole import WholeBatch
-from lightning_ulysses.checks.step import check_intercepted
+from lightning_ulysses.checks.step import check_backward, check_intercepted
 from lightning_ulysses.checks.trial import SplitChoice, aside, explained, state_kept
 from lightning_ulysses.config import UlyssesConfig
 from lightning_ulysses.context import LocalBatch, SequenceContext, activate, current_context
@@ -118,6 +119,10 @@ class SequenceParallel:
         """
         self._module = module
         self._handle.add(install_interceptors(self.context, module, gathers_parameters).remove)
+        check = partial(check_backward, self.context)
+        # First, since the others are collectives.
+        self.turns.calls.insert(0, check)
+        self._handle.add(partial(self.turns.calls.remove, check))
         # Before plans that are chosen later, which are taken off before it.
         parts = self.settings.memory
         if parts != "auto" and parts.is_on:

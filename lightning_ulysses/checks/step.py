@@ -1,4 +1,4 @@
-"""Checks after a step: whether attention was intercepted, and whether a plan took effect."""
+"""Checks of a step that runs: attention was intercepted, a plan took effect, no gradient was taken inside."""
 
 from __future__ import annotations
 
@@ -16,6 +16,18 @@ def check_joined(context: SequenceContext, step: str, module: str) -> None:
             "a call of one behind each split",
             "name a submodule under join that the step calls, or drop join and name the model's inputs under whole",
         )
+
+
+def check_backward(context: SequenceContext) -> None:
+    """Refuses a gradient that crosses slices inside of a step: of the sequence, each rank has its part alone."""
+    if context.place.batch is None or context.place.is_backward:
+        return
+    raise UlyssesError(
+        "a gradient that is taken inside of the step, through attention or a submodule that is split",
+        "one backward, of the step's loss, since what the step itself reads would be the gradient of other losses",
+        "call self.manual_backward(loss), or fabric.backward(loss), where it is that of the loss; where the step reads "
+        "gradients, as those of torch.autograd.grad, set sp_size=1 in the strategy",
+    )
 
 
 def check_intercepted(context: SequenceContext, step: str, module: str, suspensions: int) -> bool:
