@@ -70,6 +70,11 @@ def _varlen() -> Callable[..., Any] | None:
     return function if set(_NEEDED) <= set(inspect.signature(function).parameters) else None
 
 
+def has_varlen() -> bool:
+    """Whether this version of torch has a variable-length kernel with all arguments that are needed."""
+    return _varlen() is not None
+
+
 def lacks_shape(q: Tensor, v: Tensor) -> str | None:
     """What rules out flash attention by device, precision or head size, or None."""
     if not device.has_flash(q):

@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from lightning_ulysses.attention.packed import has_varlen
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.geometry.query_runs import most_ulysses
 from lightning_ulysses.planning.costs import Groups, Machine
@@ -73,6 +76,26 @@ def gathering(machine: Machine, facts: Facts, seq_len: int, fixed: Fixed) -> lis
                 "change sp_size",
             )
     return wanted
+
+
+def countable(ways: list[Groups], fixed: Fixed) -> list[Groups]:
+    """Those of `gathering` that a plan can count.
+
+    Without torch's variable-length kernel, fewer queries than keys are computed in blocks, far too many to rehearse.
+
+    Raises:
+        UlyssesError: If the user asks for them, and they cannot be counted.
+    """
+    if has_varlen():
+        return ways
+    if ways and fixed.sp_size is not None:
+        raise UlyssesError(
+            f"sp_size={fixed.sp_size}, for which ranks gather keys, and torch {torch.__version__}",
+            "a torch whose varlen_attn takes window_size and enable_gqa, since others compute such attention in blocks "
+            "that a plan does not count",
+            "plan with a newer torch, or with an sp_size that is at most the number of query heads",
+        )
+    return []
 
 
 def _heads_inside(size: int, heads: int, node: int) -> Groups:

@@ -15,7 +15,7 @@ from lightning_ulysses.planning.costs import (
     sent,
     step_time,
 )
-from lightning_ulysses.planning.groups import Fixed, gathering, sizes
+from lightning_ulysses.planning.groups import Fixed, countable, gathering, sizes
 from lightning_ulysses.planning.lab import Rehearsal, Scene
 from lightning_ulysses.planning.models import Facts
 from lightning_ulysses.planning.store import Measurements
@@ -143,7 +143,7 @@ def make_plan(measurements: Measurements, machine: Machine, seq_len: int, fixed:
     inside, outside = sizes(machine, facts, seq_len, fixed)
     found: list[Choice] = []
     # Larger groups leave their machine only if they must.
-    for group, ways in ((inside, []), (outside, gathering(machine, facts, seq_len, fixed))):
+    for group, ways in ((inside, []), (outside, countable(gathering(machine, facts, seq_len, fixed), fixed))):
         larger = None
         for sp_size in reversed(group):
             search = _Search(measurements, machine, seq_len, fixed, Groups(sp_size), larger)

@@ -27,7 +27,7 @@ from lightning_ulysses.geometry.distance import largest
 from lightning_ulysses.geometry.split_plan import SequencePlan
 
 # Relative L2 differences that rounding in float32 does not reach, and a wrong loss surpasses.
-INPUTS, GRADIENTS, WEIGHTS = 1e-3, 3e-5, 1e-4
+INPUTS, GRADIENTS, WEIGHTS = 1e-4, 3e-5, 1e-4
 # Relative differences of a logged number that rounding does not reach.
 LOGS = 1e-4
 # Where the model computes in half precision.

@@ -15,9 +15,11 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.strategies import Strategy
 
 from lightning_ulysses import UlyssesError
+from lightning_ulysses.attention.packed import has_varlen
 from lightning_ulysses.cli.main import main
 from lightning_ulysses.cli.plan import length, size
 from lightning_ulysses.config import MemoryConfig
+from lightning_ulysses.planning import groups
 from lightning_ulysses.planning import plan as planning
 from lightning_ulysses.planning.costs import Groups, Machine, gathered_volume, passes, ulysses_volume
 from lightning_ulysses.planning.groups import gathering
@@ -250,6 +252,18 @@ def test_more_ranks_than_heads_gather_keys_and_machines_may(measurements):
     assert sizes(Machine(64, 4), facts, 4096, Fixed(sp_size=16)) == ([], [])
 
 
+@pytest.mark.parametrize("asked", [16, {"ulysses": 8, "gather": 2}])
+def test_gathered_keys_are_not_counted_in_blocks(measurements, monkeypatch, asked):
+    monkeypatch.setattr(groups, "has_varlen", lambda: False)
+    parts = {"checkpoint": "block", "tiled_loss": True}
+    with pytest.raises(UlyssesError, match="a torch whose varlen_attn takes window_size"):
+        make_plan(measurements, Machine(16, 16), 4096, Fixed(sp_size=asked, stage=2, memory=parts))
+    # Nobody asked for them: others are planned.
+    plan = make_plan(measurements, Machine(16, 16), 4096, Fixed(stage=2, memory=parts))
+    assert plan.choices and all(choice.gather == 1 for choice in plan.choices)
+
+
+@pytest.mark.skipif(not has_varlen(), reason="this torch computes such attention in blocks, which no plan counts")
 def test_a_plan_for_more_ranks_than_heads_says_so_in_its_yaml(measurements):
     parts = {"checkpoint": "block", "tiled_loss": True}
     plan = make_plan(measurements, Machine(16, 16), 2**16, Fixed(sp_size=16, stage=2, memory=parts))
