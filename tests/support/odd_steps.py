@@ -104,6 +104,16 @@ def behind_an_instance_norm(module: Any, x: Tensor, y: Tensor) -> Tensor:
     return entropy(module.model.head(F.instance_norm(module.hidden(x).transpose(1, 2)).transpose(1, 2)), y)
 
 
+def scaled_to_all(module: Any, x: Tensor, y: Tensor) -> Tensor:
+    """What is normalized has a norm over all tokens that is nearly that over a slice."""
+    hidden = module.model.embed(x)
+    for block in module.model.blocks:
+        hidden = block(hidden)
+        each = module.model.norm(hidden)
+        hidden = hidden + each / each.pow(2).mean((1, 2), keepdim=True).sqrt()
+    return entropy(module.model.head(hidden), y)
+
+
 def resampled(module: Any, x: Tensor, y: Tensor) -> Tensor:
     # (B, C, S) -> (B, C, 2 * S) -> (B, C, S)
     finer = F.interpolate(module.hidden(x).transpose(1, 2), scale_factor=2, mode="linear")
@@ -312,6 +322,7 @@ MEANS: dict[str, Callable[[Any, Tensor, Tensor], Tensor]] = _steps(
     behind_a_cell,
     behind_a_group_norm,
     behind_an_instance_norm,
+    scaled_to_all,
     resampled,
     mean_so_far,
     read_backwards,
