@@ -43,7 +43,7 @@ class Perturbed(LightningModule):
         if self.along == "token":
             found = F.normalize(found, dim=-1) * 0.1
         elif self.along == "batch":
-            found = 0.03 * found / found.norm()
+            found = 0.003 * found / found.norm()
         else:
             found = 0.01 * found.sign()
         return self.loss(hidden + found, batch["labels"])
