@@ -285,7 +285,7 @@ class ProcessPool:
             ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
                 break
-            for connection in ready:
+            for connection in sorted(ready, key=waiting.__getitem__):
                 rank = waiting.pop(connection)
                 try:
                     good, payload = self._connections[rank].recv()

@@ -72,6 +72,6 @@ def fit(rank: int, patience: float) -> None:
 
 def test_a_rank_that_waits_for_no_other_one_is_named(pool: ProcessPool) -> None:
     with pytest.raises(RemoteError) as failure:
-        pool.run(fit, 3.0, world_size=2)
+        pool.run(fit, 8.0, world_size=2)
     assert failure.value.rank == 0 and isinstance(failure.value.cause, UlyssesError), failure.value
-    assert "ended on this rank in its trial, and not on another one within 3 seconds" in str(failure.value.cause)
+    assert "ended on this rank in its trial, and not on another one within 8 seconds" in str(failure.value.cause)
