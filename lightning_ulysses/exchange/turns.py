@@ -1,4 +1,4 @@
-"""Places of a backward that all ranks of a group reach together: the exchanges of attention."""
+"""Places of a backward that all ranks of a group reach together: the exchanges of attention, and joins."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass
 class BackwardTurns:
-    """A note on a run: what is called in each backward before attention exchanges gradients.
+    """A note on a run: what is called in each backward before ranks exchange gradients of slices.
 
     Between two exchanges, ranks may do the same in different orders. A collective in between could wait for a rank that
     waits in the next exchange; here it cannot.

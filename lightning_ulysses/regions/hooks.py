@@ -13,6 +13,7 @@ from lightning_ulysses.context import LocalBatch, Place, SequenceContext
 from lightning_ulysses.divided import Divided, Division, joined
 from lightning_ulysses.errors import UlyssesError
 from lightning_ulysses.exchange.cut_and_join import cut, join
+from lightning_ulysses.exchange.turns import BackwardTurns
 from lightning_ulysses.geometry.joint import ONLY_OUTPUT
 from lightning_ulysses.geometry.layout import SequenceLayout
 from lightning_ulysses.geometry.split_plan import SequencePlan
@@ -227,7 +228,9 @@ class Joiner:
         assert mesh.sp_group is not None
         if self._is_divided:
             return Divided(part, Division(dim % part.dim(), ((*layout.starts, layout.seq_len),), mesh))
-        return join(part, dim, layout, mesh.sp_rank, mesh.sp_group)
+        whole = join(part, dim, layout, mesh.sp_rank, mesh.sp_group)
+        self._context.notes.of(BackwardTurns).before(whole)
+        return whole
 
     def _check_whole(self, output: Any) -> None:
         """Refuses an output that is a slice although the region has ended: it would never be joined."""

@@ -74,6 +74,14 @@ def test_through_attention(pool: ProcessPool, along: str, places: bool) -> None:
         assert text.startswith(REFUSED), text
 
 
+def test_through_what_a_plan_splits(pool: ProcessPool) -> None:
+    """No attention is inside, so nothing but the join exchanges gradients."""
+    plan = {"split": {"model.blocks.*.mlp": {"input": 1}}, "join": {"model.blocks.*.mlp": 1}}
+    run = SplitRun(strategy={"plan": plan, "loss_weighting": "none"}, trainer=TWO.trainer)
+    for text in pool.run(refused, partial(Perturbed, "token", True), BATCHES, run, world_size=2):
+        assert text.startswith(REFUSED), text
+
+
 def test_of_what_is_whole(pool: ProcessPool) -> None:
     make = partial(Penalized, "", True)
     wanted = fit_single(make, [BATCHES], one)
