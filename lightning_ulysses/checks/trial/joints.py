@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from lightning_ulysses.attention.whole_mask import is_stand_in
 from lightning_ulysses.checks.trial.blocks import outputs_of
 from lightning_ulysses.checks.trial.outputs import Call, Called, ModuleOutputs, OwnSlice, Slice, distance_of
+from lightning_ulysses.checks.trial.samples import is_tensor
 from lightning_ulysses.geometry.joint import PADDED, Halo, Joined, Joint
 from lightning_ulysses.geometry.split_plan import SequencePlan
 from lightning_ulysses.regions.matching import clean_name, submodules
@@ -165,7 +166,7 @@ def _joined(one: Called, other: Called, cut: Slice, bound: float) -> Joined | No
     if not inputs or not one.inputs.keys() <= other.inputs.keys():
         return None
     outputs: dict[str, int] = {}
-    alike = {value.shape: dim for key, value in one.inputs.items() if (dim := inputs.get(key)) and _is_tensor(value)}
+    alike = {value.shape: dim for key, value in one.inputs.items() if (dim := inputs.get(key)) and is_tensor(value)}
     given = outputs_of(other.output) if other.output is not None else None
     for key, value in outputs_of(one.output).items():
         found = set(_output_dims(value, None if given is None else given.get(key), cut, alike))
@@ -230,10 +231,6 @@ def _output_dims(one: Any, other: Any, cut: Slice, alike: Mapping[torch.Size, in
             dim = _cut_along(a, b)
             is_slice = dim is not None and (a.shape[dim], b.shape[dim]) == (cut.seq_len, cut.share)
             yield dim if is_slice and dim is not None else _UNLIKE
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
 
 
 def _is_of_pairs(one: Tensor, other: Tensor, cut: Slice) -> bool:
